@@ -41,10 +41,21 @@ class VisionConfig:
     layer_norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_heads", "patch_size", "max_patches_per_side", "num_channels"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_heads",
+            "patch_size",
+            "max_patches_per_side",
+            "num_channels",
+        ):
             check(getattr(self, name) > 0, f"vision.{name}", getattr(self, name), "positive")
-        check(self.hidden_size % self.num_heads == 0, "vision.hidden_size", self.hidden_size,
-              f"a multiple of vision.num_heads ({self.num_heads})")
+        check(
+            self.hidden_size % self.num_heads == 0,
+            "vision.hidden_size",
+            self.hidden_size,
+            f"a multiple of vision.num_heads ({self.num_heads})",
+        )
 
     @property
     def head_dim(self) -> int:
@@ -114,14 +125,34 @@ class ModelConfig:
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
 
     def __post_init__(self) -> None:
-        for name in ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size", "max_position"):
+        for name in (
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "num_kv_heads",
+            "vocab_size",
+            "max_position",
+        ):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
-        check(self.hidden_size % self.num_heads == 0, "hidden_size", self.hidden_size, f"a multiple of num_heads ({self.num_heads})")
-        check(self.num_heads % self.num_kv_heads == 0, "num_heads", self.num_heads, f"a multiple of num_kv_heads ({self.num_kv_heads})")
+        check(
+            self.hidden_size % self.num_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of num_heads ({self.num_heads})",
+        )
+        check(
+            self.num_heads % self.num_kv_heads == 0,
+            "num_heads",
+            self.num_heads,
+            f"a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
         check(self.hidden_size % 4 == 0, "hidden_size", self.hidden_size, "a multiple of 4 (2-D position tables)")
         check(self.head_dim % 2 == 0, "hidden_size / num_heads", self.head_dim, "even (RoPE rotates pairs)")
         for name, token in dataclasses.asdict(self.special_tokens).items():
-            check(0 <= token < self.vocab_size, f"special_tokens.{name}", token, f"in [0, vocab_size={self.vocab_size})")
+            check(
+                0 <= token < self.vocab_size, f"special_tokens.{name}", token, f"in [0, vocab_size={self.vocab_size})"
+            )
 
     @property
     def head_dim(self) -> int:
@@ -146,7 +177,10 @@ def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown settings {[prefix + k for k in unknown]}; {cls.__name__} has {sorted(known)}")
-    nested = {k: _from_dict(_NESTED[k], v, f"{prefix}{k}.") if k in _NESTED and isinstance(v, dict) else v for k, v in values.items()}
+    nested = {
+        k: _from_dict(_NESTED[k], v, f"{prefix}{k}.") if k in _NESTED and isinstance(v, dict) else v
+        for k, v in values.items()
+    }
     return cls(**nested)
 
 
@@ -158,9 +192,23 @@ def bagel_7b() -> ModelConfig:
 def quickstart(vocab_size: int = 512, special_tokens: SpecialTokens | None = None) -> ModelConfig:
     """A model of about one million parameters for 8×8 grey images, trainable in minutes on two CPU cores."""
     return ModelConfig(
-        hidden_size=128, intermediate_size=256, num_layers=4, num_heads=4, num_kv_heads=2, vocab_size=vocab_size, rope_theta=1e4,
+        hidden_size=128,
+        intermediate_size=256,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        vocab_size=vocab_size,
+        rope_theta=1e4,
         max_position=512,
-        vision=VisionConfig(hidden_size=64, intermediate_size=128, num_layers=2, num_heads=4, patch_size=2, max_patches_per_side=4, num_channels=1),
+        vision=VisionConfig(
+            hidden_size=64,
+            intermediate_size=128,
+            num_layers=2,
+            num_heads=4,
+            patch_size=2,
+            max_patches_per_side=4,
+            num_channels=1,
+        ),
         latent=LatentConfig(channels=1, downsample=1, patch_size=2, max_size=4, autoencoder="pixels"),
         special_tokens=special_tokens or SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3),
     )

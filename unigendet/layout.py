@@ -82,7 +82,16 @@ class Layout:
     num_samples: int
     max_position: int
 
-    _DEVICE = ("query_begin", "query_end", "key_rows", "stream_to_sequence", "sequence_to_stream", "positions", "cu_seqlens_q", "cu_seqlens_k")
+    _DEVICE = (
+        "query_begin",
+        "query_end",
+        "key_rows",
+        "stream_to_sequence",
+        "sequence_to_stream",
+        "positions",
+        "cu_seqlens_q",
+        "cu_seqlens_k",
+    )
     _HOST = ("stream_lengths", "splits", "num_queries", "num_keys", "num_samples", "max_position")
 
     def __init__(self, **fields: Any) -> None:
@@ -99,8 +108,10 @@ class Layout:
 
     def __repr__(self) -> str:
         und, gen = self.stream_lengths.tolist()
-        return (f"Layout({self.num_samples} samples, {self.splits.numel() // len(SPLIT_FIELDS)} splits, {self.num_queries} queries "
-                f"({und} understanding, {gen} generation), {self.num_keys} keys, {self.device})")
+        return (
+            f"Layout({self.num_samples} samples, {self.splits.numel() // len(SPLIT_FIELDS)} splits, {self.num_queries} queries "
+            f"({und} understanding, {gen} generation), {self.num_keys} keys, {self.device})"
+        )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, ({name: getattr(self, name) for name in self._DEVICE + self._HOST},)
@@ -170,8 +181,18 @@ class Layout:
         first_query = np.maximum(begin, n_cached[sample]) + query_of
         last_query = np.maximum(end, n_cached[sample]) + query_of
         sample_last = tokens[sample] + query_of
-        table = np.stack([modes, begin + key_base[sample], end + key_base[sample], key_base[sample],
-                          key_base[sample] + tokens[sample], first_query, last_query], axis=1)
+        table = np.stack(
+            [
+                modes,
+                begin + key_base[sample],
+                end + key_base[sample],
+                key_base[sample],
+                key_base[sample] + tokens[sample],
+                first_query,
+                last_query,
+            ],
+            axis=1,
+        )
 
         offset = np.arange(lengths.sum()) - np.repeat(_exclusive_cumsum(lengths), lengths) + np.repeat(begin, lengths)
         of_sample, of_split = np.repeat(sample, lengths), np.repeat(np.arange(len(lengths)), lengths)
@@ -242,7 +263,9 @@ def _check_samples(samples: Sequence[Sequence[tuple[int, str]]]) -> tuple[np.nda
     return np.array(modes), np.array(lengths), np.array(counts)
 
 
-def _per_sample(name: str, values: Sequence[int] | None, default: np.ndarray, low: Any, high: np.ndarray | None, what: str) -> np.ndarray:
+def _per_sample(
+    name: str, values: Sequence[int] | None, default: np.ndarray, low: Any, high: np.ndarray | None, what: str
+) -> np.ndarray:
     if values is None:
         return default
     array = np.asarray(values, dtype=np.int64)
@@ -260,13 +283,21 @@ def _per_query(name: str, values: Any, num_queries: int, below: int | None) -> n
     if array.shape != (num_queries,):
         raise ValueError(f"{name} has shape {list(array.shape)}; it must have one entry per query: [{num_queries}]")
     if array.min() < 0 or (below is not None and array.max() >= below):
-        raise ValueError(f"{name} holds values in [{array.min()}, {array.max()}]; they must be "
-                         + ("non-negative" if below is None else f"in [0, {below - 1}]"))
+        raise ValueError(
+            f"{name} holds values in [{array.min()}, {array.max()}]; they must be "
+            + ("non-negative" if below is None else f"in [0, {below - 1}]")
+        )
     return array
 
 
-def _default_positions(modes: np.ndarray, lengths: np.ndarray, begin: np.ndarray, sample: np.ndarray, offset: np.ndarray,
-                       of_split: np.ndarray) -> np.ndarray:
+def _default_positions(
+    modes: np.ndarray,
+    lengths: np.ndarray,
+    begin: np.ndarray,
+    sample: np.ndarray,
+    offset: np.ndarray,
+    of_split: np.ndarray,
+) -> np.ndarray:
     """RoPE positions of all tokens: text runs on, an image is one step (none if noised)."""
     advance = np.where(modes == CAUSAL, lengths, np.where(modes == FULL, 1, 0))
     start = _exclusive_cumsum(advance)
