@@ -19,10 +19,17 @@ class KVCache:
     """
 
     def __init__(
-        self, config: ModelConfig, capacity: Sequence[int], *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        capacity: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         if not capacity or min(capacity) < 1:
-            raise ValueError(f"capacity is {list(capacity)}; it must hold at least one row for each of one or more samples")
+            raise ValueError(
+                f"capacity is {list(capacity)}; it must hold at least one row for each of one or more samples"
+            )
         self.capacity = list(capacity)
         self.lengths = [0] * len(self.capacity)
         shape = (config.num_layers, 2, sum(self.capacity), config.num_kv_heads, config.head_dim)

@@ -57,14 +57,22 @@ def sample_timesteps(batch: PackedBatch, shift: float, generator: torch.Generato
     return torch.where(batch.noised_images, shift_timesteps(u.sigmoid(), shift), 0.0)
 
 
-def noise_latents(model: UniGenDet, batch: PackedBatch, timesteps: Tensor | None, noise: Tensor | None) -> NoisedLatents:
+def noise_latents(
+    model: UniGenDet, batch: PackedBatch, timesteps: Tensor | None, noise: Tensor | None
+) -> NoisedLatents:
     """Noise the latents of a pack: ``timesteps`` [latent images], ``noise`` [Nl, patch²·channels]; both None without latents."""
     if not batch.latent_sizes:
         return NoisedLatents(None, None, None)
     latent = model.config.latent
     grids = LatentGrids.from_sizes(batch.latent_sizes)
     tokens, target = flow_matching(
-        batch.latents, noise, timesteps, grids, patch_size=latent.patch_size, channels=latent.channels, backend=model.backend
+        batch.latents,
+        noise,
+        timesteps,
+        grids,
+        patch_size=latent.patch_size,
+        channels=latent.channels,
+        backend=model.backend,
     )
     return NoisedLatents(tokens, target, timesteps)
 
@@ -76,7 +84,9 @@ def clean_latents(model: UniGenDet, batch: PackedBatch) -> NoisedLatents:
     return noise_latents(model, batch, torch.zeros(len(batch.latent_sizes), device=device), noise)
 
 
-def mse_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts) -> Tensor:
+def mse_loss(
+    model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts
+) -> Tensor:
     """Flow-matching loss of the noised latent tokens; 0 without any."""
     rows = latent_rows(batch).index_select(0, batch.noised_tokens)
     error = flow_matching_loss(
@@ -113,7 +123,13 @@ def gduf_losses(
 
 
 def align_loss(
-    model: UniGenDet, batch: PackedBatch, student: Tensor, teacher: Tensor, grids: ImageGrids, counts: Counts | None = None, weight: float = 1.0
+    model: UniGenDet,
+    batch: PackedBatch,
+    student: Tensor,
+    teacher: Tensor,
+    grids: ImageGrids,
+    counts: Counts | None = None,
+    weight: float = 1.0,
 ) -> Tensor:
     """DIGA's alignment term: ``weight`` · (1 − mean cosine).
 

@@ -80,13 +80,23 @@ class DecoderLayer(nn.Module):
         n, x = self._norm(self.norm1, x, delta, layout, backend)
         qkv = self.qkv(n, layout, backend)
         q, k, v = qk_norm_rope(
-            qkv, self.q_norm.weights, self.k_norm.weights, *rope, layout, **self.heads, eps=self.eps, cache=cache, backend=backend
+            qkv,
+            self.q_norm.weights,
+            self.k_norm.weights,
+            *rope,
+            layout,
+            **self.heads,
+            eps=self.eps,
+            cache=cache,
+            backend=backend,
         )
         attended = symbiotic_attention(q, k, v, layout, out_order="stream", backend=backend)
         m, x = self._norm(self.norm2, x, self.out(attended.flatten(1), layout, backend), layout, backend)
         return x, self.down(swiglu(self.gate_up(m, layout, backend), backend=backend), layout, backend)
 
-    def _norm(self, norm: StreamNorm, x: Tensor, delta: Tensor | None, layout: Layout, backend: str) -> tuple[Tensor, Tensor]:
+    def _norm(
+        self, norm: StreamNorm, x: Tensor, delta: Tensor | None, layout: Layout, backend: str
+    ) -> tuple[Tensor, Tensor]:
         if delta is None:
             return rms_norm(x, norm.weights, layout, eps=self.eps, backend=backend), x
         return rms_norm(delta, norm.weights, layout, residual=x, eps=self.eps, backend=backend)
@@ -106,7 +116,9 @@ class Decoder(nn.Module):
     def rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables on ``device``: float32 whatever the model's dtype, hence not buffers."""
         if device not in self._rope:
-            self._rope[device] = rope_table(self.config.max_position, self.config.head_dim, self.config.rope_theta, device=device)
+            self._rope[device] = rope_table(
+                self.config.max_position, self.config.head_dim, self.config.rope_theta, device=device
+            )
         return self._rope[device]
 
     def forward(
@@ -138,12 +150,21 @@ class Decoder(nn.Module):
         last = len(self.layers) if stop_after is None else stop_after
         for name, number in (("stop_after", last), *(("capture", n) for n in capture)):
             if not 1 <= number <= (len(self.layers) if name == "stop_after" else last):
-                raise ValueError(f"{name} names layer {number}; layers are numbered 1 to {last if name == 'capture' else len(self.layers)}")
+                raise ValueError(
+                    f"{name} names layer {number}; layers are numbered 1 to {last if name == 'capture' else len(self.layers)}"
+                )
         rope = self.rope(x.device)
         delta: Tensor | None = None
         captured: dict[int, Tensor] = {}
         for number, layer in enumerate(self.layers[:last], start=1):
-            arguments: tuple[Any, ...] = (x, delta, layout, rope, None if cache is None else cache.layer(number - 1), backend)
+            arguments: tuple[Any, ...] = (
+                x,
+                delta,
+                layout,
+                rope,
+                None if cache is None else cache.layer(number - 1),
+                backend,
+            )
             if self.recompute and torch.is_grad_enabled():
                 x, delta = checkpoint(layer, *arguments, use_reentrant=False)
             else:

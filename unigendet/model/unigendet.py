@@ -54,18 +54,8 @@ class UniGenDet(nn.Module):
         self.class_head = _class_head(hidden) if config.class_head else None
         self.align_head = Mlp(hidden, 4 * hidden, hidden, approximate="none") if config.align_head else None
         self.backend = "auto"
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Normal weights of standard deviation 1/√fan_in, zero biases, a velocity head that starts at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=module.in_features**-0.5)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
-            elif isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
-        nn.init.zeros_(self.llm2vae.weight)
+        init_weights(self)
+        nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> UniGenDet:
@@ -118,7 +108,9 @@ class UniGenDet(nn.Module):
             rows, images = batch.latent_positions.shape[0], len(batch.latent_sizes)
             if latent_tokens is None or latent_tokens.shape != (rows, self.config.latent.token_dim):
                 have = None if latent_tokens is None else list(latent_tokens.shape)
-                raise ValueError(f"latent_tokens is {have}; it must be a tensor [{rows}, {self.config.latent.token_dim}]")
+                raise ValueError(
+                    f"latent_tokens is {have}; it must be a tensor [{rows}, {self.config.latent.token_dim}]"
+                )
             if timesteps is None or timesteps.shape != (images,):
                 have = None if timesteps is None else list(timesteps.shape)
                 raise ValueError(f"timesteps is {have}; it must be a tensor [{images}], one time per latent image")
@@ -149,6 +141,17 @@ class UniGenDet(nn.Module):
         return self.align_head(hidden.index_select(0, rows))
 
 
+def init_weights(module: nn.Module) -> None:
+    """Initialise linear and embedding layers: normal weights of standard deviation 1/√fan_in (0.02 for tables), zero biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+
+
 def latent_rows(batch: PackedBatch) -> Tensor:
     """Stream-major rows [Nl] of all latent tokens: the generation stream, in the order of the latent images."""
     first = batch.layout.stream_lengths[0].item()
@@ -156,4 +159,6 @@ def latent_rows(batch: PackedBatch) -> Tensor:
 
 
 def _class_head(hidden: int) -> nn.Sequential:
-    return nn.Sequential(nn.LayerNorm(hidden, eps=1e-5), nn.Linear(hidden, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, 2))
+    return nn.Sequential(
+        nn.LayerNorm(hidden, eps=1e-5), nn.Linear(hidden, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, 2)
+    )

@@ -46,7 +46,9 @@ class VisionEncoder(nn.Module):
 
     def forward(self, patches: Tensor, positions: Tensor, layout: Layout, backend: str = "auto") -> Tensor:
         """Encode the patches of all images; positions int64 [Nv] index the position embedding."""
-        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + F.embedding(positions, self.position_embedding.weight)
+        x = self.patch_embedding(patches.to(self.patch_embedding.weight.dtype)) + F.embedding(
+            positions, self.position_embedding.weight
+        )
         for layer in self.layers:
             x = layer(x, layout, backend)
         return self.norm(x)
