@@ -1,0 +1,1 @@
+"""Evaluation: detection and generation metrics, and the report of a run."""
