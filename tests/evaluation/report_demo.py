@@ -14,7 +14,7 @@ from unigendet.evaluation.generation import DigitJudge
 from unigendet.evaluation.report import write_report
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples
 
-WORDS = "zero one two three four five six seven eight nine".split()
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 ROLES = {"Gaussian mixture": "seen in training", "kernel density": "held out", "UniGenDet": "the model's own samples"}
 ENVIRONMENT = {"versions": {"python": "3.x", "torch": "2.x"}, "platform": "demo", "commit": "0123456789abcdef+changes"}
 

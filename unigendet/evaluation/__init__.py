@@ -1,1 +1,1 @@
-"""Evaluation: detection and generation metrics, and the report of a run."""
+"""Evaluation: ``detection`` and ``generation`` metrics, the ``results`` of a run and their ``report``."""

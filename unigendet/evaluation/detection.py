@@ -10,6 +10,7 @@ Conventions, each of which changes numbers, so each is stated once, here:
 - A group with images of both labels (a FakeClue category) is scored on its own images. A group with fakes only (a
   generator) is set against *all* real images for balanced accuracy, F1, average precision and ROC-AUC. Its accuracy
   and ROUGE-L always cover its own images only.
+  (F1 and average precision depend on the ratio of fakes to reals; balanced accuracy and ROC-AUC do not.)
 - A metric that is undefined (a class is missing, nothing to compare) is None, never NaN or a made-up 0.
 """
 
@@ -113,8 +114,10 @@ def parse_verdict(text: str) -> int | None:
 
 
 def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion: (low, high) in [0, 1]. Raises ValueError unless 0 ≤ successes ≤ count
-    and count > 0."""
+    """Wilson's score interval of a proportion: (low, high) in [0, 1].
+
+    Raises ValueError unless 0 ≤ successes ≤ count, count > 0 and 0 < confidence < 1.
+    """
     check(count > 0, "count", count, "positive")
     check(0 <= successes <= count, "successes", successes, f"between 0 and count ({count})")
     check(0 < confidence < 1, "confidence", confidence, "between 0 and 1")
@@ -136,9 +139,8 @@ def rouge_l(explanation: str, reference: str) -> float:
 def evaluate_detection(outcomes: Sequence[DetectionOutcome]) -> DetectionSummary:
     """All metrics of a run, over everything and per group. Raises ValueError if there are no outcomes."""
     check(len(outcomes) > 0, "outcomes", list(outcomes), "at least one outcome")
-    scores = [
-        rouge_l(o.explanation, o.reference) if o.reference else None for o in outcomes
-    ]  # the slow part: once per image
+    # The slow part, so once per image and not once per table.
+    scores = [rouge_l(o.explanation, o.reference) if o.reference else None for o in outcomes]
     everything = list(range(len(outcomes)))
     reals = [i for i in everything if outcomes[i].label == REAL]
     members: dict[str, list[int]] = {}

@@ -1,4 +1,7 @@
-"""Pictures of a report: grids of sample images as PNG, training curves as inline SVG. The same input gives the same bytes."""
+"""Pictures of a report: grids of sample images as PNG, training curves as inline SVG.
+
+The same input gives the same bytes.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter, MaxNLocator, NullFormatter
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 
@@ -49,7 +52,7 @@ def tile(
     for name, value, least in (("columns", columns, 1), ("scale", scale, 1), ("gap", gap, 0)):
         check(value >= least, name, value, f"at least {least}")
     check(high > 0, "high", high, "positive")
-    grey = np.round(np.clip(np.nan_to_num(array) / high, 0, 1) * 255).astype(np.uint8)
+    grey = _bytes(array, high)
     colour = grey if grey.ndim == 4 else np.repeat(grey[..., None], 3, axis=3)
     count, height, width = colour.shape[:3]
     columns = min(columns, count)
@@ -60,6 +63,11 @@ def tile(
         canvas[y : y + height, x : x + width, :3] = colour[i]
         canvas[y : y + height, x : x + width, 3] = 255
     return canvas.repeat(scale, axis=0).repeat(scale, axis=1)
+
+
+def _bytes(images: NDArray[np.float64], high: float) -> NDArray[np.uint8]:
+    """0..high as 0..255; values outside are clipped, NaN is black."""
+    return np.round(np.clip(np.nan_to_num(images) / high, 0, 1) * 255).astype(np.uint8)
 
 
 def save_image_grid(
@@ -82,22 +90,37 @@ def save_image_grid(
     return path
 
 
-def data_uri(images: ArrayLike, *, columns: int, scale: int = 6, gap: int = 1, high: float = PIXEL_MAX) -> str:
-    """The same picture as a ``data:`` address for an HTML page."""
-    png = _png(tile(images, columns=columns, scale=scale, gap=gap, high=high))
-    return "data:image/png;base64," + base64.b64encode(png).decode("ascii")
+def data_uri(images: ArrayLike, *, columns: int, size: int, high: float = PIXEL_MAX) -> str:
+    """Images (see ``tile``) as one ``data:`` address for an HTML page, each about ``size`` pixels high.
+
+    Small ones are enlarged by a whole factor (nearest neighbour), large ones reduced (Lanczos), so a page stays small.
+    """
+    array = np.asarray(images, dtype=np.float64)
+    height, width = array.shape[1:3]
+    if height > size:
+        array, high = _reduced(array, size, max(1, round(width * size / height)), high), 255.0
+    pixels = tile(array, columns=columns, scale=max(1, size // height), gap=max(1, array.shape[1] // 8), high=high)
+    return "data:image/png;base64," + base64.b64encode(_png(pixels)).decode("ascii")
+
+
+def _reduced(images: NDArray[np.float64], height: int, width: int, high: float) -> NDArray[np.float64]:
+    """Images [N, H, W] or [N, H, W, 3] at another size, values 0..255."""
+    pictures = [Image.fromarray(image) for image in _bytes(images, high)]
+    small = [picture.resize((width, height), Image.Resampling.LANCZOS) for picture in pictures]
+    return np.stack([np.asarray(image, dtype=np.float64) for image in small])
 
 
 def _png(pixels: NDArray[np.uint8]) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels, "RGBA").save(buffer, format="PNG", optimize=True)
+    Image.fromarray(pixels).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
 def line_chart(steps: Sequence[float], values: Sequence[float], *, name: str, salt: str) -> str:
-    """One training curve as an ``<svg>`` element: every point faintly, a moving mean on top; values > 0 over more
-    than a factor of 20 get a logarithmic axis. Colours are the page's ``currentColor`` and ``var(--accent)``.
+    """One training curve as an ``<svg>`` element: every point faintly, a moving mean on top.
 
+    Positive values that span more than a factor of 20 get a logarithmic axis. More than ``MAX_POINTS`` points are
+    averaged. Colours are the page's ``currentColor`` and ``var(--accent)``.
     ``name`` is its label for screen readers; ``salt`` must differ between the charts of a page (it makes ids unique).
     """
     step, value = np.asarray(steps, dtype=np.float64), np.asarray(values, dtype=np.float64)
@@ -106,7 +129,7 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, name: str, sa
     step, value = _thin(step[keep]), _thin(value[keep])
     window = max(1, len(value) // 20) | 1
     with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(4.0, 2.3), layout="constrained")
+        figure = Figure(figsize=(3.3, 2.1), layout="constrained")
         FigureCanvasSVG(figure)
         axes = figure.add_subplot()
         if window > 1:
@@ -126,8 +149,9 @@ def _dress(axes: matplotlib.axes.Axes, value: NDArray[np.float64]) -> None:
     """Axes with little ink: two spines, a faint grid, few labels."""
     if len(value) and value.min() > 0 and value.max() / value.min() > 20:
         axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False))
-        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.yaxis.set_minor_locator(NullLocator())
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))

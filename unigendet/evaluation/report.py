@@ -1,4 +1,8 @@
-"""The report of a run: ``report.json`` (the numbers), ``report.html`` (a page to look at) and a table for the terminal."""
+"""The report of a run.
+
+``report.json`` holds the numbers, ``report.html`` is a page to look at, and ``format_table`` ends the run in the
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +23,7 @@ from unigendet.evaluation.figures import data_uri, line_chart, save_image_grid
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, plain
 
 _MISSING = "–"
+_NBSP = "\u00a0"  # a number does not part from its unit at the end of a line
 
 
 def write_report(folder: str | Path, results: RunResults) -> Path:
@@ -31,8 +36,8 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
       ``environment`` {versions {package: version}, platform, commit}; ``settings``; ``durations`` {what: seconds};
       ``aims`` [{name, value, aim, higher_is_better, kind, meaning, reached}];
       ``curves`` {stage: [{step, name: value, ...}]};
-      ``detection`` null or {overall, groups [...] (fields of ``DetectionMetrics``), confusion {label: {verdict: count}},
-      roles {group: role}}; ``examples`` [fields of ``DetectionOutcome``];
+      ``detection`` null or {overall, groups [...] (fields of ``DetectionMetrics``),
+      confusion {label: {verdict: count}}, roles {group: role}}; ``examples`` [fields of ``DetectionOutcome``];
       ``agreement`` {what: fields of ``Agreement``}; ``frechet`` {what: distance};
       ``reference`` null or fields of ``JudgeReference``; ``grids`` [{title, rows}].
 
@@ -45,8 +50,9 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
     (folder / "report.json").write_text(text + "\n", encoding="utf-8")
     for i, grid in enumerate(results.grids):
         slug = re.sub(r"[^a-z0-9]+", "-", grid.title.lower()).strip("-")
-        images = grid.images.reshape(-1, *grid.images.shape[2:])
-        save_image_grid(images, folder / "grids" / f"{i:02d}-{slug}.png", columns=grid.images.shape[1], high=grid.high)
+        images, (_, columns, height) = grid.images.reshape(-1, *grid.images.shape[2:]), grid.images.shape[:3]
+        path = folder / "grids" / f"{i:02d}-{slug}.png"
+        save_image_grid(images, path, columns=columns, scale=max(1, 64 // height), high=grid.high)
     page = folder / "report.html"
     page.write_text(_render(results, data), encoding="utf-8")
     return page
@@ -68,7 +74,7 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
         charts=_charts(data["curves"]),
         sample_tables=list(_sample_tables(results.grids)),
         examples=[
-            {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, scale=12, high=e.high)}
+            {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
             for e in results.examples
         ],
         digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
@@ -79,15 +85,15 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
 
 def percent(value: float | None) -> str:
     """A fraction as "97.3 %"; a dash if undefined."""
-    return _MISSING if value is None else f"{100 * value:.1f} %"
+    return _MISSING if value is None else f"{100 * value:.1f}{_NBSP}%"
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number with ``digits`` significant digits, never in powers of ten; a dash if undefined."""
+    """A number with ``digits`` significant digits; a dash if undefined."""
     if value is None:
         return _MISSING
     rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.12g}"
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.9g}"
 
 
 def seconds(value: float | None) -> str:
@@ -95,7 +101,7 @@ def seconds(value: float | None) -> str:
     if value is None:
         return _MISSING
     if value < 59.95:
-        return f"{value:.1f} s"
+        return f"{value:.1f}{_NBSP}s"
     whole = round(value)
     return (
         f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
@@ -138,7 +144,7 @@ def _charts(curves: Mapping[str, list[dict[str, float | None]]]) -> dict[str, li
                 steps, values = zip(*known, strict=True)
                 svg = line_chart(steps, values, name=f"{stage}: {name} by step", salt=f"{stage}/{name}")
                 last = {"step": number(steps[-1], 9), "value": number(values[-1])}
-                charts[stage].append({"name": name, "svg": Markup(svg), "last": last})  # noqa: S704
+                charts[stage].append({"name": name, "svg": Markup(svg), "last": last})
     return charts
 
 
@@ -148,9 +154,16 @@ def _sample_tables(grids: tuple[ImageGrid, ...]) -> Iterator[dict[str, Any]]:
         together = list(group)
         lines = []
         for i, prompt in enumerate(rows):
-            strips = [data_uri(g.images[i], columns=g.images.shape[1], high=g.high) for g in together]
+            strips = [
+                data_uri(g.images[i], columns=g.images.shape[1], size=_strip_size(g), high=g.high) for g in together
+            ]
             lines.append({"prompt": prompt, "strips": strips})
         yield {"titles": [grid.title for grid in together], "lines": lines}
+
+
+def _strip_size(grid: ImageGrid) -> int:
+    """Height of a sample on the page: tiny images are enlarged, large ones kept to what a strip can show."""
+    return min(max(48, grid.images.shape[2]), 160)
 
 
 def _bars(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -232,5 +245,5 @@ def _generation_table(results: RunResults) -> Table:
         )
     if results.reference is not None:
         r = results.reference
-        table.add_row("real digits (training, same number)", percent(r.svm_accuracy), number(r.frechet_train_matched))
+        table.add_row("real digits", percent(r.svm_accuracy), number(r.frechet_train_matched))
     return table
