@@ -169,6 +169,37 @@ class ModelConfig:
         return _from_dict(cls, values)
 
 
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How a latent image is denoised: Euler steps and classifier-free guidance (published defaults).
+
+    ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t with
+    interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm`` bounds the
+    guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``), or per token and
+    before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
+    """
+
+    num_timesteps: int = 50
+    text_scale: float = 4.0
+    image_scale: float = 1.5
+    interval: tuple[float, float] = (0.4, 1.0)
+    timestep_shift: float = 3.0
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.num_timesteps >= 2, "guidance.num_timesteps", self.num_timesteps, "at least 2 (one step)")
+        check(self.timestep_shift > 0, "guidance.timestep_shift", self.timestep_shift, "positive")
+        check(self.interval[0] <= self.interval[1], "guidance.interval", self.interval, "(low, high) with low <= high")
+        check(
+            self.renorm in ("global", "channel", "text_channel"),
+            "guidance.renorm",
+            self.renorm,
+            "'global', 'channel' or 'text_channel'",
+        )
+        check(0 <= self.renorm_min <= 1, "guidance.renorm_min", self.renorm_min, "in [0, 1]")
+
+
 _NESTED = {"vision": VisionConfig, "latent": LatentConfig, "special_tokens": SpecialTokens}
 
 

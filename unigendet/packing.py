@@ -211,6 +211,12 @@ def patchify(image: Tensor, patch: int) -> Tensor:
     )
 
 
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """The inverse of ``patchify``: [rows·columns, p·p·C] → [C, p·rows, p·columns]."""
+    image = tokens.reshape(rows, columns, patch, patch, -1).permute(4, 0, 2, 1, 3)
+    return image.reshape(-1, rows * patch, columns * patch)
+
+
 _TEXT, _VIT, _LATENT = range(3)  # kinds of token, in the order in which the model concatenates their embeddings
 
 

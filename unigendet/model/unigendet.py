@@ -7,7 +7,7 @@ Sizes, names and maths: paper section 3; the published parameter names are known
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +68,13 @@ class UniGenDet(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.vae2llm.weight.device
+
+    def new_cache(self, capacity: Sequence[int]) -> KVCache:
+        """An empty cache with ``capacity[i]`` key rows for sample i, on the model's device, in the dtype its keys will have."""
+        dtype, device = self.vae2llm.weight.dtype, self.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return KVCache(self.config, capacity, device=device, dtype=dtype)
 
     def forward(
         self,
