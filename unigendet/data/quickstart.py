@@ -34,7 +34,6 @@ _SPLIT_SEED = 0  # the split is part of the task's definition, not of a run
 _TEST_IMAGES = 397
 _COMPONENTS = 12  # principal components per class: 83 to 93 % of its variance
 _MIXTURE = 4  # Gaussians per class
-_MERGE_FREQUENCY = 80  # above any one caption's count (about 35), below any digit word's (about 140)
 _BANDWIDTH = 1.5  # of the kernel density, in grey levels
 
 
@@ -126,7 +125,7 @@ _WORDS = {  # from the lowest of the property's values to the highest
     "haze": ("thin haze", "some haze", "thick haze"),
     "edges": ("soft edges", "even edges", "crisp edges"),
     "ink": ("pale ink", "medium ink", "dark ink"),
-    "pieces": ("one whole stroke", "a broken stroke"),
+    "pieces": ("a whole stroke", "a broken stroke"),
 }
 
 
@@ -257,14 +256,13 @@ class QuickstartData:
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of at most 512 tokens, trained on every training text as often as it occurs.
 
-        Each clause of an answer becomes one token. In captions the digit keeps a token of its own, or the model could not
-        read it in a phrase it has not seen.
+        Each clause of an answer becomes one token. In captions the digit's word is kept apart from the phrase around it.
         """
         detection = json.loads(self.train_detection.read_text(encoding="utf-8"))
         captions = json.loads(self.train_captions.read_text(encoding="utf-8"))
         texts = [turn["value"].removeprefix("<image>") for entry in detection for turn in entry["conversations"]]
         texts += [entry["prompt"] for entry in captions]
-        return train_tokenizer(texts, 512, min_frequency=_MERGE_FREQUENCY)
+        return train_tokenizer(texts, 512, words=DIGIT_NAMES)
 
 
 def build_quickstart_data(folder: str | Path, seed: int = 0, *, fakes_per_real: int = 3) -> QuickstartData:

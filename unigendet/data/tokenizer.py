@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -67,7 +68,7 @@ class Tokenizer:
         self.__init__(tokenizers.Tokenizer.from_str(state))
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, *, min_frequency: int = 2) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, *, words: Sequence[str] = ()) -> Tokenizer:
     """Train a byte-level BPE on ``texts``; the same texts give the same tokenizer.
 
     Merges may cross spaces but not the end of a clause (``. , : ; ? !``) or a line: the clauses of templated
@@ -76,15 +77,16 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, *, min_frequenc
     Args:
         texts: training texts; how often one occurs counts.
         vocab_size: at most so many tokens: 4 special ones (ids 0 to 3), 256 bytes, and merges.
-        min_frequency: two tokens merge only if they meet at least so often.
+        words: whole words that no merge crosses into, so they read the same in a phrase that is not among ``texts``.
     """
     least = len(SPECIAL_TOKENS) + 256
     if vocab_size < least:
         raise ValueError(f"vocab_size is {vocab_size}; it must be at least {least} (special tokens and bytes)")
     backend = tokenizers.Tokenizer(models.BPE())
+    alone = "|".join(["\\n", *(rf"\b{re.escape(word)}\b" for word in words)])
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split("\n", behavior="isolated"),
+            pre_tokenizers.Split(Regex(alone), behavior="isolated"),
             pre_tokenizers.Split(Regex(r"[.,:;?!]+"), behavior="merged_with_previous"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
@@ -92,7 +94,6 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512, *, min_frequenc
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        min_frequency=min_frequency,
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
