@@ -1,0 +1,73 @@
+"""Sizes of the images of a pack, in the form that the ops take: a flat CPU table, read inside the operators only.
+
+The objects are built once per pack. A table's values never become constants of a compiled graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from unigendet.ops._arguments import reject
+
+
+def _table(name: str, sizes: Sequence[Sequence[int]], fields: tuple[str, ...]) -> Tensor:
+    need = f"a non-empty list of ({', '.join(fields)}), all positive integers"
+    sizes = [tuple(size) for size in sizes]
+    if not sizes or any(
+        len(size) != len(fields) or not all(isinstance(n, int) and n > 0 for n in size) for size in sizes
+    ):
+        reject(name, sizes, need)
+    return torch.tensor(sizes, dtype=torch.int64).flatten()
+
+
+def check_table(grids: object, kind: type) -> Tensor:
+    """Return ``grids.table`` after checking that ``grids`` is a ``kind``."""
+    if not isinstance(grids, kind):
+        reject("grids", f"a {type(grids).__name__}", f"a {kind.__name__}")
+    return grids.table
+
+
+@dataclass(frozen=True, eq=False)
+class LatentGrids:
+    """Sizes in latent tokens of the latent images of a pack, in the pack's order.
+
+    ``table`` int64 [2·images] on the CPU: h, w of each image, one after another; ``rows``: Σ h·w, all latent tokens.
+    """
+
+    table: Tensor
+    rows: int
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[tuple[int, int]]) -> LatentGrids:
+        """Build from a list of (h, w); ValueError if it is empty or a size is no positive integer."""
+        table = _table("sizes", sizes, ("h", "w"))
+        return cls(table, sum(h * w for h, w in sizes))
+
+
+@dataclass(frozen=True, eq=False)
+class ImageGrids:
+    """Sizes in tokens of each image's student grid (latent tokens) and teacher grid (ViT patches), in the pack's order.
+
+    ``table`` int64 [4·images] on the CPU: h, w, teacher h, teacher w of each image; ``student_rows``: Σ h·w;
+    ``teacher_rows``: Σ teacher h · teacher w.
+    """
+
+    table: Tensor
+    student_rows: int
+    teacher_rows: int
+
+    @classmethod
+    def from_sizes(cls, sizes: Sequence[tuple[int, int, int, int]]) -> ImageGrids:
+        """Build from a list of (h, w, teacher_h, teacher_w); ValueError if empty or a size is no positive integer."""
+        table = _table("sizes", sizes, ("h", "w", "teacher_h", "teacher_w"))
+        return cls(table, sum(size[0] * size[1] for size in sizes), sum(size[2] * size[3] for size in sizes))
+
+
+def rows_of(table: Tensor, fields: int) -> Iterator[tuple[int, ...]]:
+    """Iterate over the images of a flat ``table`` with ``fields`` numbers each."""
+    values = table.tolist()
+    return zip(*(values[i::fields] for i in range(fields)), strict=True)
