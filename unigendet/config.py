@@ -211,6 +211,32 @@ class DataConfig:
         check("{caption}" in prompt, "teacher_prompt", prompt, "a text that contains {caption}")
 
 
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are drawn and packed. The defaults are GDUF's; DIGA's ``max_tokens`` is 23,000.
+
+    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``prefetch`` packs
+    per worker are made ahead. ``cache`` keeps every sample in memory once it is made (for small data).
+    """
+
+    max_tokens: int = 32768
+    max_sample_tokens: int = 16384
+    seed: int = 0
+    shuffle: bool = True
+    num_workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.max_tokens > 0, "loader.max_tokens", self.max_tokens, "positive")
+        most = self.max_sample_tokens
+        check(0 < most <= self.max_tokens, "loader.max_sample_tokens", most, f"in 1..max_tokens ({self.max_tokens})")
+        check(self.seed >= 0, "loader.seed", self.seed, "at least 0")
+        check(self.num_workers >= 0, "loader.num_workers", self.num_workers, "at least 0")
+        check(self.prefetch > 0, "loader.prefetch", self.prefetch, "positive")
+
+
 _NESTED = {
     "vision": VisionConfig,
     "latent": LatentConfig,

@@ -256,7 +256,7 @@ class QuickstartData:
     def tokenizer(self) -> Tokenizer:
         """A tokenizer of at most 512 tokens, trained on every training text as often as it occurs.
 
-        Each clause of an answer becomes one token. In captions the digit's word is kept apart from the phrase around it.
+        Each clause of an answer becomes one token. In captions the digit's word stays apart from the phrase around it.
         """
         detection = json.loads(self.train_detection.read_text(encoding="utf-8"))
         captions = json.loads(self.train_captions.read_text(encoding="utf-8"))
