@@ -30,6 +30,8 @@ logger = logging.getLogger(__name__)
 Item = Sample | tuple[Sample, ...]  # one sample, or a student and its teacher
 Batch = list[Item] | PackedBatch | tuple[PackedBatch, ...]
 
+_END = -1  # in place of a pack's number: the shard has nothing left
+
 
 @dataclass(frozen=True)
 class Source:
@@ -83,7 +85,7 @@ class _Packer:
 class _Shards(IterableDataset):
     """The data set that torch's DataLoader iterates, in each worker over its own shard.
 
-    Yields (batch, worker number, number of the pack in its shard, position after it).
+    Yields (batch, worker number, number of the pack in its shard or _END, position after it).
     """
 
     def __init__(
@@ -114,6 +116,7 @@ class _Shards(IterableDataset):
         while True:
             items = self._gather(shard, position)
             if not items:
+                yield [], worker, _END, position  # samples left out after the last pack still count
                 return
             index = position.packs
             position.packs += 1
@@ -237,10 +240,13 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         shards = self._shards
         for batch, worker, index, position in self._batches():
+            shards.next_worker = (worker + 1) % shards.workers
+            if index == _END:
+                shards.positions[worker] = position
+                continue
             if self._encode is not None:
                 batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
             shards.positions[worker] = position
-            shards.next_worker = (worker + 1) % shards.workers
             yield batch
 
     def _batches(self) -> DataLoader:
