@@ -17,7 +17,6 @@ from unigendet.data.quickstart import data_config
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.packing import ConditionDropout, PackedBatch, Sample, Text
 
-
 # Three workers on a machine of two cores are what some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
