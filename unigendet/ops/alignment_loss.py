@@ -105,8 +105,8 @@ def _reference(
         loss = loss + kappa * (1 - cos).sum()
         dstudent.append(-kappa * (r / r_norm - (s_length > _EPS) * cos * s / s_norm) / s_norm)
         dteacher.append(resize.T @ (-kappa * (s / s_norm - (r_length > _EPS) * cos * r / r_norm) / r_norm))
-    nothing = torch.empty(0, dtype=dtype, device=student.device)
-    return loss, torch.cat(dstudent) if needs_student else nothing, torch.cat(dteacher) if needs_teacher else nothing
+    gradients = ((needs_student, torch.cat(dstudent)), (needs_teacher, torch.cat(dteacher)))
+    return loss, *(g if needed else torch.empty(0, dtype=dtype, device=g.device) for needed, g in gradients)
 
 
 def _torch(
@@ -238,6 +238,7 @@ def alignment_loss(
         weight: factor of the loss.
         normalizer: what the sum is divided by: None for the number of student tokens, a positive number, or a 0-d
             tensor on student's device (all ranks' number of tokens; the host does not read it, it gets no gradient).
+            In a compiled graph a number is a constant, a tensor is not.
         backend: "auto", "reference" or "torch".
 
     Returns:

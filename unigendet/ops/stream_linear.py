@@ -72,7 +72,7 @@ def _reference_backward(
     dtype = compute_dtype(dy)
     streams = (slice(0, n), slice(n, None))
     dy = dy.to(dtype)
-    results = [torch.empty(0, dtype=dtype, device=dy.device)] * 5
+    results = [torch.empty(0, dtype=dtype, device=dy.device) for _ in range(5)]
     if output_mask[0]:
         results[0] = torch.cat([dy[s] @ w.to(dtype) for s, w in zip(streams, (weight_und, weight_gen), strict=True)])
     for i, s in enumerate(streams):
