@@ -1,0 +1,204 @@
+"""Detection metrics: real/fake verdicts per generator or category, and the text quality of the explanations.
+
+Conventions, each of which changes numbers, so each is stated once, here:
+
+- Label and verdict 1 mean real, 0 mean fake; ``probability`` is that of *real*.
+- *Fake is the positive class* of F1, average precision and ROC-AUC, since a detector's find is a fake. ``f1_real`` is
+  F1 with real as the positive class (what a metric library computes from the raw labels); their mean is the macro F1.
+- An answer that could not be parsed, or a request that failed, is a wrong verdict: it stays in every denominator. One
+  without a probability ranks as the worst possible one (a fake: the surest real; a real: the surest fake).
+- A group with images of both labels (a FakeClue category) is scored on its own images. A group with fakes only (a
+  generator) is set against *all* real images for balanced accuracy, F1, average precision and ROC-AUC. Its accuracy
+  and ROUGE-L always cover its own images only.
+  (F1 and average precision depend on the ratio of fakes to reals; balanced accuracy and ROC-AUC do not.)
+- A metric that is undefined (a class is missing, nothing to compare) is None, never NaN or a made-up 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+from rouge_score.rouge_scorer import RougeScorer
+from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
+
+from unigendet.config import check
+
+REAL, FAKE = 1, 0
+
+_VERDICT = re.compile(r"\W*this\s+is\s+an?\s+(real|fake)\s+image\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DetectionOutcome:
+    """What the detector said about one image.
+
+    ``name``: the image (a path or an id, unique in a run). ``group``: generator or category. ``label``: 1 real, 0 fake.
+    ``verdict``: 1, 0 or None (unparsed answer or failed request). ``probability`` of real in [0, 1], None if there is
+    none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is none.
+    """
+
+    name: str
+    group: str
+    label: int
+    verdict: int | None
+    probability: float | None = None
+    explanation: str = ""
+    reference: str = ""
+
+    def __post_init__(self) -> None:
+        check(self.label in (REAL, FAKE), "label", self.label, "1 (real) or 0 (fake)")
+        check(self.verdict in (REAL, FAKE, None), "verdict", self.verdict, "1 (real), 0 (fake) or None (unparsed)")
+        p = self.probability
+        check(p is None or (math.isfinite(p) and 0 <= p <= 1), "probability", p, "in [0, 1] or None")
+
+    @property
+    def correct(self) -> bool:
+        """Whether the verdict is the label; never so without a verdict."""
+        return self.verdict == self.label
+
+
+@dataclass(frozen=True)
+class DetectionMetrics:
+    """The metrics of one group, or of everything; the module's docstring says how they are defined.
+
+    ``count`` = ``real`` + ``fake`` images of the group itself; ``borrowed_real``: real images of other groups it was
+    set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a reference, over which
+    ``rouge_l`` (mean ROUGE-L F-measure) runs.
+    """
+
+    group: str
+    count: int
+    real: int
+    fake: int
+    unparsed: int
+    accuracy: float
+    accuracy_interval: tuple[float, float]
+    borrowed_real: int
+    balanced_accuracy: float | None
+    f1: float | None
+    f1_real: float | None
+    average_precision: float | None
+    roc_auc: float | None
+    explained: int
+    rouge_l: float | None
+
+
+@dataclass(frozen=True)
+class DetectionSummary:
+    """``overall``, one entry per group (in order of first appearance), and ``confusion``: label → verdict → count."""
+
+    overall: DetectionMetrics
+    groups: tuple[DetectionMetrics, ...]
+    confusion: dict[str, dict[str, int]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain nested dicts and lists, ready for JSON."""
+        return dataclasses.asdict(self)
+
+
+def parse_verdict(text: str) -> int | None:
+    """1 for an answer that begins "This is a real image", 0 for "This is a fake image", None for any other text.
+
+    Case, white space and punctuation before the sentence (quotes, markup) do not matter; a verdict further on does not
+    count.
+    """
+    found = _VERDICT.match(text)
+    return None if found is None else (REAL if found[1].lower() == "real" else FAKE)
+
+
+def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's score interval of a proportion: (low, high) in [0, 1].
+
+    Raises ValueError unless 0 ≤ successes ≤ count, count > 0 and 0 < confidence < 1.
+    """
+    check(count > 0, "count", count, "positive")
+    check(0 <= successes <= count, "successes", successes, f"between 0 and count ({count})")
+    check(0 < confidence < 1, "confidence", confidence, "between 0 and 1")
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    p = successes / count
+    centre = (p + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
+    # At p = 0 and p = 1 the ends are exactly 0 and 1; rounding must not push them past.
+    return (0.0 if successes == 0 else max(0.0, centre - half)), (
+        1.0 if successes == count else min(1.0, centre + half)
+    )
+
+
+def rouge_l(explanation: str, reference: str) -> float:
+    """ROUGE-L F-measure in [0, 1] of two texts (rouge-score, no stemming)."""
+    return RougeScorer(["rougeL"], use_stemmer=False).score(reference, explanation)["rougeL"].fmeasure
+
+
+def evaluate_detection(outcomes: Sequence[DetectionOutcome]) -> DetectionSummary:
+    """All metrics of a run, over everything and per group. Raises ValueError if there are no outcomes."""
+    check(len(outcomes) > 0, "outcomes", list(outcomes), "at least one outcome")
+    # The slow part, so once per image and not once per table.
+    scores = [rouge_l(o.explanation, o.reference) if o.reference else None for o in outcomes]
+    everything = list(range(len(outcomes)))
+    reals = [i for i in everything if outcomes[i].label == REAL]
+    members: dict[str, list[int]] = {}
+    for i, outcome in enumerate(outcomes):
+        members.setdefault(outcome.group, []).append(i)
+    return DetectionSummary(
+        overall=_metrics("overall", outcomes, scores, everything, reals),
+        groups=tuple(_metrics(group, outcomes, scores, own, reals) for group, own in members.items()),
+        confusion=_confusion(outcomes),
+    )
+
+
+def _metrics(
+    group: str, outcomes: Sequence[DetectionOutcome], scores: Sequence[float | None], own: list[int], reals: list[int]
+) -> DetectionMetrics:
+    real = sum(outcomes[i].label for i in own)
+    borrowed = reals if real == 0 else []
+    correct = sum(outcomes[i].correct for i in own)
+    rouge = [scores[i] for i in own if scores[i] is not None]
+    return DetectionMetrics(
+        group=group,
+        count=len(own),
+        real=real,
+        fake=len(own) - real,
+        unparsed=sum(outcomes[i].verdict is None for i in own),
+        accuracy=correct / len(own),
+        accuracy_interval=wilson_interval(correct, len(own)),
+        borrowed_real=len(borrowed),
+        **_two_class_metrics([outcomes[i] for i in own + borrowed]),
+        explained=len(rouge),
+        rouge_l=math.fsum(rouge) / len(rouge) if rouge else None,
+    )
+
+
+def _two_class_metrics(outcomes: list[DetectionOutcome]) -> dict[str, float | None]:
+    """The metrics that need both classes; all None if one is missing."""
+    names = ("balanced_accuracy", "f1", "f1_real", "average_precision", "roc_auc")
+    label = np.array([o.label for o in outcomes])
+    if label.min() == label.max():
+        return dict.fromkeys(names)
+    verdict = np.array([1 - o.label if o.verdict is None else o.verdict for o in outcomes])
+    # zero_division=0: no fake found among fakes that exist is an F1 of 0, not an undefined one.
+    values = [balanced_accuracy_score(label, verdict)]
+    values += [f1_score(label, verdict, pos_label=positive, zero_division=0) for positive in (FAKE, REAL)]
+    if all(o.probability is None for o in outcomes):
+        values += [None, None]
+    else:
+        # One minus the probability of real ranks fakes; -1 and 2 lie beyond every probability, on the wrong side.
+        rank = np.array(
+            [(2.0 if o.label == REAL else -1.0) if o.probability is None else 1.0 - o.probability for o in outcomes]
+        )
+        values += [average_precision_score(label == FAKE, rank), roc_auc_score(label == FAKE, rank)]
+    return {name: None if value is None else float(value) for name, value in zip(names, values, strict=True)}
+
+
+def _confusion(outcomes: Sequence[DetectionOutcome]) -> dict[str, dict[str, int]]:
+    words = {REAL: "real", FAKE: "fake", None: "unparsed"}
+    table = {label: dict.fromkeys(words.values(), 0) for label in ("real", "fake")}
+    for outcome in outcomes:
+        table[words[outcome.label]][words[outcome.verdict]] += 1
+    return table

@@ -1,0 +1,249 @@
+"""The report of a run.
+
+``report.json`` holds the numbers, ``report.html`` is a page to look at, and ``format_table`` ends the run in the
+terminal.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from unigendet.evaluation.figures import data_uri, line_chart, save_image_grid
+from unigendet.evaluation.results import Aim, ImageGrid, RunResults, plain
+
+_MISSING = "–"
+_NBSP = "\u00a0"  # a number does not part from its unit at the end of a line
+
+
+def write_report(folder: str | Path, results: RunResults) -> Path:
+    """Write the report of a run into ``folder`` (made if need be) and return the path of the page.
+
+    - ``report.html``: one self-contained page without scripts.
+    - ``grids/NN-title.png``: the sample grids.
+    - ``report.json``, schema 1; an undefined or not-finite number is null:
+      ``schema, title, summary, seed``;
+      ``environment`` {versions {package: version}, platform, commit}; ``settings``; ``durations`` {what: seconds};
+      ``aims`` [{name, value, aim, higher_is_better, kind, meaning, reached}];
+      ``curves`` {stage: [{step, name: value, ...}]};
+      ``detection`` null or {overall, groups [...] (fields of ``DetectionMetrics``),
+      confusion {label: {verdict: count}}, roles {group: role}}; ``examples`` [fields of ``DetectionOutcome``];
+      ``agreement`` {what: fields of ``Agreement``}; ``frechet`` {what: distance};
+      ``reference`` null or fields of ``JudgeReference``; ``grids`` [{title, rows}].
+
+    The same results give the same bytes: no time stamps, no random ids.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = results.to_dict()
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
+    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    for i, grid in enumerate(results.grids):
+        slug = re.sub(r"[^a-z0-9]+", "-", grid.title.lower()).strip("-")
+        images, (_, columns, height) = grid.images.reshape(-1, *grid.images.shape[2:]), grid.images.shape[:3]
+        path = folder / "grids" / f"{i:02d}-{slug}.png"
+        save_image_grid(images, path, columns=columns, scale=max(1, 64 // height), high=grid.high)
+    page = folder / "report.html"
+    page.write_text(_render(results, data), encoding="utf-8")
+    return page
+
+
+def _render(results: RunResults, data: dict[str, Any]) -> str:
+    # StrictUndefined: a name that the template and this file spell differently is an error, not a blank.
+    jinja = jinja2.Environment(
+        loader=jinja2.PackageLoader("unigendet.evaluation"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    jinja.filters.update(percent=percent, number=number, seconds=seconds)
+    return jinja.get_template("report.html").render(
+        run=data,
+        aims=[_aim_view(aim) for aim in results.aims],
+        charts=_charts(data["curves"]),
+        sample_tables=list(_sample_tables(results.grids)),
+        examples=[
+            {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
+            for e in results.examples
+        ],
+        digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
+        bars=_bars(data),
+        settings=list(_flat(data["settings"])),
+    )
+
+
+def percent(value: float | None) -> str:
+    """A fraction as "97.3 %"; a dash if undefined."""
+    return _MISSING if value is None else f"{100 * value:.1f}{_NBSP}%"
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number with ``digits`` significant digits; a dash if undefined."""
+    if value is None:
+        return _MISSING
+    rounded = float(f"{value:.{digits}g}")
+    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.9g}"
+
+
+def seconds(value: float | None) -> str:
+    """A duration as "2 min 41 s", or "3.2 s" below a minute; a dash if undefined."""
+    if value is None:
+        return _MISSING
+    if value < 59.95:
+        return f"{value:.1f}{_NBSP}s"
+    whole = round(value)
+    return (
+        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    )
+
+
+_WRITERS = {"percent": percent, "number": number, "seconds": seconds}
+
+
+def _aim_view(aim: Aim) -> dict[str, Any]:
+    write = _WRITERS[aim.kind]
+    sign = "≥" if aim.higher_is_better else "≤"
+    return {
+        "name": aim.name,
+        "value": write(plain(aim.value)),
+        "aim": None if aim.aim is None else f"{sign} {write(aim.aim)}",
+        "state": {None: "none", True: "reached", False: "missed"}[aim.reached],
+        "verdict": _aim_verdict(aim),
+        "meaning": aim.meaning,
+    }
+
+
+def _aim_verdict(aim: Aim) -> str:
+    if aim.reached is None:
+        return "no aim set"
+    if aim.reached:
+        return "reached"
+    return "not measured" if plain(aim.value) is None else "not reached"
+
+
+def _charts(curves: Mapping[str, list[dict[str, float | None]]]) -> dict[str, list[dict[str, Any]]]:
+    """Stage → one chart per name that its points carry."""
+    charts = {}
+    for stage, points in curves.items():
+        names = [name for name in dict.fromkeys(itertools.chain.from_iterable(points)) if name != "step"]
+        charts[stage] = []
+        for name in names:
+            known = [(p["step"], p[name]) for p in points if p.get(name) is not None]
+            if known:
+                steps, values = zip(*known, strict=True)
+                svg = line_chart(steps, values, name=f"{stage}: {name} by step", salt=f"{stage}/{name}")
+                last = {"step": number(steps[-1], 9), "value": number(values[-1])}
+                charts[stage].append({"name": name, "svg": Markup(svg), "last": last})
+    return charts
+
+
+def _sample_tables(grids: tuple[ImageGrid, ...]) -> Iterator[dict[str, Any]]:
+    """Neighbouring grids of the same rows make one table: a row per prompt, a column per grid."""
+    for rows, group in itertools.groupby(grids, key=lambda grid: grid.rows):
+        together = list(group)
+        lines = []
+        for i, prompt in enumerate(rows):
+            strips = [
+                data_uri(g.images[i], columns=g.images.shape[1], size=_strip_size(g), high=g.high) for g in together
+            ]
+            lines.append({"prompt": prompt, "strips": strips})
+        yield {"titles": [grid.title for grid in together], "lines": lines}
+
+
+def _strip_size(grid: ImageGrid) -> int:
+    """Height of a sample on the page: tiny images are enlarged, large ones kept to what a strip can show."""
+    return min(max(48, grid.images.shape[2]), 160)
+
+
+def _bars(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """The Fréchet distances with those of real digits, each with its share of the longest, in percent."""
+    bars = [{"name": name, "value": value, "real": False} for name, value in data["frechet"].items()]
+    if data["reference"] is not None:
+        same_size, everything = data["reference"]["frechet_train_matched"], data["reference"]["frechet_train"]
+        bars.append({"name": "real training digits, same number", "value": same_size, "real": True})
+        bars.append({"name": "real training digits, all", "value": everything, "real": True})
+    longest = max((bar["value"] for bar in bars if bar["value"] is not None), default=0)
+    return [{**bar, "share": round(100 * (bar["value"] or 0) / longest, 1) if longest else 0} for bar in bars]
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+    """Nested settings as ("a.b.c", "value") pairs."""
+    if isinstance(value, Mapping):
+        for key, entry in value.items():
+            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+    else:
+        yield name, json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
+
+
+def format_table(results: RunResults) -> Group:
+    """The end of a run in the terminal: headline numbers against their aims, detection per group, generation.
+
+    Print it with ``rich.console.Console().print(format_table(results))``.
+    """
+    parts: list[Table] = []
+    if results.aims:
+        parts.append(_aims_table(results))
+    if results.detection is not None:
+        parts.append(_detection_table(results))
+    if results.agreement or results.frechet:
+        parts.append(_generation_table(results))
+    return Group(*parts)
+
+
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    table.add_column(first)
+    for name in numbers:
+        table.add_column(name, justify="right")
+    return table
+
+
+def _aims_table(results: RunResults) -> Table:
+    table = _table(results.title, "", "value", "aim")
+    table.add_column("")
+    styles = {"reached": "green", "missed": "red", "none": "dim"}
+    for view in map(_aim_view, results.aims):
+        # Text, not str: a name with square brackets is not markup.
+        table.add_row(
+            Text(view["name"]), view["value"], view["aim"] or _MISSING, Text(view["verdict"], styles[view["state"]])
+        )
+    return table
+
+
+def _detection_table(results: RunResults) -> Table:
+    table = _table("Detection", "images", "n", "unparsed", "accuracy", "balanced", "F1", "AP", "AUC", "ROUGE-L")
+    for m in (*results.detection.groups, results.detection.overall):
+        role = results.roles.get(m.group)
+        table.add_row(
+            Text(f"{m.group} ({role})" if role and role != m.group else m.group),
+            str(m.count),
+            str(m.unparsed),
+            *map(percent, (m.accuracy, m.balanced_accuracy, m.f1, m.average_precision, m.roc_auc, m.rouge_l)),
+        )
+    return table
+
+
+def _generation_table(results: RunResults) -> Table:
+    table = _table("Generation", "images", "prompt agreement", "Fréchet distance")
+    for name in dict.fromkeys([*results.agreement, *results.frechet]):
+        agreement = results.agreement.get(name)
+        table.add_row(
+            Text(name),
+            percent(agreement.accuracy if agreement else None),
+            number(plain(results.frechet.get(name))),
+        )
+    if results.reference is not None:
+        r = results.reference
+        table.add_row("real digits", percent(r.svm_accuracy), number(r.frechet_train_matched))
+    return table

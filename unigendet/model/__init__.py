@@ -1,0 +1,1 @@
+"""The model: decoder, ViT, embeddings, heads, cache, losses, checkpoints."""

@@ -1,0 +1,147 @@
+"""The losses of both training stages, from a model's output.
+
+    GDUF   mse_weight · MSE + ce_weight · CE + label_weight · CE_real/fake               (paper section 3.2)
+    DIGA   mse_weight · MSE + diga_weight · (1 − mean cos(resized teacher, φ(student)))  (paper section 3.3)
+
+MSE is the mean over noised latent tokens of the channels' mean squared velocity error; CE the mean over text tokens with loss;
+CE_real/fake the mean over labelled samples. ``Counts`` says what those means divide by: by default this pack's own counts, in
+distributed training those of all ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unigendet.model.unigendet import ModelOutput, UniGenDet, latent_rows
+from unigendet.ops import ImageGrids, LatentGrids, alignment_loss, flow_matching, flow_matching_loss
+from unigendet.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Numbers that the means divide by: text tokens with loss, noised latent tokens, labelled samples, aligned latent tokens."""
+
+    targets: float
+    noised: float
+    labels: float
+    aligned: float
+
+    @classmethod
+    def of(cls, batch: PackedBatch) -> Counts:
+        """The counts of one pack."""
+        noised = batch.noised_tokens.shape[0]
+        return cls(batch.targets.shape[0], noised, batch.labels.shape[0], noised)
+
+
+@dataclass(frozen=True)
+class NoisedLatents:
+    """Input and target of flow matching for a pack: ``tokens``, ``target`` [Nl, patch²·channels]; ``timesteps`` [latent images]."""
+
+    tokens: Tensor | None
+    target: Tensor | None
+    timesteps: Tensor | None
+
+
+def shift_timesteps(t: Tensor, shift: float) -> Tensor:
+    """s·t / (1 + (s − 1)·t): moves times towards 1 (noise) for shift s > 1."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sample_timesteps(batch: PackedBatch, shift: float, generator: torch.Generator | None = None) -> Tensor:
+    """Times [latent images], float32: the shifted sigmoid of a normal number for noised images, 0 for clean ones."""
+    u = torch.randn(len(batch.latent_sizes), generator=generator, device=batch.latents.device)
+    return torch.where(batch.noised_images, shift_timesteps(u.sigmoid(), shift), 0.0)
+
+
+def noise_latents(
+    model: UniGenDet, batch: PackedBatch, timesteps: Tensor | None, noise: Tensor | None
+) -> NoisedLatents:
+    """Noise the latents of a pack: ``timesteps`` [latent images], ``noise`` [Nl, patch²·channels]; both None without latents."""
+    if not batch.latent_sizes:
+        return NoisedLatents(None, None, None)
+    latent = model.config.latent
+    grids = LatentGrids.from_sizes(batch.latent_sizes)
+    tokens, target = flow_matching(
+        batch.latents,
+        noise,
+        timesteps,
+        grids,
+        patch_size=latent.patch_size,
+        channels=latent.channels,
+        backend=model.backend,
+    )
+    return NoisedLatents(tokens, target, timesteps)
+
+
+def clean_latents(model: UniGenDet, batch: PackedBatch) -> NoisedLatents:
+    """The latents of a pack as they are (t = 0)."""
+    rows, device = batch.latent_positions.shape[0], batch.latents.device
+    noise = torch.zeros(rows, model.config.latent.token_dim, dtype=batch.latents.dtype, device=device)
+    return noise_latents(model, batch, torch.zeros(len(batch.latent_sizes), device=device), noise)
+
+
+def mse_loss(
+    model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts
+) -> Tensor:
+    """Flow-matching loss of the noised latent tokens; 0 without any."""
+    rows = latent_rows(batch).index_select(0, batch.noised_tokens)
+    error = flow_matching_loss(
+        model.velocity(output.hidden, rows), latents.target.index_select(0, batch.noised_tokens), backend=model.backend
+    )
+    return error.sum() / counts.noised
+
+
+def text_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
+    """Cross-entropy of the predicted tokens."""
+    logits = model.text_logits(output.hidden, batch.target_rows)
+    return F.cross_entropy(logits.float(), batch.targets, reduction="sum") / counts.targets
+
+
+def label_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
+    """Cross-entropy of the real/fake head over the labelled samples."""
+    logits = model.class_logits(output.hidden, batch.label_rows)
+    return F.cross_entropy(logits.float(), batch.labels, reduction="sum") / counts.labels
+
+
+def gduf_losses(
+    model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts | None = None
+) -> dict[str, Tensor]:
+    """The three terms ``mse``, ``ce``, ``label``, unweighted; a term that the pack has nothing for is left out."""
+    counts = counts or Counts.of(batch)
+    losses = {}
+    if batch.noised_tokens.shape[0]:
+        losses["mse"] = mse_loss(model, batch, output, latents, counts)
+    if batch.targets.shape[0]:
+        losses["ce"] = text_loss(model, batch, output, counts)
+    if batch.labels.shape[0]:
+        losses["label"] = label_loss(model, batch, output, counts)
+    return losses
+
+
+def align_loss(
+    model: UniGenDet,
+    batch: PackedBatch,
+    student: Tensor,
+    teacher: Tensor,
+    grids: ImageGrids,
+    counts: Counts | None = None,
+    weight: float = 1.0,
+) -> Tensor:
+    """DIGA's alignment term: ``weight`` · (1 − mean cosine).
+
+    Args:
+        model: its φ projects the student.
+        batch: generation samples; all their latent images are noised and in the order of ``grids``.
+        student: output [T, hidden] of the student's layer, stream-major.
+        teacher: [ΣN', hidden], the teacher's ViT patch features, image by image.
+        grids: student and teacher grids, built once per pack.
+        counts: what the mean divides by.
+        weight: of the loss, inside the kernel, so that the incoming gradient is 1.
+    """
+    counts = counts or Counts.of(batch)
+    projected = model.align(student, latent_rows(batch).index_select(0, batch.noised_tokens))
+    return alignment_loss(projected, teacher, grids, weight=weight, normalizer=counts.aligned, backend=model.backend)

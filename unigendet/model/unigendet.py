@@ -1,0 +1,164 @@
+"""UniGenDet: one decoder that reads text, ViT and latent tokens, writes text, denoises latents and tells real from fake.
+
+The way of a pack: ``embed`` makes the residual stream's first rows out of words, ViT patches and latent tokens (stream-major);
+``decoder`` transforms them; heads read the rows they need: ``text_logits``, ``velocity``, ``class_logits``, and φ, ``align``.
+Sizes, names and maths: paper section 3; the published parameter names are known to ``checkpoint.py`` alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unigendet.config import ModelConfig
+from unigendet.model.cache import KVCache
+from unigendet.model.embeddings import Mlp, TimestepEmbedding, sincos_table
+from unigendet.model.transformer import Decoder
+from unigendet.model.vision import VisionEncoder
+
+if TYPE_CHECKING:
+    from unigendet.packing import PackedBatch
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """``hidden`` [T, hidden] after the final norm, stream-major; ``captured``: outputs of the layers asked for, before any norm."""
+
+    hidden: Tensor
+    captured: dict[int, Tensor]
+
+
+class UniGenDet(nn.Module):
+    """The model. Parameters are initialised for training from scratch; ``from_pretrained`` loads published weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        hidden = config.hidden_size
+        self.embed_tokens = nn.Embedding(config.vocab_size, hidden)
+        self.decoder = Decoder(config)
+        self.lm_head = nn.Linear(hidden, config.vocab_size, bias=False)
+        self.vision = VisionEncoder(config.vision)
+        self.connector = Mlp(config.vision.hidden_size, hidden, hidden)
+        self.vae2llm = nn.Linear(config.latent.token_dim, hidden)
+        self.llm2vae = nn.Linear(hidden, config.latent.token_dim)
+        self.time_embedding = TimestepEmbedding(hidden)
+        self.register_buffer("vit_table", sincos_table(config.vision.max_patches_per_side, hidden))
+        self.register_buffer("latent_table", sincos_table(config.latent.max_size, hidden))
+        self.class_head = _class_head(hidden) if config.class_head else None
+        self.align_head = Mlp(hidden, 4 * hidden, hidden, approximate="none") if config.align_head else None
+        self.backend = "auto"
+        init_weights(self)
+        nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, **options: Any) -> UniGenDet:
+        """Load weights and settings from a folder or file; see ``checkpoint.load_pretrained`` for options and errors."""
+        from unigendet.model.checkpoint import load_pretrained
+
+        return load_pretrained(path, **options)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.vae2llm.weight.device
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        latent_tokens: Tensor | None = None,
+        timesteps: Tensor | None = None,
+        cache: KVCache | None = None,
+        capture: Collection[int] = (),
+        stop_after: int | None = None,
+    ) -> ModelOutput:
+        """Embed a pack and run the decoder.
+
+        Args:
+            batch: on the model's device.
+            latent_tokens: [Nl, patch²·channels], the (noised) latent tokens in the batch's order; needed if it has latents.
+            timesteps: [latent images] in [0, 1], the time of each latent image (0 = clean).
+            cache: keys and values of the tokens the batch has cached; new ones are written into it.
+            capture: layers whose output is wanted, numbered from 1.
+            stop_after: number of layers to run.
+
+        Returns:
+            ``ModelOutput``.
+        """
+        x = self.embed(batch, latent_tokens, timesteps)
+        hidden, captured = self.decoder(
+            x, batch.layout, cache=cache, capture=capture, stop_after=stop_after, backend=self.backend
+        )
+        return ModelOutput(hidden, captured)
+
+    def embed(self, batch: PackedBatch, latent_tokens: Tensor | None, timesteps: Tensor | None) -> Tensor:
+        """The residual stream's first rows [T, hidden], stream-major."""
+        parts = [F.embedding(batch.text_ids, self.embed_tokens.weight)]
+        if batch.vit_layout is not None:
+            features = self.vision(batch.vit_patches, batch.vit_positions, batch.vit_layout, self.backend)
+            parts.append(self.connector(features) + self.vit_table[batch.vit_positions])
+        if batch.latent_sizes:
+            rows, images = batch.latent_positions.shape[0], len(batch.latent_sizes)
+            if latent_tokens is None or latent_tokens.shape != (rows, self.config.latent.token_dim):
+                have = None if latent_tokens is None else list(latent_tokens.shape)
+                raise ValueError(
+                    f"latent_tokens is {have}; it must be a tensor [{rows}, {self.config.latent.token_dim}]"
+                )
+            if timesteps is None or timesteps.shape != (images,):
+                have = None if timesteps is None else list(timesteps.shape)
+                raise ValueError(f"timesteps is {have}; it must be a tensor [{images}], one time per latent image")
+            time = self.time_embedding(timesteps)[batch.latent_image]
+            projected = self.vae2llm(latent_tokens.to(self.vae2llm.weight.dtype))
+            parts.append(projected + time + self.latent_table[batch.latent_positions])
+        dtype = parts[0].dtype
+        return torch.cat([part.to(dtype) for part in parts]).index_select(0, batch.source_rows)
+
+    def text_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Next-token logits [rows, vocab] of the given stream-major rows."""
+        return self.lm_head(hidden.index_select(0, rows))
+
+    def velocity(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Predicted velocity [rows, patch²·channels] of the given stream-major rows (latent tokens)."""
+        return self.llm2vae(hidden.index_select(0, rows))
+
+    def class_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """Logits [rows, 2] of (fake, real), read at the first token of an answer. Needs ``config.class_head``."""
+        if self.class_head is None:
+            raise ValueError("this model has no real/fake head; build it with class_head=True")
+        return self.class_head(hidden.index_select(0, rows))
+
+    def align(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """φ, DIGA's projection [rows, hidden] of a layer's output at the given rows. Needs ``config.align_head``."""
+        if self.align_head is None:
+            raise ValueError("this model has no alignment head; build it with align_head=True")
+        return self.align_head(hidden.index_select(0, rows))
+
+
+def init_weights(module: nn.Module) -> None:
+    """Initialise linear and embedding layers: normal weights of standard deviation 1/√fan_in (0.02 for tables), zero biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Linear):
+            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+            if part.bias is not None:
+                nn.init.zeros_(part.bias)
+        elif isinstance(part, nn.Embedding):
+            nn.init.normal_(part.weight, std=0.02)
+
+
+def latent_rows(batch: PackedBatch) -> Tensor:
+    """Stream-major rows [Nl] of all latent tokens: the generation stream, in the order of the latent images."""
+    first = batch.layout.stream_lengths[0].item()
+    return torch.arange(first, first + batch.latent_positions.shape[0], device=batch.layout.device)
+
+
+def _class_head(hidden: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.LayerNorm(hidden, eps=1e-5), nn.Linear(hidden, hidden // 4), nn.ReLU(), nn.Linear(hidden // 4, 2)
+    )
