@@ -100,6 +100,17 @@ def test_norms_below_epsilon_are_clamped_one_by_one(backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_clamped_norm_is_that_of_a_constant(backend):
+    """Where a norm is below 1e-8 the cosine is linear in that vector: its gradient is the other's direction / 1e-8."""
+    sizes = [(1, 1, 1, 1)]
+    tiny, other = torch.tensor([[1e-9, 2e-9]], dtype=torch.float64), torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    for inputs, i in (((tiny, other), 0), ((other, tiny), 1)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        gradient = torch.autograd.grad(op(sizes, backend=backend)(*leaves), leaves[i])[0]
+        torch.testing.assert_close(gradient, -other / 5 / 1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_incoming_scalar_and_second_backward(backend):
     """Backward only scales what forward computed, any number of times."""
     student, teacher = arguments()

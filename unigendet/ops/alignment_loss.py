@@ -126,16 +126,16 @@ def _torch(
         s = student[rows].to(dtype)
         r = _resize(teacher[teacher_rows].to(dtype).contiguous(), size)
         s_norm, r_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (s, r))
-        s_clamped, r_clamped = (s_norm > _EPS, r_norm > _EPS)
+        s_free, r_free = s_norm > _EPS, r_norm > _EPS  # not clamped
         s_norm, r_norm = s_norm.clamp_min_(_EPS), r_norm.clamp_min_(_EPS)
         cos = torch.linalg.vecdot(s, r)[:, None] / (s_norm * r_norm)
         total += (1 - cos).sum()
         cross = -kappa / (s_norm * r_norm)
         if needs_student:
-            gradient = (cross * r).addcmul_(kappa * cos * s_clamped / s_norm.square(), s)
+            gradient = (cross * r).addcmul_(kappa * cos * s_free / s_norm.square(), s)
             dstudent[rows] = gradient
         if needs_teacher:
-            gradient = (cross * s).addcmul_(kappa * cos * r_clamped / r_norm.square(), r)
+            gradient = (cross * s).addcmul_(kappa * cos * r_free / r_norm.square(), r)
             dteacher[teacher_rows] = _resize_transposed(gradient, size)
     torch.mul(total, kappa, out=outputs[0])
     return outputs
