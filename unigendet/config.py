@@ -200,6 +200,7 @@ class GuidanceConfig:
         check(0 <= self.renorm_min <= 1, "guidance.renorm_min", self.renorm_min, "in [0, 1]")
 
 
+@dataclass(frozen=True)
 class ImageConfig:
     """How one view of an image is resized, in pixels.
 
