@@ -226,12 +226,14 @@ class ImageConfig:
 class DataConfig:
     """From images and texts to samples. The defaults are the published views.
 
+    ``question`` is what a detector is asked when nobody says otherwise; training data brings its own questions.
     ``teacher_prompt`` is what DIGA's teacher reads between its two views of the image; ``{caption}`` stands for the
     caption.
     """
 
     latent_view: ImageConfig = ImageConfig(min_size=512, max_size=1024, stride=16)
     vit_view: ImageConfig = ImageConfig(min_size=224, max_size=980, stride=14)
+    question: str = "Is this image real or fake and why?"
     teacher_prompt: str = (
         "Examine this picture as an expert in image forensics would. It is meant to show: {caption}\n"
         "Name the two or three visual details that speak most strongly for its being a real photograph."
