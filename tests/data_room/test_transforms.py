@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unigendet.config import DataConfig, ImageConfig
+from unigendet.config import DataConfig, ImageConfig, LoaderConfig
 from unigendet.data.transforms import ImageTransform, read_image, resized_size, to_image, to_rgb
 
 LATENT = {"min_size": 512, "max_size": 1024, "stride": 16}
@@ -115,5 +115,7 @@ def test_settings_are_checked():
         ImageConfig(min_size=512, max_size=1000, stride=16)
     with pytest.raises(ValueError, match=r"image.max_size is 16; it must be at least min_size"):
         ImageConfig(min_size=32, max_size=16, stride=16)
+    with pytest.raises(ValueError, match=r"loader.num_workers is -1; it must be at least 0"):
+        LoaderConfig(num_workers=-1)
     with pytest.raises(ValueError, match="teacher_prompt"):
         DataConfig(teacher_prompt="no place for it")
