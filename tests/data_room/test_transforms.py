@@ -22,6 +22,7 @@ VIT = {"min_size": 224, "max_size": 980, "stride": 14}
         ((100, 100), VIT, (224, 224)),
         ((5000, 5), VIT, (980, 14)),  # at least one stride
         ((1000, 600), LATENT, (992, 608)),  # 62.5 strides: round half to even
+        ((607, 1095), LATENT, (576, 1024)),  # 567.6 → 568 pixels → 35.5 strides → 36: rounded to whole pixels first
         ((800, 801), VIT, (798, 798)),
         ((8, 8), {"min_size": 8, "max_size": 8, "stride": 2}, (8, 8)),
         ((1000, 1000), {"min_size": 16, "max_size": 1024, "stride": 16, "max_pixels": 256 * 256}, (256, 256)),
