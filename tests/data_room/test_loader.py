@@ -274,6 +274,21 @@ def test_diga_packs_share_their_images(parts):
     assert len(teacher.text_ids) > 6 * len(teacher.names)  # the teacher drops nothing
 
 
+def test_condition_dropout_is_drawn_anew_for_every_pack(parts):
+    model, builder, _, captions = parts
+    config = LoaderConfig(30, 30)  # one generation sample per pack
+    stream = Loader(
+        [Source(captions, builder.generation)],
+        config,
+        length=builder.length,
+        model=model,
+        dropout=ConditionDropout(text=0.5),
+    )
+    kept = [len(pack.text_ids) > 2 for pack in islice(stream, 100)]
+    assert 30 < sum(kept) < 70
+    assert kept[:50] != kept[50:]
+
+
 def test_encoding_in_the_consuming_process(parts):
     model, builder, _, captions = parts
     late = SampleBuilder(model, builder.tokenizer, data_config())
