@@ -279,6 +279,11 @@ _NESTED = {
 }
 
 
+def data_from_dict(values: dict[str, Any]) -> DataConfig:
+    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every key that is not a setting."""
+    return _from_dict(DataConfig, values)
+
+
 def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     known = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - known)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unigendet.config import DataConfig, GuidanceConfig, check
-from unigendet.data.datasets import SampleBuilder, load_data_config
+from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
 from unigendet.inference.detect import DetectionRequest, detect_packed
@@ -52,7 +52,9 @@ class Detection:
 class Pipeline:
     """A model that is ready to judge and to make images. All images of a call are packed together, ``batch_size`` at a time."""
 
-    def __init__(self, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Any, data: DataConfig | None = None) -> None:
+    def __init__(
+        self, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Any, data: DataConfig | None = None
+    ) -> None:
         self.model, self.tokenizer, self.autoencoder = model.eval(), tokenizer, autoencoder
         self.data = data or DataConfig()
         self.builder = SampleBuilder(model.config, tokenizer, self.data, encode=autoencoder.encode)
@@ -131,8 +133,8 @@ class Pipeline:
             for one, output in zip(requests, outputs, strict=True):
                 answer = self.tokenizer.decode(output.ids)
                 probability = output.probability
-                real = parse_verdict(answer) if probability is None else probability >= 0.5
-                yield Detection(one.name, real, probability, answer)
+                verdict = parse_verdict(answer) if probability is None else probability >= 0.5
+                yield Detection(one.name, None if verdict is None else bool(verdict), probability, answer)
 
     def generate(
         self,
@@ -173,15 +175,6 @@ class Pipeline:
                 pixels = self.autoencoder.decode(tokens_to_latent(self.model, tokens, size))
                 images.append(to_image(pixels))
         return images
-
-
-def parse_verdict(answer: str) -> bool | None:
-    """True for an answer that begins "This is a real image", False for "… fake image", None for anything else."""
-    words = " ".join(answer.lower().split())
-    for word, real in (("real", True), ("fake", False)):
-        if words.startswith(f"this is a {word} image"):
-            return real
-    return None
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
