@@ -258,9 +258,19 @@ def _check_samples(samples: Sequence[Sequence[tuple[int, str]]]) -> tuple[np.nda
                 raise ValueError(f"samples[{i}][{j}] has mode {mode!r}; it must be one of {MODES}")
             if length < 1:
                 raise ValueError(f"samples[{i}][{j}] has {length} tokens; it must have at least one")
+            if length != int(length):
+                raise ValueError(f"samples[{i}][{j}] has {length} tokens; it must have a whole number of them")
             modes.append(MODES.index(mode))
             lengths.append(int(length))
     return np.array(modes), np.array(lengths), np.array(counts)
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    """A copy of ``values`` as int64; only whole-number (or bool) dtypes, so that nothing is rounded."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biu":
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+    return array.astype(np.int64)
 
 
 def _per_sample(
@@ -268,7 +278,7 @@ def _per_sample(
 ) -> np.ndarray:
     if values is None:
         return default
-    array = np.asarray(values, dtype=np.int64)
+    array = _integers(name, values)
     if array.shape != default.shape:
         raise ValueError(f"{name} has shape {list(array.shape)}; it must have one entry per sample: [{len(default)}]")
     low = np.broadcast_to(low, array.shape)
@@ -279,7 +289,7 @@ def _per_sample(
 
 
 def _per_query(name: str, values: Any, num_queries: int, below: int | None) -> np.ndarray:
-    array = np.asarray(values).astype(np.int64)
+    array = _integers(name, values)
     if array.shape != (num_queries,):
         raise ValueError(f"{name} has shape {list(array.shape)}; it must have one entry per query: [{num_queries}]")
     if array.min() < 0 or (below is not None and array.max() >= below):
