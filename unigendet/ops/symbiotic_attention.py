@@ -8,12 +8,13 @@ For query row i of head h, with g = h // (Hq / Hkv) its key/value head (grouped-
 
 Which keys are visible is the layout's business: query row i sees key row j iff query_begin[j] <= i < query_end[j].
 
-Backward, with P = exp(s − lse), incoming gradients dO of out and dL of lse, and delta[h, i] = dO[i, h] · out[i, h] − dL[h, i]:
+Backward, with P = exp(s − lse), incoming gradients dO of out and dL of lse, and
+delta[h, i] = dO[i, h] · out[i, h] − dL[h, i]:
 
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
-summed over the query heads of a group. q, k and v come in sequence order; the output is stored in sequence order or, so that the
-next linear layer needs no permutation, stream-major.
+summed over the query heads of a group. q, k and v come in sequence order; the output is stored in sequence order or, so
+that the next linear layer needs no permutation, stream-major.
 """
 
 from __future__ import annotations

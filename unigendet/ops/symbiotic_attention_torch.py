@@ -2,16 +2,16 @@
 
 Samples fall into two kinds, by their number of (query, key) pairs:
 
-* small samples are batched: samples of similar size form one padded call with a mask, so that a pack of a hundred small samples
-  costs a few calls and not a few hundred;
-* a large sample is done split by split, without any mask: its queries attend to the visible keys before the split (one range,
-  or gathered rows where noise splits leave gaps) and to the split itself. A causal split is two such calls, everything before it
-  and the triangle of its own tokens, merged through their log-sum-exp.
+* small samples are batched: samples of similar size form one padded call with a mask, so that a pack of a hundred small
+  samples costs a few calls and not a few hundred;
+* a large sample is done split by split, without any mask: its queries attend to the visible keys before the split (one
+  range, or gathered rows where noise splits leave gaps) and to the split itself. A causal split is two such calls,
+  everything before it and the triangle of its own tokens, merged through their log-sum-exp.
 
-The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen, so that it is computed once per pack.
+The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen: it is computed once per pack.
 
-One call is ``attend`` / ``attend_backward`` on [batch, heads, length, head_dim]: PyTorch's fused CPU kernel where there is one,
-otherwise the same formulas on bounded chunks of query rows.
+One call is ``attend`` / ``attend_backward`` on [batch, heads, length, head_dim]: PyTorch's fused CPU kernel where there
+is one, otherwise the same formulas on bounded chunks of query rows.
 """
 
 from __future__ import annotations
@@ -209,7 +209,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; everything in sequence order. Keys that nobody sees get zeros."""
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # Several splits may add to one key: accumulate in full precision, in the order of the calls, hence deterministically.
+    # Several splits may add to one key: in full precision, in the order of the calls, hence deterministically.
     dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in (k, v))
     for call in plan(splits, q.device):
         query = functools.partial(_take, rows=call.query_rows, batch=call.batch)
@@ -282,7 +282,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ scale + mask) v and its lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
+    """softmax(q kᵀ scale + mask) v and lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
     if _fused(q):
         heads = q.shape[1]
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
