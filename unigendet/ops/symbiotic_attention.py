@@ -85,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise ValueError(
             f"k has shape {list(k.shape)} and v {list(v.shape)}; both must be [keys, kv_heads, {q.shape[2]}]"
         )
-    if q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads; it must be a multiple of the {k.shape[1]} heads of k and v")
     if q.shape[0] != layout.key_rows.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows; the layout has {layout.key_rows.shape[0]} queries")
@@ -179,9 +179,9 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, query_begin: Tensor, query_end: Tensor, _: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     _, _, values, scores = _dense(q, k, v, query_begin, query_end, scale)
-    lse = scores.logsumexp(-1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ values.unsqueeze(1)
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype).contiguous(), lse.flatten(0, 1)
+    # Not exp(s − lse): that inherits the rounding of lse, which is large where lse is.
+    out = scores.softmax(-1) @ values.unsqueeze(1)
+    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1).flatten(0, 1)
 
 
 def _reference_backward(

@@ -177,6 +177,7 @@ def _as_rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, splits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and lse [Hq, T] in sequence order. Shapes as in ``symbiotic_attention``."""
+    q, k, v = (_with_dense_heads(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=compute_dtype(q), device=q.device)
     for call in plan(splits, q.device):
@@ -208,6 +209,7 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; everything in sequence order. Keys that nobody sees get zeros."""
+    grad_out, q, k, v = (_with_dense_heads(x) for x in (grad_out, q, k, v))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Several splits may add to one key: in full precision, in the order of the calls, hence deterministically.
     dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in (k, v))
@@ -228,6 +230,11 @@ def backward(
         _add(dk, call.key_rows, call.key_slots, _flat(gk, call.key_slots))
         _add(dv, call.key_rows, call.key_slots, _flat(gv, call.key_slots))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """x with unit stride in its last dimension: the fused CPU kernel ignores it and would read other numbers."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _take(x: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
@@ -258,9 +265,8 @@ def _add(x: Tensor, rows: slice | Tensor, slots: Tensor | None, values: Tensor) 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two key sets from the results over each. out [L, H, D], lse [L, H]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (torch.exp(x - lse).unsqueeze(-1) for x in (lse_a, lse_b))
-    return out_a * weight_a + out_b * weight_b, lse
+    weight = torch.sigmoid(lse_a - lse_b).unsqueeze(-1)  # the weights sum to 1, however large and rounded the lse are
+    return out_a * weight + out_b * (1 - weight), torch.logaddexp(lse_a, lse_b)
 
 
 def _fused(q: Tensor) -> bool:
@@ -291,9 +297,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[T
     outs, lses = [], []
     for rows, keys in _chunks(q, k, call.causal):
         scores = _scores(q[:, :, rows], k[:, :, keys], scale, call, rows, keys)
-        lse = scores.logsumexp(-1)
-        outs.append(torch.exp(scores - lse.unsqueeze(-1)) @ _expand(v[:, :, keys], q.shape[1]).to(scores.dtype))
-        lses.append(lse)
+        lses.append(scores.logsumexp(-1))
+        outs.append(scores.softmax(-1) @ _expand(v[:, :, keys], q.shape[1]).to(scores.dtype))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
