@@ -1,7 +1,7 @@
 """Every setting of a model, a run or a generation, as frozen dataclasses that check themselves.
 
-The YAML files under ``configs/`` and the command line's overrides are read into these classes; nothing else holds settings.
-Sizes of the published model: BAGEL-7B-MoT with SigLIP so400m and the FLUX autoencoder (paper section 3).
+The YAML files under ``configs/`` and the command line's overrides are read into these classes; nothing else holds
+settings. Sizes of the published model: BAGEL-7B-MoT with SigLIP so400m and the FLUX autoencoder (paper section 3).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class VisionConfig:
 class LatentConfig:
     """The latent space. One token covers ``downsample * patch_size`` pixels a side.
 
-    ``autoencoder`` says what turns pixels into latents: ``flux`` (diffusers' AutoencoderKL with FLUX sizes) or ``pixels``
-    (the identity on ``channels`` = 1 grey or 3 RGB channels, ``downsample`` 1).
+    ``autoencoder`` says what turns pixels into latents: ``flux`` (diffusers' AutoencoderKL with FLUX sizes) or
+    ``pixels`` (the identity on ``channels`` = 1 grey or 3 RGB channels, ``downsample`` 1).
     """
 
     channels: int = 16

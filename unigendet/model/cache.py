@@ -15,8 +15,8 @@ class KVCache:
     """Keys and values of every decoder layer for a fixed set of samples.
 
     Sample i owns ``capacity[i]`` rows; ``lengths[i]`` of them are filled. A pack made with ``cached=cache.lengths`` and
-    ``capacity=cache.capacity`` writes its new rows behind those; they stay only if ``commit`` says so, and are overwritten by the
-    next pack otherwise (the image that is being denoised never enters the cache).
+    ``capacity=cache.capacity`` writes its new rows behind those; they stay only if ``commit`` says so, and are
+    overwritten by the next pack otherwise (the image that is being denoised never enters the cache).
     """
 
     def __init__(
