@@ -1,1 +1,1 @@
-"""Training: stages (what is learnt), trainer (the loop), state (checkpoints, averaged weights), run (from settings to a run)."""
+"""Training: stages (what is learnt), trainer (the loop), state (checkpoints, averages), run (settings to run)."""

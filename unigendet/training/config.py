@@ -1,4 +1,4 @@
-"""Every setting of a training run, as frozen dataclasses that check themselves. The YAML files under ``configs/`` fill them."""
+"""Every setting of a training run, as frozen dataclasses that check themselves; ``configs/*.yaml`` fill them."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """One annotation file. Its image paths are relative to ``image_root`` (default: its folder); ``weight``: see ``DatasetsConfig``."""
+    """One annotation file. Its image paths are relative to ``image_root``, by default its folder."""
 
     file: str
     image_root: str | None = None
