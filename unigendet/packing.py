@@ -224,12 +224,7 @@ class _Builder:
         position, offset, answer = 0, 0, None
         for j, segment in enumerate(sample.segments):
             is_text = isinstance(segment, Text)
-            if (
-                dropout is not None
-                and rng is not None
-                and segment.droppable
-                and rng.random() < _drop_probability(segment, dropout)
-            ):
+            if dropout is not None and rng is not None and _dropped(segment, dropout, rng):
                 position += 0 if is_text else 1
                 continue
             at = f"{where}.segments[{j}]"
@@ -348,12 +343,11 @@ class _Builder:
         )
 
 
-def _drop_probability(segment: Segment, dropout: ConditionDropout) -> float:
+def _dropped(segment: Segment, dropout: ConditionDropout, rng: np.random.Generator) -> bool:
     if not segment.droppable:
-        return 0.0
-    return (
-        dropout.text if isinstance(segment, Text) else dropout.vit if isinstance(segment, VitImage) else dropout.latent
-    )
+        return False
+    probability = dropout.latent if isinstance(segment, LatentImage) else dropout.vit
+    return rng.random() < (dropout.text if isinstance(segment, Text) else probability)
 
 
 def _check_vocabulary(text_ids: list[int], targets: list[int], config: ModelConfig, max_position: int) -> None:

@@ -151,6 +151,18 @@ class TrainConfig:
         self.optimizer.warmup(self.total_steps)
 
 
+@dataclass(frozen=True)
+class StagesConfig:
+    """Both stages of one model, GDUF and then DIGA, as the quickstart runs them."""
+
+    gduf: TrainConfig = field(default_factory=TrainConfig)
+    diga: TrainConfig = field(default_factory=lambda: TrainConfig(stage="diga", total_steps=500, ema_decay=0.95))
+
+    def __post_init__(self) -> None:
+        for name in ("gduf", "diga"):
+            check(getattr(self, name).stage == name, f"{name}.stage", getattr(self, name).stage, repr(name))
+
+
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
     """Read a run's settings from a YAML file; ``overrides`` such as ``optimizer.lr=1e-4`` win over it.
 

@@ -95,13 +95,10 @@ def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) ->
 def _gduf_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
     if not datasets.detection and not datasets.captions:
         raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
-    detect = (
-        builder.detection if datasets.detection_latents else functools.partial(builder.detection, with_latent=False)
-    )
-    sources = [Source(read_detection(*_where(f)), detect, f.weight, f.file) for f in datasets.detection]
-    return sources + [
-        Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions
-    ]
+    detection = functools.partial(builder.detection, with_latent=datasets.detection_latents)
+    sources = [Source(read_detection(*_where(f)), detection, f.weight, f.file) for f in datasets.detection]
+    sources += [Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions]
+    return sources
 
 
 def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
@@ -139,6 +136,6 @@ def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None
         raise FileNotFoundError(f"nothing to resume: output folder {config.output} holds no checkpoints")
     if found and not resume:
         raise ValueError(
-            f"output is {config.output!r}, which holds the checkpoints of another run; resume it, or choose another"
+            f"output is {config.output!r}, which holds checkpoints of another run; resume it or name another"
         )
     return found[-1] if resume else None

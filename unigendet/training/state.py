@@ -5,7 +5,7 @@ A checkpoint is a folder that appears whole or not at all:
 * ``model/``: settings and weights under the published names, ready for ``UniGenDet.from_pretrained``;
 * ``ema/``: the same with the averaged weights, if the run keeps them;
 * ``stage.safetensors``: what the stage keeps beside the model (DIGA's frozen teacher);
-* ``state.pt``: optimizer, random generator, loader position; ``training.json``: step and settings, to be read by people too.
+* ``state.pt``: optimizer, random generator, loader position; ``training.json``: step and settings, readable.
 
 Nothing is skipped on loading: what is missing or does not fit is an error that says what.
 """
@@ -126,7 +126,7 @@ class TrainState:
         record = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
         if record["identity"] != self._identity():
             raise CheckpointError(
-                f"checkpoint {path} belongs to another run: it was saved by {record['identity']}, this is {self._identity()}"
+                f"checkpoint {path} is another run's: it was saved by {record['identity']}, this is {self._identity()}"
             )
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         self._load_optimizer(state["optimizer"], path)
@@ -166,7 +166,8 @@ class TrainState:
             shapes = {k: list(t.shape) for k, t in entry.items() if t.dim() and t.shape != trained[name].shape}
             if shapes:
                 raise CheckpointError(
-                    f"checkpoint {path}: the optimizer state of {name} has {shapes}; the parameter is {list(trained[name].shape)}"
+                    f"checkpoint {path}: the optimizer state of {name} has shapes {shapes}; "
+                    f"the parameter is {list(trained[name].shape)}"
                 )
         groups = self.optimizer.state_dict()["param_groups"]
         numbered = {i: saved[name] for i, name in enumerate(trained) if saved[name]}

@@ -1,6 +1,7 @@
 """The training loop: AdamW over what the stage trains, warm-up, clipping, averaged weights, metrics, checkpoints.
 
-Nothing is swallowed: an error in a batch stops the run, and so does a loss that is not finite, before it reaches the weights.
+Nothing is swallowed: an error in a batch stops the run, and so does a loss that is not finite, before it reaches the
+weights.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ class TrainResult:
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
-    """The rate of step ``step``, counted from 0: linear warm-up, then constant or half a cosine down to final_lr · lr."""
+    """The rate of step ``step``, counted from 0: linear warm-up, then constant, or half a cosine to final_lr · lr."""
     warmup = config.warmup(total_steps)
     if step < warmup:
         return config.lr * (step + 1) / warmup
