@@ -270,6 +270,20 @@ class LoaderConfig:
         check(self.prefetch > 0, "loader.prefetch", self.prefetch, "positive")
 
 
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Probabilities with which a droppable segment is left out of a sample (published defaults)."""
+
+    text: float = 0.1
+    latent: float = 0.3
+    vit: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("text", "latent", "vit"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"dropout.{name}", value, "a probability in [0, 1]")
+
+
 _NESTED = {
     "vision": VisionConfig,
     "latent": LatentConfig,

@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unigendet.config import ModelConfig
+from unigendet.config import ConditionDropout, ModelConfig
 from unigendet.layout import Layout
 
 
@@ -67,26 +67,6 @@ class Sample:
     segments: tuple[Segment, ...]
     label: int | None = None
     name: str = ""
-
-
-@dataclass(frozen=True)
-class ConditionDropout:
-    """Probabilities with which a droppable segment is left out of a sample (published defaults)."""
-
-    text: float = 0.1
-    latent: float = 0.3
-    vit: float = 0.3
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if not 0 <= getattr(self, f.name) <= 1:
-                raise ValueError(f"dropout.{f.name} is {getattr(self, f.name)}; it must be a probability in [0, 1]")
-
-    def of(self, segment: Segment) -> float:
-        """The probability for ``segment`` (0 unless it is droppable)."""
-        if not segment.droppable:
-            return 0.0
-        return self.text if isinstance(segment, Text) else self.vit if isinstance(segment, VitImage) else self.latent
 
 
 @dataclass(frozen=True, eq=False)
@@ -250,7 +230,7 @@ class _Builder:
         position, offset, answer = 0, 0, None
         for j, segment in enumerate(sample.segments):
             is_text = isinstance(segment, Text)
-            if dropout is not None and rng is not None and segment.droppable and rng.random() < dropout.of(segment):
+            if dropout is not None and rng is not None and _dropped(segment, dropout, rng):
                 position += 0 if is_text else 1
                 continue
             at = f"{where}.segments[{j}]"
@@ -367,6 +347,13 @@ class _Builder:
             last_rows=rows_of(self.last_rows),
             names=names,
         )
+
+
+def _dropped(segment: Segment, dropout: ConditionDropout, rng: np.random.Generator) -> bool:
+    if not segment.droppable:
+        return False
+    probability = dropout.latent if isinstance(segment, LatentImage) else dropout.vit
+    return rng.random() < (dropout.text if isinstance(segment, Text) else probability)
 
 
 def _check_vocabulary(text_ids: list[int], targets: list[int], config: ModelConfig, max_position: int) -> None:
