@@ -62,26 +62,41 @@ def build_parser() -> argparse.ArgumentParser:
     common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
     device = argparse.ArgumentParser(add_help=False)
     device.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of a trained model")
-    device.add_argument("--autoencoder", type=Path, metavar="FILE", help="the autoencoder's weights (default: ae.safetensors in FOLDER)")
+    device.add_argument(
+        "--autoencoder", type=Path, metavar="FILE", help="the autoencoder's weights (default: ae.safetensors in FOLDER)"
+    )
     device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
     device.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="of the weights (default: bfloat16 on cuda, float32 elsewhere)")  # fmt: skip
 
     parser = argparse.ArgumentParser(
-        prog="unigendet", description="One transformer that generates images and detects generated ones, on fused kernels."
+        prog="unigendet",
+        description="One transformer that generates images and detects generated ones, on fused kernels.",
     )
     parser.add_argument("--version", action="version", version=f"unigendet {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    def add(name: str, run: object, text: str, *parents: argparse.ArgumentParser, epilog: str | None = None) -> argparse.ArgumentParser:
+    def add(
+        name: str, run: object, text: str, *parents: argparse.ArgumentParser, epilog: str | None = None
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=text, parents=[common, *parents], epilog=epilog)
         command.set_defaults(run=run)
         return command
 
-    quick = add("quickstart", _quickstart, "Train a small model on handwritten digits in both stages, on the CPU, and report.")
-    quick.add_argument("--out", type=Path, default=Path("quickstart"), metavar="DIR", help="where everything goes (default: quickstart)")
+    quick = add(
+        "quickstart", _quickstart, "Train a small model on handwritten digits in both stages, on the CPU, and report."
+    )
+    quick.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="where everything goes (default: quickstart)",
+    )
     quick.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
-    quick.add_argument("--config", type=Path, metavar="FILE", help="settings (default: the ones that ship with the package)")
+    quick.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (default: the ones that ship with the package)"
+    )
 
     train = add("train", _train, "Train one stage (GDUF or DIGA) as a YAML file says.",
                 epilog="Any setting can be overridden: --total_steps 500 --optimizer.lr 1e-5 --model.checkpoint FOLDER …")  # fmt: skip
@@ -94,18 +109,24 @@ def build_parser() -> argparse.ArgumentParser:
                           help="the picture to write; with several images, a folder")  # fmt: skip
     generate.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
     generate.add_argument("--seed", type=int, default=0, help="of the first image; each next one adds 1 (default: 0)")
-    generate.add_argument("--size", type=_size, metavar="HxW", help="pixels (default: the largest square the model makes)")
+    generate.add_argument(
+        "--size", type=_size, metavar="HxW", help="pixels (default: the largest square the model makes)"
+    )
     generate.add_argument("--steps", type=int, default=50, help="points in time; one less Euler steps (default: 50)")
     generate.add_argument("--text-scale", type=float, default=4.0, help="text guidance; 1 = none (default: 4)")
     generate.add_argument("--batch-size", type=int, default=8, help="images denoised together (default: 8)")
 
     detect = add("detect", _detect, "Tell real images from generated ones; one line per picture.", device,
                  epilog="Line: verdict, probability of being real, path, explanation, separated by tabs.")  # fmt: skip
-    detect.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them (searched recursively)")
+    detect.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them (searched recursively)"
+    )
     detect.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
     detect.add_argument("--json", action="store_true", help="one JSON object per line")
     detect.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
-    detect.add_argument("--max-tokens", type=int, default=256, help="longest explanation; 0 = verdict only (default: 256)")
+    detect.add_argument(
+        "--max-tokens", type=int, default=256, help="longest explanation; 0 = verdict only (default: 256)"
+    )
     detect.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
     info = add("info", _info, "Show versions, devices and which implementation of each op can run here.")
@@ -227,7 +248,12 @@ def _detect(options: argparse.Namespace) -> int:
     )  # fmt: skip
     for one in detections:
         if options.json:
-            fields = {"path": one.name, "verdict": one.verdict, "probability_real": one.probability, "explanation": one.explanation}
+            fields = {
+                "path": one.name,
+                "verdict": one.verdict,
+                "probability_real": one.probability,
+                "explanation": one.explanation,
+            }
             print(json.dumps(fields), flush=True)
         else:
             probability = "-" if one.probability is None else f"{one.probability:.3f}"
@@ -270,7 +296,16 @@ def gather_info() -> dict[str, dict[str, str | list[str]]]:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
-    extras = ("transformers", "diffusers", "tokenizers", "safetensors", "pillow", "scikit-learn", "jsonargparse", "rich")
+    extras = (
+        "transformers",
+        "diffusers",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "scikit-learn",
+        "jsonargparse",
+        "rich",
+    )
     return {
         "versions": versions,
         "devices": devices,

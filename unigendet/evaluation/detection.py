@@ -28,7 +28,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from unigendet.config import check
-from unigendet.data.datasets import parse_verdict
 
 REAL, FAKE = 1, 0
 

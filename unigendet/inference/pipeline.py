@@ -15,12 +15,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from unigendet.config import DataConfig, GuidanceConfig, check
-from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict
+from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
 from unigendet.inference.detect import DetectionRequest, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
+from unigendet.model.checkpoint import save_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, VitImage
 
@@ -87,6 +88,12 @@ class Pipeline:
         weights = autoencoder if autoencoder is not None else folder / FLUX_WEIGHTS
         vae = build_autoencoder(model.config.latent, weights if model.config.latent.autoencoder == "flux" else None)
         return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views."""
+        save_pretrained(self.model, folder)
+        self.tokenizer.save(folder)
+        save_data_config(folder, self.data)
 
     def detect(
         self,
