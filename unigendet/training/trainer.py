@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,6 +66,7 @@ class Trainer:
         batches: yields the stage's batches, endlessly or at least as many as there are steps. A ``Loader`` also has
             ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
         config: of the run. Its model, datasets and loader are not read here.
+        companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
         console: where progress goes; default: standard error.
         quiet: show no progress.
     """
@@ -76,10 +77,11 @@ class Trainer:
         batches: Iterable[Any],
         config: TrainConfig,
         *,
+        companions: Sequence[Callable[[Path], None]] = (),
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
-        self.stage, self.batches, self.config = stage, batches, config
+        self.stage, self.batches, self.config, self._companions = stage, batches, config, companions
         self._console, self._quiet = console, quiet
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = config.recompute
@@ -212,7 +214,8 @@ class Trainer:
             return None
         path = checkpoint_path(self.config.output, self.state.step)
         position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
-        self.state.save(path, position=position, settings=dataclasses.asdict(self.config))
+        settings = dataclasses.asdict(self.config)
+        self.state.save(path, position=position, settings=settings, companions=self._companions)
         for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:
             shutil.rmtree(old)
         return path
