@@ -38,7 +38,7 @@ class TrainResult:
     """What a run leaves: ``history``, one row per step, and the folder of the last checkpoint, if any was written.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``seconds`` and ``tokens_per_second``.
+    ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
     """
 
     model: UniGenDet
@@ -133,7 +133,9 @@ class Trainer:
         shown = len(self.history)
         self.state.model.train()
         while self.state.step < until:
-            row = self.train_step(self._next(batches))
+            started = time.perf_counter()
+            batch = self._next(batches)
+            row = self.train_step(batch, waited=time.perf_counter() - started)
             writer.add(row)
             display.advance(row["step"])
             last = row["step"] == until
@@ -153,8 +155,11 @@ class Trainer:
                 f"the batches ended after step {self.state.step} of {self.config.total_steps}"
             ) from None
 
-    def train_step(self, batch: Any) -> Row:
-        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history."""
+    def train_step(self, batch: Any, waited: float = 0.0) -> Row:
+        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history.
+
+        ``waited``: seconds that the batch took to come.
+        """
         state, config = self.state, self.config
         started = time.perf_counter()
         pack = self.stage.student(batch)
@@ -169,9 +174,10 @@ class Trainer:
         if state.ema is not None:
             state.ema.update()
         state.step += 1
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + waited
         tokens = pack.layout.num_queries
-        row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
+        row["tokens_per_second"] = tokens / max(seconds, 1e-9)
         self.history.append(row)
         return row
 
