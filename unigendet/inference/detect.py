@@ -1,8 +1,9 @@
 """Detection: is an image real or generated, and why; many images at a time.
 
-The prefix is ``[latent image, clean] [ViT image] [question]``; without the latent image there is no symbiotic attention, so it is
-there by default. The answer is decoded from its first token: the real/fake head reads that token's final hidden state, and the
-text follows, greedy or sampled, until its end. All images are samples of one pack, decoded together over one cache.
+The prefix is ``[latent image, clean] [ViT image] [question]``; without the latent image there is no symbiotic
+attention, so it is there by default. The answer is decoded from its first token: the real/fake head reads that token's
+final hidden state, and the text follows, greedy or sampled, until its end. All images are samples of one pack, decoded
+together over one cache.
 Source: paper section 3.2.
 """
 
@@ -21,7 +22,7 @@ from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack
 
 @dataclass(frozen=True)
 class DetectionRequest:
-    """One image: its ViT view, the question (ids without bos and eos), and its latent view (None: no symbiotic attention)."""
+    """One image: its ViT view, the question, and its latent view (None: no symbiotic attention)."""
 
     vit: VitImage
     question: Text
@@ -36,8 +37,8 @@ class DetectionRequest:
 
 @dataclass
 class DetectionOutput:
-    """``class_logits`` [2] of (fake, real), None without a head; ``ids``: the answer's tokens after bos, without eos; ``ended``:
-    whether eos was reached.
+    """``class_logits`` [2] of (fake, real), None without a head; ``ids``: the answer's tokens after bos, without eos;
+    ``ended``: whether eos was reached.
     """
 
     class_logits: Tensor | None
@@ -50,7 +51,7 @@ class DetectionOutput:
         return None if self.class_logits is None else float(self.class_logits.float().softmax(0)[1])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: tables that the model caches in here must stay usable for training
 def detect_packed(
     model: UniGenDet,
     requests: Sequence[DetectionRequest],
