@@ -191,5 +191,8 @@ def test_errors(model):
     bad = DetectionRequest(VitImage(torch.zeros(1, 4, 3)), Text(()), LatentImage(torch.zeros(1, 4, 4)), "odd.png")
     with pytest.raises(ValueError, match=r"odd\.png\.segments\[1\]\.pixels has shape \[1, 4, 3\]"):
         detect_packed(model, [make_request(0), bad])
-    with pytest.raises(ValueError, match="reaches RoPE position"):
-        detect_packed(endless_model(), [make_request(0)], max_new_tokens=200)
+    # Positions 0 and 1 are the images', 2 to 5 the question's: bos is the 7th of 128, so 121 tokens follow it.
+    (longest,) = detect_packed(endless_model(), [make_request(0)], max_new_tokens=122)
+    assert len(longest.ids) == 122  # the last one is never read
+    with pytest.raises(ValueError, match="max_new_tokens is 123; it must be at most 122"):
+        detect_packed(model, [make_request(0)], max_new_tokens=123)

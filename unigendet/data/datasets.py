@@ -151,7 +151,7 @@ def save_data_config(folder: str | Path, config: DataConfig) -> None:
 
 
 def load_data_config(folder: str | Path) -> DataConfig:
-    """Read ``data.json`` of a model folder; without that file, the published views. ValueError names unknown settings."""
+    """Read ``data.json`` of a model folder; without it, the published views. ValueError names unknown settings."""
     file = Path(folder) / DATA_FILE
     return data_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else DataConfig()
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unigendet.config import check
 from unigendet.model.losses import clean_latents
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack, sample_length
@@ -73,7 +74,7 @@ def detect_packed(
         One output per request.
 
     Raises:
-        ValueError: no requests, or a negative argument.
+        ValueError: no requests, a negative argument, or answers that could reach beyond the model's positions.
     """
     if len(requests) == 0:
         raise ValueError("requests is empty; there must be at least one")
@@ -90,6 +91,9 @@ def detect_packed(
     samples = started
     for step in range(max(1, max_new_tokens)):
         batch = pack(samples, config, cached=cache.lengths, capacity=capacity).to(model.device)
+        if step == 0:  # now, not in the middle of an answer that happens to be long
+            room = config.max_position - batch.layout.max_position
+            check(max_new_tokens <= room, "max_new_tokens", max_new_tokens, f"at most {room} after these prefixes")
         latents = clean_latents(model, batch)
         hidden = model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, cache=cache).hidden
         if step == 0 and model.class_head is not None:
