@@ -262,7 +262,7 @@ def _detect(options: argparse.Namespace) -> int:
             try:
                 image = read_image(path)
             except (ValueError, OSError) as error:
-                broken.append(f"{path}: {error}")
+                broken.append(str(error))  # it names the picture
                 if options.json:
                     print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
             else:

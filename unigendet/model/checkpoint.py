@@ -106,16 +106,20 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
 
     Raises:
         FileNotFoundError: there are no weights at ``path``.
-        CheckpointError: tensors are missing, unexpected or misshapen.
+        CheckpointError: a file is damaged, or tensors are missing, unexpected or misshapen.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     files = weight_files(path)
     targets = published_state_dict(model)
     found: dict[str, str] = {}
     unexpected, misshapen = [], []
     for file in files:
-        with safe_open(file, "pt") as tensors:
+        try:
+            opened = safe_open(file, "pt")
+        except SafetensorError as error:
+            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
+        with opened as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 target = targets.get(name)
                 if name in found:
@@ -170,7 +174,10 @@ def load_config(path: str | Path) -> ModelConfig:
     """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / CONFIG_FILE).is_file():
-        return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        try:
+            return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        except (ValueError, TypeError) as error:  # not JSON; an unknown or unfit setting; no mapping
+            raise CheckpointError(f"{folder / CONFIG_FILE} does not hold a model's settings: {error}") from error
     if (folder / "llm_config.json").is_file() and (folder / "vit_config.json").is_file():
         return _bagel_config(
             json.loads((folder / "llm_config.json").read_text()), json.loads((folder / "vit_config.json").read_text())
