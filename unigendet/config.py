@@ -1,7 +1,7 @@
 """Every setting of a model, a run or a generation, as frozen dataclasses that check themselves.
 
-The YAML files under ``configs/`` and the command line's overrides are read into these classes; nothing else holds settings.
-Sizes of the published model: BAGEL-7B-MoT with SigLIP so400m and the FLUX autoencoder (paper section 3).
+The YAML files under ``configs/`` and the command line's overrides are read into these classes; nothing else holds
+settings. Sizes of the published model: BAGEL-7B-MoT with SigLIP so400m and the FLUX autoencoder (paper section 3).
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class VisionConfig:
 class LatentConfig:
     """The latent space. One token covers ``downsample * patch_size`` pixels a side.
 
-    ``autoencoder`` says what turns pixels into latents: ``flux`` (diffusers' AutoencoderKL with FLUX sizes) or ``pixels``
-    (the identity on ``channels`` = 1 grey or 3 RGB channels, ``downsample`` 1).
+    ``autoencoder`` says what turns pixels into latents: ``flux`` (diffusers' AutoencoderKL with FLUX sizes) or
+    ``pixels`` (the identity on ``channels`` = 1 grey or 3 RGB channels, ``downsample`` 1).
     """
 
     channels: int = 16
@@ -170,6 +170,37 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class GuidanceConfig:
+    """How a latent image is denoised: Euler steps and classifier-free guidance (published defaults).
+
+    ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t with
+    interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm`` bounds the
+    guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``), or per token and
+    before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
+    """
+
+    num_timesteps: int = 50
+    text_scale: float = 4.0
+    image_scale: float = 1.5
+    interval: tuple[float, float] = (0.4, 1.0)
+    timestep_shift: float = 3.0
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.num_timesteps >= 2, "guidance.num_timesteps", self.num_timesteps, "at least 2 (one step)")
+        check(self.timestep_shift > 0, "guidance.timestep_shift", self.timestep_shift, "positive")
+        check(self.interval[0] <= self.interval[1], "guidance.interval", self.interval, "(low, high) with low <= high")
+        check(
+            self.renorm in ("global", "channel", "text_channel"),
+            "guidance.renorm",
+            self.renorm,
+            "'global', 'channel' or 'text_channel'",
+        )
+        check(0 <= self.renorm_min <= 1, "guidance.renorm_min", self.renorm_min, "in [0, 1]")
+
+
+@dataclass(frozen=True)
 class ImageConfig:
     """How one view of an image is resized, in pixels.
 
@@ -195,12 +226,14 @@ class ImageConfig:
 class DataConfig:
     """From images and texts to samples. The defaults are the published views.
 
+    ``question`` is what a detector is asked when nobody says otherwise; training data brings its own questions.
     ``teacher_prompt`` is what DIGA's teacher reads between its two views of the image; ``{caption}`` stands for the
     caption.
     """
 
     latent_view: ImageConfig = ImageConfig(min_size=512, max_size=1024, stride=16)
     vit_view: ImageConfig = ImageConfig(min_size=224, max_size=980, stride=14)
+    question: str = "Is this image real or fake and why?"
     teacher_prompt: str = (
         "Examine this picture as an expert in image forensics would. It is meant to show: {caption}\n"
         "Name the two or three visual details that speak most strongly for its being a real photograph."
@@ -258,6 +291,11 @@ _NESTED = {
     "latent_view": ImageConfig,
     "vit_view": ImageConfig,
 }
+
+
+def data_from_dict(values: dict[str, Any]) -> DataConfig:
+    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every key that is not a setting."""
+    return _from_dict(DataConfig, values)
 
 
 def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:

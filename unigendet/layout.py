@@ -1,17 +1,17 @@
 """Layout: everything about a pack that does not depend on activations.
 
-A pack is many samples laid end to end; a sample is a list of splits (runs of tokens with one masking mode). From the split
-lengths alone, ``Layout`` derives, in O(splits + tokens):
+A pack is many samples laid end to end; a sample is a list of splits (runs of tokens with one masking mode). From the
+split lengths alone, ``Layout`` derives, in O(splits + tokens):
 
-* the mask, as two integers per key. The queries that see key k form one interval [query_begin[k], query_end[k]) of query rows:
-  for a ``causal`` key [k, sample end), for a key of a ``full`` split [a, b) it is [a, sample end), for a ``noise`` split [a, b).
-  ``visible`` is that predicate, and the only place in Python that states it;
-* the two token orders and the maps between them. *Sequence order* is the order of the pack; *stream-major* order holds all
-  understanding tokens first, then all generation tokens, each in sequence order;
+* the mask, as two integers per key. The queries that see key k form one interval [query_begin[k], query_end[k]) of
+  query rows: for a ``causal`` key [k, sample end), for a key of a ``full`` split [a, b) it is [a, sample end), for a
+  ``noise`` split [a, b). ``visible`` is that predicate, and the only place in Python that states it;
+* the two token orders and the maps between them. *Sequence order* is the order of the pack; *stream-major* order holds
+  all understanding tokens first, then all generation tokens, each in sequence order;
 * the RoPE positions.
 
-Cached decoding is the same thing: with ``cached``, the leading tokens of a sample are keys only; with ``capacity``, a sample's
-key rows go on after its tokens with spare rows that nobody sees (their interval is empty).
+Cached decoding is the same thing: with ``cached``, the leading tokens of a sample are keys only; with ``capacity``, a
+sample's key rows go on after its tokens with spare rows that nobody sees (their interval is empty).
 
 Source: the attention of the paper, section 3.2 (symbiotic multimodal self-attention), and BAGEL's packing.
 """
@@ -41,7 +41,7 @@ SPLIT_FIELDS = (
 
 
 def visible(query: Tensor, query_begin: Tensor, query_end: Tensor) -> Tensor:
-    """The mask: whether query row ``query`` sees the key that carries ``query_begin`` and ``query_end`` (broadcasting, bool)."""
+    """The mask: whether query row ``query`` sees the key of ``query_begin``, ``query_end`` (broadcasts, bool)."""
     return (query_begin <= query) & (query < query_end)
 
 
@@ -108,8 +108,9 @@ class Layout:
 
     def __repr__(self) -> str:
         und, gen = self.stream_lengths.tolist()
+        splits = self.splits.numel() // len(SPLIT_FIELDS)
         return (
-            f"Layout({self.num_samples} samples, {self.splits.numel() // len(SPLIT_FIELDS)} splits, {self.num_queries} queries "
+            f"Layout({self.num_samples} samples, {splits} splits, {self.num_queries} queries "
             f"({und} understanding, {gen} generation), {self.num_keys} keys, {self.device})"
         )
 
@@ -140,7 +141,7 @@ class Layout:
         return visible(query[:, None], self.query_begin[None, :], self.query_end[None, :])
 
     def visible_pairs(self) -> int:
-        """Number of (query, key) pairs of the mask: the attention's useful FLOPs are 4 · head_dim · heads times this, forward."""
+        """Number of visible (query, key) pairs; useful FLOPs, forward: 4 · head_dim · heads times this."""
         return int((self.query_end.long() - self.query_begin.long()).sum())
 
     @classmethod
@@ -158,9 +159,9 @@ class Layout:
         Args:
             samples: per sample, its splits in order, each (number of tokens, ``"causal"`` | ``"full"`` | ``"noise"``).
             streams: [T], 0 = understanding, 1 = generation, in sequence order. Default: all understanding.
-            positions: [T] RoPE positions in sequence order. Default: text advances by its length, ``full`` by 1, ``noise`` by 0,
-                starting at 0 in each sample; all tokens of an image share one position.
-            cached: per sample, how many of its leading tokens are keys only (their k and v come from a cache). Default: 0.
+            positions: [T] RoPE positions in sequence order. Default: text advances by its length, ``full`` by 1,
+                ``noise`` by 0, starting at 0 in each sample; all tokens of an image share one position.
+            cached: per sample, how many of its leading tokens are keys only (k and v come from a cache). Default: 0.
             capacity: per sample, its number of key rows, tokens included. Default: its number of tokens.
 
         Raises:
@@ -258,9 +259,19 @@ def _check_samples(samples: Sequence[Sequence[tuple[int, str]]]) -> tuple[np.nda
                 raise ValueError(f"samples[{i}][{j}] has mode {mode!r}; it must be one of {MODES}")
             if length < 1:
                 raise ValueError(f"samples[{i}][{j}] has {length} tokens; it must have at least one")
+            if length != int(length):
+                raise ValueError(f"samples[{i}][{j}] has {length} tokens; it must have a whole number of them")
             modes.append(MODES.index(mode))
             lengths.append(int(length))
     return np.array(modes), np.array(lengths), np.array(counts)
+
+
+def _integers(name: str, values: Any) -> np.ndarray:
+    """A copy of ``values`` as int64; only whole-number (or bool) dtypes, so that nothing is rounded."""
+    array = np.asarray(values)
+    if array.dtype.kind not in "biu":
+        raise ValueError(f"{name} has dtype {array.dtype}; it must hold integers")
+    return array.astype(np.int64)
 
 
 def _per_sample(
@@ -268,7 +279,7 @@ def _per_sample(
 ) -> np.ndarray:
     if values is None:
         return default
-    array = np.asarray(values, dtype=np.int64)
+    array = _integers(name, values)
     if array.shape != default.shape:
         raise ValueError(f"{name} has shape {list(array.shape)}; it must have one entry per sample: [{len(default)}]")
     low = np.broadcast_to(low, array.shape)
@@ -279,7 +290,7 @@ def _per_sample(
 
 
 def _per_query(name: str, values: Any, num_queries: int, below: int | None) -> np.ndarray:
-    array = np.asarray(values).astype(np.int64)
+    array = _integers(name, values)
     if array.shape != (num_queries,):
         raise ValueError(f"{name} has shape {list(array.shape)}; it must have one entry per query: [{num_queries}]")
     if array.min() < 0 or (below is not None and array.max() >= below):

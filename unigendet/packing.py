@@ -1,18 +1,18 @@
 """Samples and packs: from segments to one row of tokens.
 
-A sample is an ordered list of segments. Each segment becomes one split of the pack (paper section 3.1, BAGEL's packing):
+A sample is an ordered list of segments. Each segment becomes one split of the pack (BAGEL's packing, section 3.1):
 
 * ``Text`` with ids x1..xn: ``[bos, x1..xn, eos]``, causal. With loss, the first n+1 tokens predict ``[x1..xn, eos]``.
 * ``VitImage``: ``[start_of_image, patches row by row, end_of_image]``, full.
-* ``LatentImage``: ``[start_of_image, latent tokens row by row, end_of_image]``, full if clean, noise if noised. The latent tokens
-  are the generation stream; everything else, the delimiters included, is the understanding stream.
+* ``LatentImage``: ``[start_of_image, latent tokens row by row, end_of_image]``, full if clean, noise if noised. The
+  latent tokens are the generation stream; everything else, the delimiters included, is the understanding stream.
 
-RoPE positions: text runs on; all tokens of an image share one position, and the next segment goes on one further, except after a
-noised image. A dropped text vanishes; a dropped image vanishes but still advances the position.
+RoPE positions: text runs on; all tokens of an image share one position, and the next segment goes on one further,
+except after a noised image. A dropped text vanishes; a dropped image vanishes but still advances the position.
 
-Detection sample: ``[LatentImage clean] [VitImage] [Text question] [Text answer, loss]``; its order is what makes the attention
-symbiotic: the detector's ViT and text tokens see the generator's latent tokens. Generation sample: ``[Text caption, droppable]
-[LatentImage noised]``.
+Detection sample: ``[LatentImage clean] [VitImage] [Text question] [Text answer, loss]``; its order is what makes the
+attention symbiotic: the detector's ViT and text tokens see the generator's latent tokens. Generation sample:
+``[Text caption, droppable] [LatentImage noised]``.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class VitImage:
 
 @dataclass(frozen=True)
 class LatentImage:
-    """An image in latent space: ``latent`` float [C, H, W], sides multiples of the latent patch size. ``noised`` = has the flow loss."""
+    """``latent`` float [C, H, W], sides multiples of the latent patch size. ``noised``: has the flow-matching loss."""
 
     latent: Tensor
     noised: bool = False
@@ -62,7 +62,7 @@ Segment = Text | VitImage | LatentImage
 
 @dataclass(frozen=True)
 class Sample:
-    """One training example or request. ``label``: 1 = real, 0 = fake, None = unlabelled; ``name`` appears in error messages."""
+    """A training example or request. ``label``: 1 real, 0 fake, None unlabelled; ``name`` appears in error messages."""
 
     segments: tuple[Segment, ...]
     label: int | None = None
@@ -140,8 +140,8 @@ def pack(
         config: sizes and special tokens of the model.
         dropout: probabilities for droppable segments; None drops nothing. Needs ``rng``.
         rng: where the dropout's random numbers come from.
-        cached: per sample, its number of leading tokens whose keys and values are already in a cache (whole image segments, any
-            part of a text); they get no query and none of their contents is embedded.
+        cached: per sample, its number of leading tokens whose keys and values are already in a cache (whole image
+            segments, any part of a text); they get no query and none of their contents is embedded.
         capacity: per sample, its number of key rows in the cache.
 
     Returns:
@@ -189,6 +189,12 @@ def patchify(image: Tensor, patch: int) -> Tensor:
         .permute(1, 3, 2, 4, 0)
         .reshape(rows * columns, patch * patch * channels)
     )
+
+
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """The inverse of ``patchify``: [rows·columns, p·p·C] → [C, p·rows, p·columns]."""
+    image = tokens.reshape(rows, columns, patch, patch, -1).permute(4, 0, 2, 1, 3)
+    return image.reshape(-1, rows * patch, columns * patch)
 
 
 _TEXT, _VIT, _LATENT = range(3)  # kinds of token, in the order in which the model concatenates their embeddings

@@ -17,7 +17,6 @@ from unigendet.data.quickstart import data_config
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.packing import ConditionDropout, PackedBatch, Sample, Text
 
-
 # Three workers on a machine of two cores are what some tests are about.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
 
@@ -273,6 +272,21 @@ def test_diga_packs_share_their_images(parts):
     assert len(teacher.vit_sizes) == len(student.latent_sizes) > 15
     assert len(student.text_ids) == 2 * len(student.names)  # every caption dropped, only the image delimiters left
     assert len(teacher.text_ids) > 6 * len(teacher.names)  # the teacher drops nothing
+
+
+def test_condition_dropout_is_drawn_anew_for_every_pack(parts):
+    model, builder, _, captions = parts
+    config = LoaderConfig(30, 30)  # one generation sample per pack
+    stream = Loader(
+        [Source(captions, builder.generation)],
+        config,
+        length=builder.length,
+        model=model,
+        dropout=ConditionDropout(text=0.5),
+    )
+    kept = [len(pack.text_ids) > 2 for pack in islice(stream, 100)]
+    assert 30 < sum(kept) < 70
+    assert kept[:50] != kept[50:]
 
 
 def test_encoding_in_the_consuming_process(parts):

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unigendet.config import DataConfig, ImageConfig
+from unigendet.config import DataConfig, ImageConfig, LoaderConfig
 from unigendet.data.transforms import ImageTransform, read_image, resized_size, to_image, to_rgb
 
 LATENT = {"min_size": 512, "max_size": 1024, "stride": 16}
@@ -22,6 +22,7 @@ VIT = {"min_size": 224, "max_size": 980, "stride": 14}
         ((100, 100), VIT, (224, 224)),
         ((5000, 5), VIT, (980, 14)),  # at least one stride
         ((1000, 600), LATENT, (992, 608)),  # 62.5 strides: round half to even
+        ((607, 1095), LATENT, (576, 1024)),  # 567.6 → 568 pixels → 35.5 strides → 36: rounded to whole pixels first
         ((800, 801), VIT, (798, 798)),
         ((8, 8), {"min_size": 8, "max_size": 8, "stride": 2}, (8, 8)),
         ((1000, 1000), {"min_size": 16, "max_size": 1024, "stride": 16, "max_pixels": 256 * 256}, (256, 256)),
@@ -115,5 +116,7 @@ def test_settings_are_checked():
         ImageConfig(min_size=512, max_size=1000, stride=16)
     with pytest.raises(ValueError, match=r"image.max_size is 16; it must be at least min_size"):
         ImageConfig(min_size=32, max_size=16, stride=16)
+    with pytest.raises(ValueError, match=r"loader.num_workers is -1; it must be at least 0"):
+        LoaderConfig(num_workers=-1)
     with pytest.raises(ValueError, match="teacher_prompt"):
         DataConfig(teacher_prompt="no place for it")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +18,14 @@ from typing import Any
 
 from torch import Tensor
 
-from unigendet.config import DataConfig, ModelConfig
+from unigendet.config import DataConfig, ModelConfig, data_from_dict
 from unigendet.data.tokenizer import Tokenizer
 from unigendet.data.transforms import ImageTransform, read_image
 from unigendet.packing import LatentImage, Sample, Text, VitImage
 
 IMAGE_MARKER = "<image>"
+DATA_FILE = "data.json"  # of a model folder: the views and the question its model was trained with
+_VERDICT = re.compile(r"\W*this\s+is\s+an?\s+(real|fake)\s+image\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -129,6 +132,28 @@ def _detection_record(entry: _Entry, root: Path) -> DetectionRecord:
     if not question:
         raise ValueError(f"{entry.where}, conversations[0], field 'value' holds nothing beside {IMAGE_MARKER}")
     return DetectionRecord(entry.path("image", root), label, entry.text("cate"), question, answer.strip())
+
+
+def parse_verdict(text: str) -> int | None:
+    """1 for an answer that begins "This is a real image", 0 for "This is a fake image", None for any other text.
+
+    Case, white space and punctuation before the sentence (quotes, markup) do not matter; a verdict further on does not
+    count.
+    """
+    found = _VERDICT.match(text)
+    return None if found is None else int(found[1].lower() == "real")
+
+
+def save_data_config(folder: str | Path, config: DataConfig) -> None:
+    """Write ``data.json`` into a model folder."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (Path(folder) / DATA_FILE).write_text(text, encoding="utf-8")
+
+
+def load_data_config(folder: str | Path) -> DataConfig:
+    """Read ``data.json`` of a model folder; without that file, the published views. ValueError names unknown settings."""
+    file = Path(folder) / DATA_FILE
+    return data_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else DataConfig()
 
 
 class SampleBuilder:

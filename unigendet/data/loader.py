@@ -238,16 +238,19 @@ class Loader:
         self._shards = _Shards(sources, config, length, None if encode else self._packer, epochs, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        shards = self._shards
-        for batch, worker, index, position in self._batches():
-            shards.next_worker = (worker + 1) % shards.workers
-            if index == _END:
+        shards, batches = self._shards, iter(self._batches())
+        try:
+            for batch, worker, index, position in batches:
+                if self._encode is not None and index != _END:
+                    batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
                 shards.positions[worker] = position
-                continue
-            if self._encode is not None:
-                batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
-            shards.positions[worker] = position
-            yield batch
+                shards.next_worker = (worker + 1) % shards.workers
+                if index != _END:
+                    yield batch
+        finally:
+            # After an error the traceback holds on to the workers, and the garbage collector then waits 5 s for each.
+            if self.config.num_workers:
+                batches._shutdown_workers()
 
     def _batches(self) -> DataLoader:
         workers = self.config.num_workers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -14,8 +15,8 @@ class KVCache:
     """Keys and values of every decoder layer for a fixed set of samples.
 
     Sample i owns ``capacity[i]`` rows; ``lengths[i]`` of them are filled. A pack made with ``cached=cache.lengths`` and
-    ``capacity=cache.capacity`` writes its new rows behind those; they stay only if ``commit`` says so, and are overwritten by the
-    next pack otherwise (the image that is being denoised never enters the cache).
+    ``capacity=cache.capacity`` writes its new rows behind those; they stay only if ``commit`` says so, and are
+    overwritten by the next pack otherwise (the image that is being denoised never enters the cache).
     """
 
     def __init__(
@@ -35,6 +36,13 @@ class KVCache:
         shape = (config.num_layers, 2, sum(self.capacity), config.num_kv_heads, config.head_dim)
         # Zeros, because a kernel may multiply what it finds in a spare row by a weight of zero.
         self._rows = torch.zeros(shape, device=device, dtype=dtype)
+
+    def first(self, samples: int) -> KVCache:
+        """The cache of the first ``samples`` samples alone; it shares the memory, not later changes of ``lengths``."""
+        part = copy.copy(self)
+        part.capacity, part.lengths = self.capacity[:samples], self.lengths[:samples]
+        part._rows = self._rows[:, :, : sum(part.capacity)]
+        return part
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """k and v of a layer, each [total capacity, kv_heads, head_dim]."""

@@ -1,12 +1,12 @@
 """Weights under the published names: BAGEL's and UniGenDet's safetensors, single or sharded, in and out.
 
-The model's parameters are fused (q, k, v in one matrix, gate and up in another); this file alone knows the published names. A
-folder holds
+The model's parameters are fused (q, k, v in one matrix, gate and up in another); this file alone knows the published
+names. A folder holds
 
 * ours: ``config.json`` and ``model.safetensors`` (or shards with ``model.safetensors.index.json``);
 * BAGEL's: ``llm_config.json``, ``vit_config.json`` and ``ema.safetensors``.
 
-Nothing is guessed: a wrong path is an error, and so is every missing, unexpected or misshapen tensor, all of them listed.
+Nothing is guessed: a wrong path is an error, and every missing, unexpected or misshapen tensor; all are listed.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def published_state_dict(model: UniGenDet) -> dict[str, Tensor]:
 def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str] = ()) -> None:
     """Copy published weights from a folder or file into ``model`` (on a real device), converting to its dtypes.
 
-    ``initialize``: published modules (say ``"fake_cls_head"``, ``"diga_mlp"``) that may be missing from the file as a whole and
-    then keep the model's own initial weights.
+    ``initialize``: published modules (say ``"fake_cls_head"``, ``"diga_mlp"``) that may be missing from the file as a
+    whole and then keep the model's own initial weights.
 
     Raises:
         FileNotFoundError: there are no weights at ``path``.
@@ -141,14 +141,14 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
 
 
 def _as_linear(name: str, value: Tensor) -> Tensor:
-    """A patch embedding stored as a convolution kernel [out, C, p, p], as a linear weight in (row, column, channel) order."""
+    """A patch embedding stored as a conv kernel [out, C, p, p], as a linear weight in (row, column, channel) order."""
     if name.endswith("embeddings.patch_embedding.weight") and value.dim() == 4:
         return value.permute(0, 2, 3, 1).flatten(1)
     return value
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files at ``path``: the file itself, or those of a folder. Raises FileNotFoundError if there are none."""
+    """The safetensors files at ``path``, a file or a folder. Raises FileNotFoundError if there are none."""
     path = Path(path)
     if path.is_file():
         return [path]
@@ -167,7 +167,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_config.json`` and ``vit_config.json``."""
+    """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / CONFIG_FILE).is_file():
         return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
@@ -241,9 +241,8 @@ def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module
     modules = {"fake_cls_head": model.class_head, "diga_mlp": model.align_head}
     unknown = [name for name in names if modules.get(name) is None]
     if unknown:
-        raise ValueError(
-            f"initialize names {unknown}; the model's modules that may be missing are {[n for n, m in modules.items() if m]}"
-        )
+        optional = [name for name, module in modules.items() if module is not None]
+        raise ValueError(f"initialize names {unknown}; the model's modules that may be missing are {optional}")
     return [modules[name] for name in names]
 
 

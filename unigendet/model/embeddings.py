@@ -13,8 +13,8 @@ from torch.nn import functional as F
 def sincos_table(side: int, dim: int) -> Tensor:
     """Fixed 2-D table [side·side, dim], float32, row ``row · side + column``.
 
-    The first half of the features encodes the column, the second the row; each half is sin then cos of the coordinate times
-    10000^(−i/(dim/4)), i = 0..dim/4−1. Raises ValueError unless dim is a multiple of 4.
+    The first half of the features encodes the column, the second the row; each half is sin then cos of the coordinate
+    times 10000^(−i/(dim/4)), i = 0..dim/4−1. Raises ValueError unless dim is a multiple of 4.
     """
     if dim % 4:
         raise ValueError(f"dim is {dim}; it must be a multiple of 4")
@@ -51,7 +51,7 @@ class TimestepEmbedding(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, Linear. ``approximate``: 'tanh' (ViT, connector) or 'none' (the exact GELU of φ, DIGA's projection)."""
+    """Linear, GELU, Linear. ``approximate``: 'tanh' (ViT, connector) or 'none' (exact, as in φ, DIGA's projection)."""
 
     def __init__(self, in_size: int, hidden_size: int, out_size: int, approximate: str = "tanh") -> None:
         super().__init__()

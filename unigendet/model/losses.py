@@ -3,9 +3,9 @@
     GDUF   mse_weight · MSE + ce_weight · CE + label_weight · CE_real/fake               (paper section 3.2)
     DIGA   mse_weight · MSE + diga_weight · (1 − mean cos(resized teacher, φ(student)))  (paper section 3.3)
 
-MSE is the mean over noised latent tokens of the channels' mean squared velocity error; CE the mean over text tokens with loss;
-CE_real/fake the mean over labelled samples. ``Counts`` says what those means divide by: by default this pack's own counts, in
-distributed training those of all ranks.
+MSE is the mean over noised latent tokens of the channels' mean squared velocity error; CE the mean over text tokens
+with loss; CE_real/fake the mean over labelled samples. ``Counts`` says what those means divide by: by default this
+pack's own counts, in distributed training those of all ranks.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from unigendet.packing import PackedBatch
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers that the means divide by: text tokens with loss, noised latent tokens, labelled samples, aligned latent tokens."""
+    """What the means divide by: text tokens with loss, noised tokens, labelled samples, aligned tokens."""
 
     targets: float
     noised: float
@@ -39,7 +39,7 @@ class Counts:
 
 @dataclass(frozen=True)
 class NoisedLatents:
-    """Input and target of flow matching for a pack: ``tokens``, ``target`` [Nl, patch²·channels]; ``timesteps`` [latent images]."""
+    """Flow matching's input and target: ``tokens``, ``target`` [Nl, patch²·channels]; ``timesteps`` [latent images]."""
 
     tokens: Tensor | None
     target: Tensor | None
@@ -60,7 +60,7 @@ def sample_timesteps(batch: PackedBatch, shift: float, generator: torch.Generato
 def noise_latents(
     model: UniGenDet, batch: PackedBatch, timesteps: Tensor | None, noise: Tensor | None
 ) -> NoisedLatents:
-    """Noise the latents of a pack: ``timesteps`` [latent images], ``noise`` [Nl, patch²·channels]; both None without latents."""
+    """Noise a pack's latents: ``timesteps`` [images], ``noise`` [Nl, patch²·channels]; both None without latents."""
     if not batch.latent_sizes:
         return NoisedLatents(None, None, None)
     latent = model.config.latent

@@ -1,10 +1,11 @@
-"""The decoder: Qwen2 layers with two weight sets, on a residual stream that is stream-major from the first layer to the last.
+"""The decoder: Qwen2 layers with two weight sets, on a residual stream that is stream-major throughout.
 
     n = RMSNorm(x)      q, k, v = RoPE(RMSNorm_head(W_qkv n + b))      x ← x + W_o attention(q, k, v)
     m = RMSNorm(x)      x ← x + W_down(SiLU(W_gate m) · W_up m)
 
-Every weight is that of the token's stream (paper section 3.1, BAGEL's mixture of transformers). The two halves of each layer
-add their result to the residual inside the next norm, so a layer passes on (x, delta) with the true residual x + delta.
+Every weight is that of the token's stream (paper section 3.1, BAGEL's mixture of transformers). The two halves of each
+layer add their result to the residual inside the next norm, so a layer passes on (x, delta) with the true residual x +
+delta.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class StreamNorm(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    """One layer: (x, delta) → (x', delta'), all [T, hidden] stream-major; the residual after the layer is x' + delta'."""
+    """One layer: (x, delta) → (x', delta'), all [T, hidden] stream-major; the residual after it is x' + delta'."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -103,7 +104,7 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm. ``recompute`` trades time for memory: layers keep only their inputs for the backward."""
+    """All layers and the final norm. ``recompute``: layers keep only their inputs and run again in the backward."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -148,11 +149,9 @@ class Decoder(nn.Module):
             ValueError: a layer number is out of range.
         """
         last = len(self.layers) if stop_after is None else stop_after
-        for name, number in (("stop_after", last), *(("capture", n) for n in capture)):
-            if not 1 <= number <= (len(self.layers) if name == "stop_after" else last):
-                raise ValueError(
-                    f"{name} names layer {number}; layers are numbered 1 to {last if name == 'capture' else len(self.layers)}"
-                )
+        for name, number, most in (("stop_after", last, len(self.layers)), *(("capture", n, last) for n in capture)):
+            if not 1 <= number <= most:
+                raise ValueError(f"{name} names layer {number}; layers are numbered 1 to {most}")
         rope = self.rope(x.device)
         delta: Tensor | None = None
         captured: dict[int, Tensor] = {}

@@ -1,13 +1,14 @@
-"""UniGenDet: one decoder that reads text, ViT and latent tokens, writes text, denoises latents and tells real from fake.
+"""UniGenDet: a decoder that reads text, ViT and latent tokens, writes text, denoises latents, tells real from fake.
 
-The way of a pack: ``embed`` makes the residual stream's first rows out of words, ViT patches and latent tokens (stream-major);
-``decoder`` transforms them; heads read the rows they need: ``text_logits``, ``velocity``, ``class_logits``, and φ, ``align``.
-Sizes, names and maths: paper section 3; the published parameter names are known to ``checkpoint.py`` alone.
+The way of a pack: ``embed`` makes the residual stream's first rows out of words, ViT patches and latent tokens
+(stream-major); ``decoder`` transforms them; heads read the rows they need: ``text_logits``, ``velocity``,
+``class_logits``, and φ, ``align``. Sizes, names and maths: paper section 3; the published parameter names are known to
+``checkpoint.py`` alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """``hidden`` [T, hidden] after the final norm, stream-major; ``captured``: outputs of the layers asked for, before any norm."""
+    """``hidden`` [T, hidden], final norm applied, stream-major; ``captured``: layers asked for, before any norm."""
 
     hidden: Tensor
     captured: dict[int, Tensor]
@@ -59,7 +60,7 @@ class UniGenDet(nn.Module):
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> UniGenDet:
-        """Load weights and settings from a folder or file; see ``checkpoint.load_pretrained`` for options and errors."""
+        """Load weights and settings from a folder or file; options and errors: ``checkpoint.load_pretrained``."""
         from unigendet.model.checkpoint import load_pretrained
 
         return load_pretrained(path, **options)
@@ -68,6 +69,13 @@ class UniGenDet(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.vae2llm.weight.device
+
+    def new_cache(self, capacity: Sequence[int]) -> KVCache:
+        """An empty cache with ``capacity[i]`` key rows for sample i, on the model's device, in the dtype its keys will have."""
+        dtype, device = self.vae2llm.weight.dtype, self.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return KVCache(self.config, capacity, device=device, dtype=dtype)
 
     def forward(
         self,
@@ -83,7 +91,8 @@ class UniGenDet(nn.Module):
 
         Args:
             batch: on the model's device.
-            latent_tokens: [Nl, patch²·channels], the (noised) latent tokens in the batch's order; needed if it has latents.
+            latent_tokens: [Nl, patch²·channels], the (noised) latent tokens in the batch's order; needed if it has
+                latents.
             timesteps: [latent images] in [0, 1], the time of each latent image (0 = clean).
             cache: keys and values of the tokens the batch has cached; new ones are written into it.
             capture: layers whose output is wanted, numbered from 1.
@@ -142,7 +151,7 @@ class UniGenDet(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear and embedding layers: normal weights of standard deviation 1/√fan_in (0.02 for tables), zero biases."""
+    """Initialise linear and embedding layers: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)

@@ -55,7 +55,7 @@ def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
 def autocast(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Cast ``tensors`` as autocast casts a matmul's: to its dtype where it is enabled, except float64 and None."""
     device_type = tensors[0].device.type
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors)

@@ -105,8 +105,8 @@ def _reference(
         loss = loss + kappa * (1 - cos).sum()
         dstudent.append(-kappa * (r / r_norm - (s_length > _EPS) * cos * s / s_norm) / s_norm)
         dteacher.append(resize.T @ (-kappa * (s / s_norm - (r_length > _EPS) * cos * r / r_norm) / r_norm))
-    nothing = torch.empty(0, dtype=dtype, device=student.device)
-    return loss, torch.cat(dstudent) if needs_student else nothing, torch.cat(dteacher) if needs_teacher else nothing
+    gradients = ((needs_student, torch.cat(dstudent)), (needs_teacher, torch.cat(dteacher)))
+    return loss, *(g if needed else torch.empty(0, dtype=dtype, device=g.device) for needed, g in gradients)
 
 
 def _torch(
@@ -126,16 +126,16 @@ def _torch(
         s = student[rows].to(dtype)
         r = _resize(teacher[teacher_rows].to(dtype).contiguous(), size)
         s_norm, r_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (s, r))
-        s_clamped, r_clamped = (s_norm > _EPS, r_norm > _EPS)
+        s_free, r_free = s_norm > _EPS, r_norm > _EPS  # not clamped
         s_norm, r_norm = s_norm.clamp_min_(_EPS), r_norm.clamp_min_(_EPS)
         cos = torch.linalg.vecdot(s, r)[:, None] / (s_norm * r_norm)
         total += (1 - cos).sum()
         cross = -kappa / (s_norm * r_norm)
         if needs_student:
-            gradient = (cross * r).addcmul_(kappa * cos * s_clamped / s_norm.square(), s)
+            gradient = (cross * r).addcmul_(kappa * cos * s_free / s_norm.square(), s)
             dstudent[rows] = gradient
         if needs_teacher:
-            gradient = (cross * s).addcmul_(kappa * cos * r_clamped / r_norm.square(), r)
+            gradient = (cross * s).addcmul_(kappa * cos * r_free / r_norm.square(), r)
             dteacher[teacher_rows] = _resize_transposed(gradient, size)
     torch.mul(total, kappa, out=outputs[0])
     return outputs
@@ -238,6 +238,7 @@ def alignment_loss(
         weight: factor of the loss.
         normalizer: what the sum is divided by: None for the number of student tokens, a positive number, or a 0-d
             tensor on student's device (all ranks' number of tokens; the host does not read it, it gets no gradient).
+            In a compiled graph a number is a constant, a tensor is not.
         backend: "auto", "reference" or "torch".
 
     Returns:

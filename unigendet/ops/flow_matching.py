@@ -119,11 +119,9 @@ def _reference_backward(
         if target is not None:
             dtimesteps.append((target[rows] * dnoised[rows]).sum())
         start = rows.stop
-    nothing = torch.empty(0, dtype=dtype, device=dnoised.device)
-    return (
-        torch.cat(dlatents) if output_mask[0] else nothing,
-        torch.cat(dnoise) if output_mask[1] else nothing,
-        torch.stack(dtimesteps) if output_mask[2] else nothing,
+    results = (torch.cat(dlatents), torch.cat(dnoise), torch.stack(dtimesteps) if output_mask[2] else times)
+    return tuple(
+        r if m else torch.empty(0, dtype=dtype, device=r.device) for r, m in zip(results, output_mask, strict=True)
     )
 
 
@@ -150,7 +148,7 @@ def _torch_backward(
         if output_mask[1]:
             torch.add(t * dn, dt, out=dnoise[rows].view(shape))
         if output_mask[2]:
-            dtimesteps[images] = (target[rows].view(shape) * dn).sum((1, 2))
+            dtimesteps[images] = (target[rows].reshape(shape) * dn).sum((1, 2))
     return dlatents, dnoise, dtimesteps
 
 
@@ -177,15 +175,28 @@ def _loss_torch(prediction: Tensor, target: Tensor) -> Tensor:
     return torch.linalg.vecdot(difference, difference, out=loss).div_(prediction.shape[1])
 
 
-def _loss_gradient(prediction: Tensor, target: Tensor, dloss: Tensor) -> Tensor:
-    """Both backends' gradient for the prediction [M, K], in dloss's dtype; the target's is its negative."""
-    return (prediction.to(dloss.dtype) - target.to(dloss.dtype)).mul_((2 / prediction.shape[1]) * dloss[:, None])
+def _loss_backward(
+    prediction: Tensor, target: Tensor, dloss: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, Tensor]:
+    """Both backends' backward pass: the derivative leaves nothing to do more cleverly."""
+    gradient = (prediction.to(dloss.dtype) - target.to(dloss.dtype)).mul_((2 / prediction.shape[1]) * dloss[:, None])
+    dprediction, dtarget = _allocate_loss_gradients(prediction, target, output_mask)
+    if output_mask[0]:
+        dprediction.copy_(gradient)
+    if output_mask[1]:
+        dtarget.copy_(gradient.neg_())
+    return dprediction, dtarget
+
+
+def _allocate_loss_gradients(prediction: Tensor, target: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
+    tensors = (prediction, target)
+    return tuple(empty_unless(m, t.shape, t.dtype, t.device) for m, t in zip(output_mask, tensors, strict=True))
 
 
 _FORWARD = {"reference": _reference, "torch": _torch}
 _BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
 _LOSS_FORWARD = {"reference": _loss_reference, "torch": _loss_torch}
-_LOSS_BACKWARD = {"reference": _loss_gradient, "torch": _loss_gradient}
+_LOSS_BACKWARD = {"reference": _loss_backward, "torch": _loss_backward}
 
 
 @torch.library.custom_op("unigendet::flow_matching", mutates_args=())
@@ -261,19 +272,7 @@ def _(prediction: Tensor, target: Tensor, _: str) -> Tensor:
 def _flow_matching_loss_backward(
     dloss: Tensor, prediction: Tensor, target: Tensor, output_mask: Sequence[bool], backend: str
 ) -> tuple[Tensor, Tensor]:
-    gradient = run(_LOSS_BACKWARD, backend, prediction, target, dloss)
-    dprediction, dtarget = _allocate_loss_gradients(prediction, target, output_mask)
-    if output_mask[0]:
-        dprediction.copy_(gradient)
-    if output_mask[1]:
-        torch.neg(gradient, out=dtarget)
-    return dprediction, dtarget
-
-
-def _allocate_loss_gradients(prediction: Tensor, target: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(
-        empty_unless(m, t.shape, t.dtype, t.device) for m, t in zip(output_mask, (prediction, target), strict=True)
-    )
+    return run(_LOSS_BACKWARD, backend, prediction, target, dloss, output_mask)
 
 
 @_flow_matching_loss_backward.register_fake

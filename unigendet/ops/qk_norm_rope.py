@@ -1,13 +1,14 @@
-"""From the fused qkv projection to attention's q, k, v: per-head RMSNorm with the stream's weight, RoPE, and the change of order.
+"""From the fused qkv projection to attention's q, k, v: per-head RMSNorm with the stream's weight, RoPE, new order.
 
-The projection is stream-major; attention wants sequence order. This op reads and writes q, k and v anyway, so it moves the
-rows too: no permutation is left over. For a head x (D numbers, halves x1 | x2) of q or k, in a row of stream s at RoPE
-position p:
+The projection is stream-major; attention wants sequence order. This op reads and writes q, k and v anyway, so it moves
+the rows too: no permutation is left over. For a head x (D numbers, halves x1 | x2) of q or k, in a row of stream s at
+RoPE position p:
 
     rstd = 1 / sqrt(mean(x²) + eps)        h = x · rstd        n = w_s · h
     y1 = n1 · cos[p] − n2 · sin[p]         y2 = n2 · cos[p] + n1 · sin[p]
 
-v is moved only. All arithmetic is in float32 (float64 for float64), rounded once, at the end. Backward, with dy the gradient of y:
+v is moved only. All arithmetic is in float32 (float64 for float64), rounded once, at the end. Backward, with dy the
+gradient of y:
 
     dn1 = dy1 · cos[p] + dy2 · sin[p]      dn2 = dy2 · cos[p] − dy1 · sin[p]
     g = w_s · dn                           dx = rstd · (g − h · mean(g · h))
@@ -66,7 +67,7 @@ def _reference(
     heads: Sequence[int],
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    to_sequence, to_stream, positions = maps
+    _, to_stream, positions = maps
     n = first_stream("qkv", qkv, lengths)
     dtype = compute_dtype(qkv)
     qk, v = (x.index_select(0, to_stream) for x in _split(qkv, heads))
@@ -338,12 +339,13 @@ def qk_norm_rope(
         num_heads: Hq.
         num_kv_heads: Hkv.
         eps: added to the mean square.
-        cache: None, or (k, v), each [K, num_kv_heads, D] with K the layout's number of keys, in qkv's dtype: the new rows are
-            written into them in place. Inference only: no gradient flows through a cache.
+        cache: None, or (k, v), each [K, num_kv_heads, D] with K the layout's number of keys, in qkv's dtype: the new
+            rows are written into them in place. Inference only: no gradient flows through a cache.
         backend: "auto", "reference" or "torch".
 
     Returns:
-        q [T, Hq, D], k and v in qkv's dtype: k and v are [T, Hkv, D] in sequence order, or the two tensors of ``cache``.
+        q [T, Hq, D], k and v in qkv's dtype: k and v are [T, Hkv, D] in sequence order, or the two tensors of
+        ``cache``.
 
     Raises:
         ValueError: a shape, dtype or device does not fit, or gradients are asked for with a cache.
@@ -367,7 +369,8 @@ def qk_norm_rope(
     if cache is None:
         if layout.query_begin.shape[0] != qkv.shape[0]:
             raise ValueError(
-                f"cache is None; it must be (k, v), since the layout has {layout.query_begin.shape[0]} keys for {qkv.shape[0]} queries"
+                "cache is None; it must be (k, v), "
+                f"since the layout has {layout.query_begin.shape[0]} keys for {qkv.shape[0]} queries"
             )
         return _qk_norm_rope(qkv, *norms, cos, sin, *maps, heads, eps, chosen)
     for name, x in (("cache[0]", cache[0]), ("cache[1]", cache[1])):

@@ -8,12 +8,13 @@ For query row i of head h, with g = h // (Hq / Hkv) its key/value head (grouped-
 
 Which keys are visible is the layout's business: query row i sees key row j iff query_begin[j] <= i < query_end[j].
 
-Backward, with P = exp(s − lse), incoming gradients dO of out and dL of lse, and delta[h, i] = dO[i, h] · out[i, h] − dL[h, i]:
+Backward, with P = exp(s − lse), incoming gradients dO of out and dL of lse, and
+delta[h, i] = dO[i, h] · out[i, h] − dL[h, i]:
 
     dV = Pᵀ dO        dS = P ∘ (dO Vᵀ − delta)        dQ = scale · dS K        dK = scale · dSᵀ Q
 
-summed over the query heads of a group. q, k and v come in sequence order; the output is stored in sequence order or, so that the
-next linear layer needs no permutation, stream-major.
+summed over the query heads of a group. q, k and v come in sequence order; the output is stored in sequence order or, so
+that the next linear layer needs no permutation, stream-major.
 """
 
 from __future__ import annotations
@@ -84,7 +85,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise ValueError(
             f"k has shape {list(k.shape)} and v {list(v.shape)}; both must be [keys, kv_heads, {q.shape[2]}]"
         )
-    if q.shape[1] % k.shape[1]:
+    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads; it must be a multiple of the {k.shape[1]} heads of k and v")
     if q.shape[0] != layout.key_rows.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows; the layout has {layout.key_rows.shape[0]} queries")
@@ -178,9 +179,9 @@ def _reference(
     q: Tensor, k: Tensor, v: Tensor, query_begin: Tensor, query_end: Tensor, _: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     _, _, values, scores = _dense(q, k, v, query_begin, query_end, scale)
-    lse = scores.logsumexp(-1)
-    out = torch.exp(scores - lse.unsqueeze(-1)) @ values.unsqueeze(1)
-    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype).contiguous(), lse.flatten(0, 1)
+    # Not exp(s − lse): that inherits the rounding of lse, which is large where lse is.
+    out = scores.softmax(-1) @ values.unsqueeze(1)
+    return out.permute(2, 0, 1, 3).flatten(1, 2).to(q.dtype).contiguous(), scores.logsumexp(-1).flatten(0, 1)
 
 
 def _reference_backward(

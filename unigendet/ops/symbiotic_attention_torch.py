@@ -2,16 +2,16 @@
 
 Samples fall into two kinds, by their number of (query, key) pairs:
 
-* small samples are batched: samples of similar size form one padded call with a mask, so that a pack of a hundred small samples
-  costs a few calls and not a few hundred;
-* a large sample is done split by split, without any mask: its queries attend to the visible keys before the split (one range,
-  or gathered rows where noise splits leave gaps) and to the split itself. A causal split is two such calls, everything before it
-  and the triangle of its own tokens, merged through their log-sum-exp.
+* small samples are batched: samples of similar size form one padded call with a mask, so that a pack of a hundred small
+  samples costs a few calls and not a few hundred;
+* a large sample is done split by split, without any mask: its queries attend to the visible keys before the split (one
+  range, or gathered rows where noise splits leave gaps) and to the split itself. A causal split is two such calls,
+  everything before it and the triangle of its own tokens, merged through their log-sum-exp.
 
-The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen, so that it is computed once per pack.
+The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen: it is computed once per pack.
 
-One call is ``attend`` / ``attend_backward`` on [batch, heads, length, head_dim]: PyTorch's fused CPU kernel where there is one,
-otherwise the same formulas on bounded chunks of query rows.
+One call is ``attend`` / ``attend_backward`` on [batch, heads, length, head_dim]: PyTorch's fused CPU kernel where there
+is one, otherwise the same formulas on bounded chunks of query rows.
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def _as_rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, splits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and lse [Hq, T] in sequence order. Shapes as in ``symbiotic_attention``."""
+    q, k, v = (_with_dense_heads(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=compute_dtype(q), device=q.device)
     for call in plan(splits, q.device):
@@ -208,8 +209,9 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; everything in sequence order. Keys that nobody sees get zeros."""
+    grad_out, q, k, v = (_with_dense_heads(x) for x in (grad_out, q, k, v))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    # Several splits may add to one key: accumulate in full precision, in the order of the calls, hence deterministically.
+    # Several splits may add to one key: in full precision, in the order of the calls, hence deterministically.
     dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in (k, v))
     for call in plan(splits, q.device):
         query = functools.partial(_take, rows=call.query_rows, batch=call.batch)
@@ -228,6 +230,11 @@ def backward(
         _add(dk, call.key_rows, call.key_slots, _flat(gk, call.key_slots))
         _add(dv, call.key_rows, call.key_slots, _flat(gv, call.key_slots))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """x with unit stride in its last dimension: the fused CPU kernel ignores it and would read other numbers."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _take(x: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
@@ -258,9 +265,8 @@ def _add(x: Tensor, rows: slice | Tensor, slots: Tensor | None, values: Tensor) 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
     """Attention over the union of two key sets from the results over each. out [L, H, D], lse [L, H]."""
-    lse = torch.logaddexp(lse_a, lse_b)
-    weight_a, weight_b = (torch.exp(x - lse).unsqueeze(-1) for x in (lse_a, lse_b))
-    return out_a * weight_a + out_b * weight_b, lse
+    weight = torch.sigmoid(lse_a - lse_b).unsqueeze(-1)  # the weights sum to 1, however large and rounded the lse are
+    return out_a * weight + out_b * (1 - weight), torch.logaddexp(lse_a, lse_b)
 
 
 def _fused(q: Tensor) -> bool:
@@ -282,7 +288,7 @@ def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ scale + mask) v and its lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
+    """softmax(q kᵀ scale + mask) v and lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
     if _fused(q):
         heads = q.shape[1]
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
@@ -291,9 +297,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[T
     outs, lses = [], []
     for rows, keys in _chunks(q, k, call.causal):
         scores = _scores(q[:, :, rows], k[:, :, keys], scale, call, rows, keys)
-        lse = scores.logsumexp(-1)
-        outs.append(torch.exp(scores - lse.unsqueeze(-1)) @ _expand(v[:, :, keys], q.shape[1]).to(scores.dtype))
-        lses.append(lse)
+        lses.append(scores.logsumexp(-1))
+        outs.append(scores.softmax(-1) @ _expand(v[:, :, keys], q.shape[1]).to(scores.dtype))
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 

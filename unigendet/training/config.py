@@ -90,9 +90,11 @@ class AnnotationFile:
     file: str
     image_root: str | None = None
     weight: float = 1.0
+    label: int | None = None
 
     def __post_init__(self) -> None:
         check(self.weight > 0, f"weight of {self.file}", self.weight, "positive")
+        check(self.label in (None, 0, 1), f"label of {self.file}", self.label, "1 (real), 0 (fake) or null (both)")
 
 
 @dataclass(frozen=True)
@@ -150,18 +152,6 @@ class TrainConfig:
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         self.optimizer.warmup(self.total_steps)
-
-
-@dataclass(frozen=True)
-class StagesConfig:
-    """Both stages of one model, GDUF and then DIGA, as the quickstart runs them."""
-
-    gduf: TrainConfig = field(default_factory=TrainConfig)
-    diga: TrainConfig = field(default_factory=lambda: TrainConfig(stage="diga", total_steps=500, ema_decay=0.95))
-
-    def __post_init__(self) -> None:
-        for name in ("gduf", "diga"):
-            check(getattr(self, name).stage == name, f"{name}.stage", getattr(self, name).stage, repr(name))
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

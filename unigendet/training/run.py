@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from unigendet.config import PRESETS
-from unigendet.data.datasets import SampleBuilder, read_captions, read_detection
+from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection
 from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.model.autoencoder import build_autoencoder
@@ -97,7 +97,7 @@ def _gduf_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Sour
     if not datasets.detection and not datasets.captions:
         raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
     detection = functools.partial(builder.detection, with_latent=datasets.detection_latents)
-    sources = [Source(read_detection(*_where(f)), detection, f.weight, f.file) for f in datasets.detection]
+    sources = [Source(_labelled(f), detection, f.weight, f.file) for f in datasets.detection]
     sources += [Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions]
     return sources
 
@@ -107,6 +107,11 @@ def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Sour
         raise ValueError("datasets.captions is empty; DIGA needs annotation files with captions")
     build = builder.generation_with_teacher
     return [Source(read_captions(*_where(f)), build, f.weight, f.file) for f in datasets.captions]
+
+
+def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
+    records = read_detection(*_where(source))
+    return [record for record in records if source.label in (None, record.label)]
 
 
 def _where(source: AnnotationFile) -> tuple[str, str | None]:

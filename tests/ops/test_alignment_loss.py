@@ -1,0 +1,219 @@
+"""The alignment loss against F.interpolate and F.cosine_similarity under autograd."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_accurate, outputs_and_gradients
+from op_checks import BACKENDS, assert_same, check_checkpoints, check_compiles_once, check_writes_everything, randn
+
+from unigendet.ops import ImageGrids, alignment_loss
+
+# student h, w, teacher h, w: smaller, larger, equal, one side equal, single rows and columns
+SIZES = [(2, 3, 3, 5), (5, 4, 2, 3), (3, 3, 3, 3), (4, 2, 4, 5), (1, 1, 3, 2), (3, 2, 1, 1), (1, 5, 1, 2)]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+def arguments(sizes=SIZES, *, dtype=torch.float32, teacher_dtype=None, columns=6):
+    """Student and teacher."""
+    grids = ImageGrids.from_sizes(sizes)
+    student = randn(grids.student_rows, columns, dtype=dtype)
+    return [student, randn(grids.teacher_rows, columns, dtype=teacher_dtype or dtype, seed=1)]
+
+
+def op(sizes=SIZES, **options):
+    grids = ImageGrids.from_sizes(sizes)
+    return lambda student, teacher: alignment_loss(student, teacher, grids, **options)
+
+
+def plain(sizes=SIZES, weight=1.0, normalizer=None):
+    def call(student, teacher):
+        wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
+        total, start, teacher_start = 0.0, 0, 0
+        for h, w, th, tw in sizes:
+            grid = teacher[teacher_start : teacher_start + th * tw].to(wide).view(1, th, tw, -1).permute(0, 3, 1, 2)
+            resized = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False, antialias=False)
+            resized = resized.flatten(2)[0].T
+            cos = F.cosine_similarity(resized, student[start : start + h * w].to(wide), dim=-1, eps=1e-8)
+            total = total + (1 - cos).sum()
+            start, teacher_start = start + h * w, teacher_start + th * tw
+        return weight * total / (start if normalizer is None else normalizer)
+
+    return call
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(True, True), (True, False), (False, False)])
+def test_operator_contract(backend, needs):
+    student, teacher = (t.detach().requires_grad_(n) for t, n in zip(arguments(), needs, strict=True))
+    table = ImageGrids.from_sizes(SIZES).table
+    for normalizer in (None, torch.tensor(9.0)):
+        arguments_ = (student, teacher, table, normalizer, 0.5, *needs, backend)
+        torch.library.opcheck(torch.ops.unigendet.alignment_loss.default, arguments_)
+    backward = torch.ops.unigendet.alignment_loss_backward.default
+    torch.library.opcheck(backward, (student.detach(), torch.tensor(0.5), backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("size", SIZES)
+def test_gradients(backend, size):
+    inputs = arguments([size], dtype=torch.float64, columns=3)
+    assert torch.autograd.gradcheck(op([size], backend=backend, weight=0.5, normalizer=7), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("teacher_dtype", DTYPES)
+def test_accuracy(backend, dtype, teacher_dtype):
+    inputs = arguments(dtype=dtype, teacher_dtype=teacher_dtype, columns=33)
+    assert_accurate(op(backend=backend), plain(), plain(), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_weight_and_normalizer(backend):
+    inputs = arguments()
+    for normalizer in (None, 50, 12.5):
+        expected = plain(weight=0.5, normalizer=normalizer)
+        assert_accurate(op(backend=backend, weight=0.5, normalizer=normalizer), expected, expected, inputs)
+    for normalizer in (torch.tensor(12.5), torch.tensor(12)):
+        expected = plain(weight=0.5, normalizer=float(normalizer))
+        assert_accurate(op(backend=backend, weight=0.5, normalizer=normalizer), expected, expected, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_zeros(backend):
+    """A row of zeros, student's or teacher's, has cosine 0 and the finite gradient of the clamped norm."""
+    sizes = [(2, 2, 2, 2), (1, 2, 1, 2)]
+    student, teacher = (t.detach() for t in arguments(sizes, dtype=torch.float64))
+    student[1], teacher[2], student[4], teacher[4] = 0, 0, 0, 0
+    inputs = [student.requires_grad_(), teacher.requires_grad_()]
+    assert_accurate(op(sizes, backend=backend), plain(sizes), plain(sizes), inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_norms_below_epsilon_are_clamped_one_by_one(backend):
+    sizes = [(1, 3, 1, 3)]
+    student = torch.tensor([[1e-9, 0.0], [1.0, 0.0], [1e-9, 0.0]])
+    teacher = torch.tensor([[1e-9, 0.0], [1e-9, 0.0], [1e9, 0.0]])
+    cosines = F.cosine_similarity(teacher, student, dim=-1)
+    torch.testing.assert_close(cosines, torch.tensor([0.01, 0.1, 0.1]))
+    torch.testing.assert_close(op(sizes, backend=backend)(student, teacher), (1 - cosines).mean())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_of_a_clamped_norm_is_that_of_a_constant(backend):
+    """Where a norm is below 1e-8 the cosine is linear in that vector: its gradient is the other's direction / 1e-8."""
+    sizes = [(1, 1, 1, 1)]
+    tiny, other = torch.tensor([[1e-9, 2e-9]], dtype=torch.float64), torch.tensor([[3.0, 4.0]], dtype=torch.float64)
+    for inputs, i in (((tiny, other), 0), ((other, tiny), 1)):
+        leaves = [x.clone().requires_grad_() for x in inputs]
+        gradient = torch.autograd.grad(op(sizes, backend=backend)(*leaves), leaves[i])[0]
+        torch.testing.assert_close(gradient, -other / 5 / 1e-8)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_incoming_scalar_and_second_backward(backend):
+    """Backward only scales what forward computed, any number of times."""
+    student, teacher = arguments()
+    loss = op(backend=backend)(student, teacher)
+    once = torch.autograd.grad(loss, (student, teacher), retain_graph=True)
+    scaled = torch.autograd.grad(loss * 4, (student, teacher), retain_graph=True)
+    again = torch.autograd.grad(loss, (student, teacher))
+    for a, b, c in zip(once, scaled, again, strict=True):
+        assert torch.equal(4 * a, b)
+        assert torch.equal(a, c)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("needs", [(True, False), (False, True), (False, False)])
+def test_gradients_that_nobody_needs_are_not_computed(backend, needs):
+    inputs = [t.detach().requires_grad_(n) for t, n in zip(arguments(), needs, strict=True)]
+    assert_accurate(op(backend=backend), plain(), plain(), inputs)
+    table = ImageGrids.from_sizes(SIZES).table
+    _, *gradients = torch.ops.unigendet.alignment_loss.default(*inputs, table, None, 1.0, *needs, backend)
+    assert [g.numel() > 0 for g in gradients] == list(needs)
+    with torch.no_grad():
+        assert not op(backend=backend)(*inputs).requires_grad
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strided_input_and_unwritten_memory(backend, monkeypatch):
+    strided = [torch.stack((t, t), 2)[..., 0].detach().requires_grad_() for t in arguments()]
+    transposed = [t.detach().T.contiguous().T.requires_grad_() for t in arguments()]
+    for inputs in (strided, transposed):
+        assert not inputs[0].is_contiguous()
+        assert_accurate(op(backend=backend), plain(), plain(), inputs)
+        check_writes_everything(monkeypatch, op(backend=backend), inputs)
+
+
+def test_the_teacher_is_resized_one_image_at_a_time(monkeypatch):
+    """No call of the resize sees more than one image, and equal grids are not resized at all."""
+    sizes, interpolate = [], F.interpolate
+
+    def record(x, size, **options):
+        sizes.append((*x.shape, *size))
+        return interpolate(x, size, **options)
+
+    monkeypatch.setattr(F, "interpolate", record)
+    op(backend="torch")(*arguments())
+    assert sizes == [(1, 6, th, tw, h, w) for h, w, th, tw in SIZES if (h, w) != (th, tw)]
+
+
+def test_autocast_keeps_float32_arithmetic():
+    for dtype in (torch.float32, torch.bfloat16):
+        inputs = arguments(dtype=dtype)
+        for backend in BACKENDS:
+            expected = outputs_and_gradients(op(backend=backend), inputs)
+            with torch.autocast("cpu", torch.bfloat16):
+                assert_same(outputs_and_gradients(op(backend=backend), inputs), expected)
+
+
+def test_checkpointing_and_compilation():
+    check_checkpoints(op(), arguments())
+    packs = [[(2, 3, 3, 2)], [(2, 2, 4, 3), (4, 2, 1, 2)], [(1, 2, 3, 3)] * 5, [(5, 4, 2, 2), (2, 2, 3, 4)]]
+
+    def call(student, teacher, grids, normalizer):
+        return alignment_loss(student, teacher.detach(), grids, weight=0.5, normalizer=normalizer)
+
+    for normalizers in ([torch.tensor(float(n)) for n in range(3, 7)], [None] * 4, [3.0] * 4):
+        values = [[arguments(s)[0], arguments(s)[1].detach(), ImageGrids.from_sizes(s)] for s in packs]
+        check_compiles_once(call, [[*v, n] for v, n in zip(values, normalizers, strict=True)])
+
+
+def test_grids():
+    grids = ImageGrids.from_sizes([(2, 3, 4, 5), (1, 1, 2, 2)])
+    assert grids.table.tolist() == [2, 3, 4, 5, 1, 1, 2, 2]
+    assert grids.table.dtype == torch.int64
+    assert (grids.student_rows, grids.teacher_rows) == (7, 24)
+    with pytest.raises(AttributeError):
+        grids.table = None
+
+
+@pytest.mark.parametrize("sizes", [[], [(2, 3)], [(2, 0, 1, 1)], [(1, 1, 1, -1)]])
+def test_bad_grids(sizes):
+    with pytest.raises(ValueError, match=r"sizes is .*; it must be a non-empty list of \(h, w, teacher_h, teacher_w\)"):
+        ImageGrids.from_sizes(sizes)
+
+
+@pytest.mark.parametrize(
+    ("index", "value", "message"),
+    [
+        (0, torch.zeros(7), r"student is .*\[N, D\]"),
+        (0, torch.zeros(5, 6), "student has 5 rows; it must have 6, the student tokens of grids"),
+        (1, torch.zeros(15, 7), r"teacher is .*\[M, 6\]"),
+        (1, torch.zeros(14, 6), "teacher has 14 rows; it must have 15, the teacher tokens of grids"),
+        (1, torch.zeros(15, 6).long(), "teacher is a torch.int64"),
+        (1, torch.zeros(15, 6, device="meta"), "alignment_loss: its tensors are on cpu, meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_inputs(index, value, message, backend):
+    inputs = arguments([(2, 3, 3, 5)])
+    inputs[index] = value
+    with pytest.raises(ValueError, match=message):
+        op([(2, 3, 3, 5)], backend=backend)(*inputs)
+
+
+@pytest.mark.parametrize("normalizer", [0, -1.0, torch.ones(1), torch.tensor(2.0, requires_grad=True)])
+def test_bad_normalizer(normalizer):
+    with pytest.raises(ValueError, match="normalizer is"):
+        op(normalizer=normalizer)(*arguments())
