@@ -144,7 +144,7 @@ class UniGenDet(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear and embedding layers: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases."""
+    """Initialise a module: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases, fresh LayerNorms."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
@@ -152,6 +152,8 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
 
 
 def latent_rows(batch: PackedBatch) -> Tensor:
