@@ -5,10 +5,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from golden import Golden, relative_error
 
+from unigendet.config import GuidanceConfig
+from unigendet.inference.detect import DetectionRequest, detect_packed
+from unigendet.inference.generate import GenerationRequest, generate_latents
 from unigendet.model.checkpoint import published_names
 from unigendet.model.losses import (
     align_loss,
@@ -18,7 +23,7 @@ from unigendet.model.losses import (
     shift_timesteps,
 )
 from unigendet.ops import ImageGrids
-from unigendet.packing import pack
+from unigendet.packing import LatentImage, Text, VitImage, pack
 
 LOSS, STATE, FLOOR = 1e-5, 1e-4, 1e-6  # relative; relative; absolute (gradients that are truly zero)
 
@@ -134,7 +139,33 @@ def run_diga(golden, model):
     check_gradients(golden, model)
 
 
-RUN = {"gduf": run_gduf, "diga": run_diga}
+def run_inference(golden, model):
+    ask = golden.metadata["generate"]
+    guidance = GuidanceConfig(
+        num_timesteps=ask["num_timesteps"],
+        text_scale=ask["cfg_text_scale"],
+        image_scale=ask["cfg_image_scale"],
+        interval=tuple(ask["cfg_interval"]),
+        renorm_min=ask["cfg_renorm_min"],
+        timestep_shift=ask["timestep_shift"],
+    )
+    request = GenerationRequest((Text(ask["prompt_ids"]),), tuple(ask["image_size"]))
+    for renorm in ("global", "channel", "text_channel"):
+        if f"out.latent.{renorm}" in golden.tensors:
+            chosen = dataclasses.replace(guidance, renorm=renorm)
+            (tokens,) = generate_latents(model, [request], chosen, noise=[golden["init_noise"]])
+            check(f"latent.{renorm}", tokens, golden[f"out.latent.{renorm}"], STATE)
+    ask = golden.metadata["detect"]
+    for name, latent in (("with_latents", LatentImage(golden["latent"])), ("without_latents", None)):
+        request = DetectionRequest(VitImage(golden["vit"]), Text(ask["question_ids"]), latent)
+        (output,) = detect_packed(model, [request], max_new_tokens=ask["max_new_tokens"] - 1)
+        expected = golden[f"out.tokens.{name}"].tolist()
+        tokens = [model.config.special_tokens.bos, *output.ids, *[model.config.special_tokens.eos] * output.ended]
+        assert tokens[: len(expected)] == expected, name
+        check(f"class_logits.{name}", output.class_logits[None], golden[f"out.class_logits.{name}"], STATE)
+
+
+RUN = {"gduf": run_gduf, "diga": run_diga, "inference": run_inference}
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])

@@ -133,8 +133,9 @@ def check(batch, expected):
     assert batch.noised_tokens.tolist() == [i for i, t in enumerate(latents) if t.noised]
     assert to_sequence[batch.target_rows].tolist() == [i for i, t in enumerate(tokens) if t.target is not None]
     assert batch.targets.tolist() == [t.target for t in tokens if t.target is not None]
-    ends = [e for e, sample in zip(np.cumsum([len(s) for s in expected]), expected, strict=True) if sample]
-    assert to_sequence[batch.last_rows].tolist() == [e - 1 for e in ends]
+    ends = np.cumsum([len(s) for s in expected])
+    last = [to_sequence[row].item() if row >= 0 else -1 for row in batch.last_rows.tolist()]
+    assert last == [end - 1 if sample else -1 for end, sample in zip(ends, expected, strict=True)]
 
 
 def image(channels, rows, columns, seed=0):

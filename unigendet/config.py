@@ -169,7 +169,133 @@ class ModelConfig:
         return _from_dict(cls, values)
 
 
-_NESTED = {"vision": VisionConfig, "latent": LatentConfig, "special_tokens": SpecialTokens}
+@dataclass(frozen=True)
+class GuidanceConfig:
+    """How a latent image is denoised: Euler steps and classifier-free guidance (published defaults).
+
+    ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t with
+    interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm`` bounds the
+    guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``), or per token and
+    before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
+    """
+
+    num_timesteps: int = 50
+    text_scale: float = 4.0
+    image_scale: float = 1.5
+    interval: tuple[float, float] = (0.4, 1.0)
+    timestep_shift: float = 3.0
+    renorm: Literal["global", "channel", "text_channel"] = "global"
+    renorm_min: float = 0.0
+
+    def __post_init__(self) -> None:
+        check(self.num_timesteps >= 2, "guidance.num_timesteps", self.num_timesteps, "at least 2 (one step)")
+        check(self.timestep_shift > 0, "guidance.timestep_shift", self.timestep_shift, "positive")
+        check(self.interval[0] <= self.interval[1], "guidance.interval", self.interval, "(low, high) with low <= high")
+        check(
+            self.renorm in ("global", "channel", "text_channel"),
+            "guidance.renorm",
+            self.renorm,
+            "'global', 'channel' or 'text_channel'",
+        )
+        check(0 <= self.renorm_min <= 1, "guidance.renorm_min", self.renorm_min, "in [0, 1]")
+
+
+@dataclass(frozen=True)
+class ImageConfig:
+    """How one view of an image is resized, in pixels.
+
+    Shorter edge at least ``min_size``, longer edge at most ``max_size``, both multiples of ``stride``, at most
+    ``max_pixels`` in all.
+    """
+
+    min_size: int
+    max_size: int
+    stride: int
+    max_pixels: int = 14 * 14 * 9 * 1024
+
+    def __post_init__(self) -> None:
+        check(self.stride > 0, "image.stride", self.stride, "positive")
+        for name in ("min_size", "max_size"):
+            size = getattr(self, name)
+            check(size > 0 and size % self.stride == 0, f"image.{name}", size, f"a positive multiple of {self.stride}")
+        check(self.max_size >= self.min_size, "image.max_size", self.max_size, f"at least min_size ({self.min_size})")
+        check(self.max_pixels >= self.stride**2, "image.max_pixels", self.max_pixels, f"at least {self.stride**2}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """From images and texts to samples. The defaults are the published views.
+
+    ``question`` is what a detector is asked when nobody says otherwise; training data brings its own questions.
+    ``teacher_prompt`` is what DIGA's teacher reads between its two views of the image; ``{caption}`` stands for the
+    caption.
+    """
+
+    latent_view: ImageConfig = ImageConfig(min_size=512, max_size=1024, stride=16)
+    vit_view: ImageConfig = ImageConfig(min_size=224, max_size=980, stride=14)
+    question: str = "Is this image real or fake and why?"
+    teacher_prompt: str = (
+        "Examine this picture as an expert in image forensics would. It is meant to show: {caption}\n"
+        "Name the two or three visual details that speak most strongly for its being a real photograph."
+    )
+
+    def __post_init__(self) -> None:
+        prompt = self.teacher_prompt
+        check("{caption}" in prompt, "teacher_prompt", prompt, "a text that contains {caption}")
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are drawn and packed. The defaults are GDUF's; DIGA's ``max_tokens`` is 23,000.
+
+    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``prefetch`` packs
+    per worker are made ahead. ``cache`` keeps every sample in memory once it is made (for small data).
+    """
+
+    max_tokens: int = 32768
+    max_sample_tokens: int = 16384
+    seed: int = 0
+    shuffle: bool = True
+    num_workers: int = 0
+    prefetch: int = 2
+    pin_memory: bool = False
+    cache: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.max_tokens > 0, "loader.max_tokens", self.max_tokens, "positive")
+        most = self.max_sample_tokens
+        check(0 < most <= self.max_tokens, "loader.max_sample_tokens", most, f"in 1..max_tokens ({self.max_tokens})")
+        check(self.seed >= 0, "loader.seed", self.seed, "at least 0")
+        check(self.num_workers >= 0, "loader.num_workers", self.num_workers, "at least 0")
+        check(self.prefetch > 0, "loader.prefetch", self.prefetch, "positive")
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Probabilities with which a droppable segment is left out of a sample (published defaults)."""
+
+    text: float = 0.1
+    latent: float = 0.3
+    vit: float = 0.3
+
+    def __post_init__(self) -> None:
+        for name in ("text", "latent", "vit"):
+            value = getattr(self, name)
+            check(0 <= value <= 1, f"dropout.{name}", value, "a probability in [0, 1]")
+
+
+_NESTED = {
+    "vision": VisionConfig,
+    "latent": LatentConfig,
+    "special_tokens": SpecialTokens,
+    "latent_view": ImageConfig,
+    "vit_view": ImageConfig,
+}
+
+
+def data_from_dict(values: dict[str, Any]) -> DataConfig:
+    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every key that is not a setting."""
+    return _from_dict(DataConfig, values)
 
 
 def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:

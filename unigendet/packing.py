@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unigendet.config import ModelConfig
+from unigendet.config import ConditionDropout, ModelConfig
 from unigendet.layout import Layout
 
 
@@ -69,27 +69,6 @@ class Sample:
     name: str = ""
 
 
-@dataclass(frozen=True)
-class ConditionDropout:
-    """Probabilities with which a droppable segment is left out of a sample (published defaults)."""
-
-    text: float = 0.1
-    latent: float = 0.3
-    vit: float = 0.3
-
-    def __post_init__(self) -> None:
-        for f in dataclasses.fields(self):
-            if not 0 <= getattr(self, f.name) <= 1:
-                raise ValueError(f"dropout.{f.name} is {getattr(self, f.name)}; it must be a probability in [0, 1]")
-
-    def of(self, segment: Segment) -> float:
-        """The probability for ``segment``: 0 unless it is droppable, and for what has a loss, which is no condition."""
-        has_loss = segment.loss if isinstance(segment, Text) else isinstance(segment, LatentImage) and segment.noised
-        if has_loss or not segment.droppable:
-            return 0.0
-        return self.text if isinstance(segment, Text) else self.vit if isinstance(segment, VitImage) else self.latent
-
-
 @dataclass(frozen=True, eq=False)
 class PackedBatch:
     """One pack, ready for the model. T tokens with a query, Nt texts and delimiters, Nv ViT patches, Nl latent tokens.
@@ -116,7 +95,7 @@ class PackedBatch:
     targets: Tensor  # int64 [Nc]: the tokens they predict
     label_rows: Tensor  # int64 [L]: stream-major row of the answer's first token, per labelled sample
     labels: Tensor  # int64 [L]: 1 = real, 0 = fake
-    last_rows: Tensor  # int64 [S]: stream-major row of the last token of each sample that has a new token
+    last_rows: Tensor  # int64 [S]: stream-major row of each sample's last token; −1 if the sample has no query
     names: tuple[str, ...]  # of the samples
 
     def _map(self, move: Any) -> PackedBatch:
@@ -214,6 +193,12 @@ def patchify(image: Tensor, patch: int) -> Tensor:
     )
 
 
+def unpatchify(tokens: Tensor, rows: int, columns: int, patch: int) -> Tensor:
+    """The inverse of ``patchify``: [rows·columns, p·p·C] → [C, p·rows, p·columns]."""
+    image = tokens.reshape(rows, columns, patch, patch, -1).permute(4, 0, 2, 1, 3)
+    return image.reshape(-1, rows * patch, columns * patch)
+
+
 _TEXT, _VIT, _LATENT = range(3)  # kinds of token, in the order in which the model concatenates their embeddings
 
 
@@ -250,7 +235,7 @@ class _Builder:
             if not isinstance(segment, Segment):
                 raise ValueError(f"{at} is a {type(segment).__name__}; it must be a Text, VitImage or LatentImage")
             is_text = isinstance(segment, Text)
-            if dropout is not None and rng is not None and segment.droppable and rng.random() < dropout.of(segment):
+            if dropout is not None and rng is not None and _dropped(segment, dropout, rng):
                 position += 0 if is_text else 1
                 continue
             skip = max(0, cached - offset)  # leading tokens of this segment that are keys only
@@ -281,8 +266,7 @@ class _Builder:
             self.label_rows.append(answer)
             self.labels.append(sample.label)
         self.splits.append(splits)
-        if self.queries > first:
-            self.last_rows.append(self.queries - 1)
+        self.last_rows.append(self.queries - 1 if self.queries > first else -1)
 
     def _add_text(self, text: Text, position: int, skip: int, where: str) -> int:
         tokens = self.config.special_tokens
@@ -374,9 +358,22 @@ class _Builder:
             targets=torch.tensor(self.targets, dtype=torch.int64),
             label_rows=rows_of(self.label_rows),
             labels=torch.tensor(self.labels, dtype=torch.int64),
-            last_rows=rows_of(self.last_rows),
+            last_rows=torch.tensor([to_stream[row] if row >= 0 else -1 for row in self.last_rows]),
             names=names,
         )
+
+
+def _dropped(segment: Segment, dropout: ConditionDropout, rng: np.random.Generator) -> bool:
+    """Whether to leave out a segment. One with a loss is no condition, and stays."""
+    if not segment.droppable:
+        return False
+    if isinstance(segment, Text):
+        probability = 0.0 if segment.loss else dropout.text
+    elif isinstance(segment, VitImage):
+        probability = dropout.vit
+    else:
+        probability = 0.0 if segment.noised else dropout.latent
+    return rng.random() < probability
 
 
 def _table_positions(sizes: list[tuple[int, int]], side: int) -> Tensor:

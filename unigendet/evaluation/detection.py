@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -31,8 +30,6 @@ from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1
 from unigendet.config import check
 
 REAL, FAKE = 1, 0
-
-_VERDICT = re.compile(r"\W*this\s+is\s+an?\s+(real|fake)\s+image\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -101,16 +98,6 @@ class DetectionSummary:
     def to_dict(self) -> dict[str, Any]:
         """Plain nested dicts and lists, ready for JSON."""
         return dataclasses.asdict(self)
-
-
-def parse_verdict(text: str) -> int | None:
-    """1 for an answer that begins "This is a real image", 0 for "This is a fake image", None for any other text.
-
-    Case, white space and punctuation before the sentence (quotes, markup) do not matter; a verdict further on does not
-    count.
-    """
-    found = _VERDICT.match(text)
-    return None if found is None else (REAL if found[1].lower() == "real" else FAKE)
 
 
 def wilson_interval(successes: int, count: int, confidence: float = 0.95) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -35,6 +36,13 @@ class KVCache:
         shape = (config.num_layers, 2, sum(self.capacity), config.num_kv_heads, config.head_dim)
         # Zeros, because a kernel may multiply what it finds in a spare row by a weight of zero.
         self._rows = torch.zeros(shape, device=device, dtype=dtype)
+
+    def first(self, samples: int) -> KVCache:
+        """The cache of the first ``samples`` samples alone; it shares the memory, not later changes of ``lengths``."""
+        part = copy.copy(self)
+        part.capacity, part.lengths = self.capacity[:samples], self.lengths[:samples]
+        part._rows = self._rows[:, :, : sum(part.capacity)]
+        return part
 
     def layer(self, index: int) -> tuple[Tensor, Tensor]:
         """k and v of a layer, each [total capacity, kv_heads, head_dim]."""

@@ -8,7 +8,7 @@ The way of a pack: ``embed`` makes the residual stream's first rows out of words
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -69,6 +69,13 @@ class UniGenDet(nn.Module):
     def device(self) -> torch.device:
         """Where the parameters are."""
         return self.vae2llm.weight.device
+
+    def new_cache(self, capacity: Sequence[int]) -> KVCache:
+        """An empty cache with ``capacity[i]`` key rows for sample i, on the model's device, in the dtype its keys will have."""
+        dtype, device = self.vae2llm.weight.dtype, self.device
+        if torch.is_autocast_enabled(device.type):
+            dtype = torch.get_autocast_dtype(device.type)
+        return KVCache(self.config, capacity, device=device, dtype=dtype)
 
     def forward(
         self,

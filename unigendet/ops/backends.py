@@ -50,6 +50,11 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
     return backend
 
 
+def available() -> dict[str, list[str]]:
+    """The implementations of every op that are part of this build."""
+    return {op: list(names) for op, names in _BUILT.items()}
+
+
 def run(implementations: Mapping[str, Callable[..., Any]], backend: str, tensor: Tensor, *arguments: Any) -> Any:
     """Call ``implementations[backend](tensor, *arguments)`` with autocast off.
 

@@ -1,0 +1,308 @@
+import functools
+import logging
+import operator
+import pickle
+from collections import Counter
+from itertools import islice
+
+import numpy as np
+import pytest
+import torch
+
+from unigendet import config as settings
+from unigendet.config import LoaderConfig
+from unigendet.data.datasets import SampleBuilder, read_captions, read_detection
+from unigendet.data.loader import Loader, Source
+from unigendet.data.quickstart import data_config
+from unigendet.model.autoencoder import build_autoencoder
+from unigendet.packing import ConditionDropout, PackedBatch, Sample, Text
+
+# Three workers on a machine of two cores are what some tests are about.
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+
+
+def text_sample(record):
+    """(name, number of tokens) → a sample of so many tokens."""
+    name, tokens = record
+    return Sample((Text(tuple([7] * (tokens - 2)), droppable=True), Text(())), name=name)
+
+
+def length(sample):
+    return len(sample.segments[0].ids) + 2
+
+
+def records(letter, count, tokens=10):
+    return [(f"{letter}{i}", tokens) for i in range(count)]
+
+
+def loader(*sources, max_tokens=40, workers=0, max_sample_tokens=None, **kwargs):
+    config = {name: kwargs.pop(name) for name in ("seed", "shuffle", "cache") if name in kwargs}
+    config = LoaderConfig(max_tokens, max_sample_tokens or max_tokens, num_workers=workers, **config)
+    sources = [s if isinstance(s, Source) else Source(s, text_sample) for s in sources]
+    return Loader(sources, config, length=length, **kwargs)
+
+
+def names(packs):
+    return [[sample.name for sample in pack] for pack in packs]
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_shards_are_disjoint_and_complete(workers, world_size):
+    """Over two epochs, all ranks and workers together read each record exactly twice, and once in each epoch."""
+    a, b = records("a", 23), records("b", 8)
+    read = Counter()
+    for rank in range(world_size):
+        for pack in names(loader(a, b, workers=workers, epochs=2, rank=rank, world_size=world_size)):
+            read.update(pack)
+    assert read == Counter({name: 2 for name, _ in a + b})
+
+
+def test_workers_read_different_records():
+    packs = names(islice(loader(records("a", 60), workers=3), 6))
+    flat = [name for pack in packs for name in pack]
+    assert len(set(flat)) == len(flat) == 24
+
+
+def test_order_depends_on_seed_and_epoch():
+    def order(**kwargs):
+        return functools.reduce(operator.iadd, names(loader(records("a", 20), epochs=2, **kwargs)), [])
+
+    assert order(seed=1) == order(seed=1)
+    assert order(seed=1) != order(seed=2)
+    assert sorted(order(seed=1)[:20]) == sorted(order(seed=1)[20:])
+    assert order(seed=1)[:20] != order(seed=1)[20:]
+    assert order(shuffle=False)[:20] == [f"a{i}" for i in range(20)]
+
+
+def test_weights_hold_at_every_moment():
+    stream = loader(
+        Source(records("d", 50), text_sample, 5.0), Source(records("g", 50), text_sample, 1.0), max_tokens=60
+    )
+    drawn = Counter()
+    for pack in names(islice(stream, 40)):
+        drawn.update(name[0] for name in pack)
+        assert abs(drawn["d"] - 5 * drawn["g"]) <= 5
+    assert drawn == {"d": 200, "g": 40}
+
+
+def test_packs_are_greedy_and_within_budget():
+    sizes = [int(n) for n in np.random.default_rng(0).integers(3, 40, 200)]
+    source = [(f"a{i}", n) for i, n in enumerate(sizes)]
+    packs = list(loader(source, epochs=1, shuffle=False, max_tokens=50))
+    for pack, after in zip(packs, [*packs[1:], None], strict=True):
+        total = sum(map(length, pack))
+        assert total <= 50
+        if after is not None:
+            assert total + length(after[0]) > 50
+    assert [s.name for pack in packs for s in pack] == [name for name, _ in source]
+
+
+def test_too_long_samples_are_left_out_and_named(caplog):
+    source = [*records("a", 5), ("huge", 31), *records("b", 5)]
+    stream = loader(source, epochs=2, max_sample_tokens=30)
+    with caplog.at_level(logging.WARNING, "unigendet.data.loader"):
+        read = Counter(functools.reduce(operator.iadd, names(stream), []))
+    assert "huge" not in read
+    assert sum(read.values()) == 20
+    assert stream.skipped == 2
+    assert next(r.getMessage() for r in caplog.records).startswith(
+        "sample huge has 31 tokens, more than max_sample_tokens = 30"
+    )
+    assert len(caplog.records) == 2
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_samples_left_out_at_the_very_end_count(workers):
+    stream = loader([*records("a", 5), ("huge", 31)], epochs=1, max_sample_tokens=30, shuffle=False, workers=workers)
+    list(stream)
+    assert stream.skipped == 1
+
+
+def test_a_stream_of_nothing_but_long_samples_ends():
+    with pytest.raises(ValueError, match=r"loader.max_sample_tokens is 30; the last 4 samples"):
+        next(iter(loader(records("a", 4, 31), max_sample_tokens=30)))
+
+
+@pytest.mark.parametrize("workers", [0, 1, 3])
+@pytest.mark.parametrize("stop", [1, 5])
+def test_resuming_is_exact(workers, stop):
+    sizes = np.random.default_rng(1).integers(5, 30, 60)
+    source = [(f"a{i}", int(n)) for i, n in enumerate(sizes)]
+
+    def make():
+        return loader(source, records("b", 7), workers=workers, max_tokens=50, max_sample_tokens=28, seed=3)
+
+    straight = make()
+    want = names(islice(straight, 16))
+    first = make()
+    assert names(islice(first, stop)) == want[:stop]
+    second = make()
+    second.load_state_dict(pickle.loads(pickle.dumps(first.state_dict())))
+    assert names(islice(second, 16 - stop)) == want[stop:]
+    assert second.state_dict() == straight.state_dict()
+    assert names(islice(first, 16 - stop)) == want[stop:]  # a new iteration of the same loader goes on, too
+
+
+def test_resuming_near_the_end_with_uneven_workers():
+    source = records("a", 21)
+
+    def make():
+        return loader(source, workers=3, max_tokens=20, epochs=1)
+
+    want = names(make())
+    for stop in range(1, len(want)):
+        first, second = make(), make()
+        list(islice(first, stop))
+        second.load_state_dict(first.state_dict())
+        assert names(second) == want[stop:]
+
+
+def test_a_position_of_other_settings_is_refused():
+    state = loader(records("a", 5)).state_dict()
+    for other, what in (
+        (loader(records("a", 6)), "sources"),
+        (loader(records("a", 5), seed=1), "seed is 1, saved with 0"),
+        (loader(records("a", 5), workers=2), "num_shards is 2, saved with 1"),
+        (loader(records("a", 5), rank=1, world_size=2), "first_shard"),
+    ):
+        with pytest.raises(ValueError, match=f"does not fit this loader: .*{what}"):
+            other.load_state_dict(state)
+
+
+def test_arguments_are_checked():
+    with pytest.raises(ValueError, match="sources is empty"):
+        loader()
+    with pytest.raises(ValueError, match="records is empty"):
+        Source([], text_sample)
+    with pytest.raises(ValueError, match="weight is 0"):
+        Source([1], text_sample, 0)
+    with pytest.raises(ValueError, match="rank is 2"):
+        loader(records("a", 1), rank=2, world_size=2)
+    with pytest.raises(ValueError, match="epochs is 0"):
+        loader(records("a", 1), epochs=0)
+    with pytest.raises(ValueError, match=r"loader.max_sample_tokens is 50; it must be in 1..max_tokens \(40\)"):
+        LoaderConfig(40, 50)
+
+
+def test_cache_builds_each_sample_once():
+    built = Counter()
+
+    def build(record):
+        built[record[0]] += 1
+        return text_sample(record)
+
+    stream = loader(Source(records("a", 9), build), cache=True)
+    first = names(islice(stream, 4))
+    list(islice(stream, 12))
+    assert len(built) == 9
+    assert set(built.values()) == {1}
+    assert first == names(islice(loader(records("a", 9)), 4))
+
+
+def broken(record):
+    raise OSError(f"cannot read {record[0]}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_errors_are_not_swallowed(workers):
+    with pytest.raises(OSError, match="cannot read a0"):
+        list(loader(Source([("a0", 5)], broken), workers=workers))
+
+
+@pytest.fixture(scope="module")
+def parts(quickstart, tokenizer):
+    model = settings.quickstart(vocab_size=512)
+    builder = SampleBuilder(model, tokenizer, data_config(), encode=build_autoencoder(model.latent).encode)
+    return model, builder, read_detection(quickstart.train_detection), read_captions(quickstart.train_captions)
+
+
+def gduf(parts, **kwargs):
+    model, builder, detection, captions = parts
+    sources = [
+        Source(detection, builder.detection, 5, "detection"),
+        Source(captions, builder.generation, 1, "captions"),
+    ]
+    config = LoaderConfig(1000, 200, num_workers=kwargs.pop("workers", 0), cache=True)
+    return Loader(sources, config, length=builder.length, model=model, dropout=ConditionDropout(text=0.5), **kwargs)
+
+
+def same(a, b):
+    return (
+        all(
+            torch.equal(getattr(a, f), getattr(b, f))
+            for f in ("text_ids", "latents", "vit_patches", "labels", "source_rows")
+        )
+        and a.names == b.names
+    )
+
+
+def test_gduf_packs(parts):
+    stream = gduf(parts)
+    packs = list(islice(stream, 6))
+    assert all(isinstance(p, PackedBatch) for p in packs)
+    assert all(900 < p.layout.num_queries <= 1000 for p in packs)
+    generation = sum(int(p.noised_images.sum()) for p in packs)
+    labelled = sum(len(p.labels) for p in packs)
+    assert 4.5 < labelled / generation < 5.5
+    # resuming in the middle repeats the condition dropout, too
+    again, resumed = gduf(parts), gduf(parts)
+    list(islice(again, 2))
+    resumed.load_state_dict(again.state_dict())
+    assert all(same(a, b) for a, b in zip(islice(resumed, 4), packs[2:], strict=True))
+
+
+def test_workers_pack_what_the_process_itself_would(parts):
+    inside, outside = gduf(parts), gduf(parts, workers=1)
+    assert all(same(a, b) for a, b in zip(islice(inside, 3), islice(outside, 3), strict=True))
+
+
+def test_diga_packs_share_their_images(parts):
+    model, builder, _, captions = parts
+    config = LoaderConfig(600, 200)
+    make = lambda **kwargs: Loader(  # noqa: E731
+        [Source(captions, builder.generation_with_teacher)], config, length=builder.length, model=model, **kwargs
+    )
+    student, teacher = next(iter(make(dropout=ConditionDropout(text=1.0))))
+    assert student.layout.num_queries <= 600
+    assert student.names == teacher.names
+    assert torch.equal(student.latents, teacher.latents)
+    assert student.noised_images.all()
+    assert not teacher.noised_images.any()
+    assert len(teacher.vit_sizes) == len(student.latent_sizes) > 15
+    assert len(student.text_ids) == 2 * len(student.names)  # every caption dropped, only the image delimiters left
+    assert len(teacher.text_ids) > 6 * len(teacher.names)  # the teacher drops nothing
+
+
+def test_condition_dropout_is_drawn_anew_for_every_pack(parts):
+    model, builder, _, captions = parts
+    config = LoaderConfig(30, 30)  # one generation sample per pack
+    stream = Loader(
+        [Source(captions, builder.generation)],
+        config,
+        length=builder.length,
+        model=model,
+        dropout=ConditionDropout(text=0.5),
+    )
+    kept = [len(pack.text_ids) > 2 for pack in islice(stream, 100)]
+    assert 30 < sum(kept) < 70
+    assert kept[:50] != kept[50:]
+
+
+def test_encoding_in_the_consuming_process(parts):
+    model, builder, _, captions = parts
+    late = SampleBuilder(model, builder.tokenizer, data_config())
+    packs = []
+    for b, kwargs in ((builder, {}), (late, {"encode": lambda pixels: pixels.clone()})):
+        source = Source(captions, b.generation_with_teacher)
+        config = LoaderConfig(300, 200, num_workers=1)
+        packs.append(next(iter(Loader([source], config, length=b.length, model=model, **kwargs))))
+    assert all(same(a, b) for a, b in zip(*packs, strict=True))
+
+
+def test_spawned_workers(parts):
+    model, builder, detection, _ = parts
+    source = Source(detection[:50], builder.detection)
+    config = LoaderConfig(300, 200, num_workers=1)
+    make = lambda **kwargs: Loader([source], config, length=builder.length, model=model, **kwargs)  # noqa: E731
+    assert same(next(iter(make(start_method="spawn"))), next(iter(make())))

@@ -1,0 +1,319 @@
+"""The command line: ``unigendet quickstart | train | generate | detect | info``.
+
+Every command is a thin layer over the package. Exit codes: 0 done, 1 the request could not be carried out (the message says
+why), 2 the command line itself is wrong, 130 interrupted. A user's mistake gives one line, not a traceback; ``--traceback`` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from unigendet import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+    from unigendet.inference.pipeline import Pipeline
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+NEEDS_EXTRA = {"PIL", "tokenizers", "safetensors", "sklearn", "rich", "jinja2", "matplotlib", "rouge_score", "diffusers",
+               "transformers", "jsonargparse", "yaml", "tensorboard", "scipy"}  # fmt: skip
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is the whole message."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; returns its exit code."""
+    parser = build_parser()
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":  # the settings of a training run are checked when they are read
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    options.overrides = rest
+    try:
+        return options.run(options)
+    except KeyboardInterrupt:
+        print("unigendet: interrupted", file=sys.stderr)
+        return 130
+    except (UserError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+        if options.traceback:
+            raise
+        print(f"unigendet {options.command}: {_explain(error)}", file=sys.stderr)
+        return 1
+
+
+def _explain(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in NEEDS_EXTRA:
+        return f"this command needs the package {error.name.partition('.')[0]!r}: pip install 'unigendet[train]'"
+    kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
+    return f"{kind}{error}"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
+    device = argparse.ArgumentParser(add_help=False)
+    device.add_argument("--model", type=Path, required=True, metavar="FOLDER", help="folder of a trained model")
+    device.add_argument(
+        "--autoencoder", type=Path, metavar="FILE", help="the autoencoder's weights (default: ae.safetensors in FOLDER)"
+    )
+    device.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, … (default: cuda where there is one)")
+    device.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
+                        help="of the weights (default: bfloat16 on cuda, float32 elsewhere)")  # fmt: skip
+
+    parser = argparse.ArgumentParser(
+        prog="unigendet",
+        description="One transformer that generates images and detects generated ones, on fused kernels.",
+    )
+    parser.add_argument("--version", action="version", version=f"unigendet {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def add(
+        name: str, run: object, text: str, *parents: argparse.ArgumentParser, epilog: str | None = None
+    ) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text, parents=[common, *parents], epilog=epilog)
+        command.set_defaults(run=run)
+        return command
+
+    quick = add(
+        "quickstart", _quickstart, "Train a small model on handwritten digits in both stages, on the CPU, and report."
+    )
+    quick.add_argument(
+        "--out",
+        type=Path,
+        default=Path("quickstart"),
+        metavar="DIR",
+        help="where everything goes (default: quickstart)",
+    )
+    quick.add_argument("--seed", type=int, default=0, help="of data, weights and noise (default: 0)")
+    quick.add_argument(
+        "--config", type=Path, metavar="FILE", help="settings (default: the ones that ship with the package)"
+    )
+
+    train = add("train", _train, "Train one stage (GDUF or DIGA) as a YAML file says.",
+                epilog="Any setting can be overridden: --total_steps 500 --optimizer.lr 1e-5 --model.checkpoint FOLDER …")  # fmt: skip
+    train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
+    train.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from a training checkpoint")
+
+    generate = add("generate", _generate, "Make images from prompts.", device)
+    generate.add_argument("--prompt", action="append", required=True, help="what to show; repeat it for several images")
+    generate.add_argument("--out", type=Path, required=True, metavar="PATH",
+                          help="the picture to write; with several images, a folder")  # fmt: skip
+    generate.add_argument("--count", type=int, default=1, help="images per prompt (default: 1)")
+    generate.add_argument("--seed", type=int, default=0, help="of the first image; each next one adds 1 (default: 0)")
+    generate.add_argument(
+        "--size", type=_size, metavar="HxW", help="pixels (default: the largest square the model makes)"
+    )
+    generate.add_argument("--steps", type=int, default=50, help="points in time; one less Euler steps (default: 50)")
+    generate.add_argument("--text-scale", type=float, default=4.0, help="text guidance; 1 = none (default: 4)")
+    generate.add_argument("--batch-size", type=int, default=8, help="images denoised together (default: 8)")
+
+    detect = add("detect", _detect, "Tell real images from generated ones; one line per picture.", device,
+                 epilog="Line: verdict, probability of being real, path, explanation, separated by tabs.")  # fmt: skip
+    detect.add_argument(
+        "paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them (searched recursively)"
+    )
+    detect.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
+    detect.add_argument("--json", action="store_true", help="one JSON object per line")
+    detect.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    detect.add_argument(
+        "--max-tokens", type=int, default=256, help="longest explanation; 0 = verdict only (default: 256)"
+    )
+    detect.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
+
+    info = add("info", _info, "Show versions, devices and which implementation of each op can run here.")
+    info.add_argument("--json", action="store_true", help="as JSON")
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, _, width = text.lower().partition("x")
+    try:
+        return int(height), int(width)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, say 512x768") from None
+
+
+def _quickstart(options: argparse.Namespace) -> int:
+    from unigendet.quickstart import run
+
+    run(options.out, seed=options.seed, config=options.config)
+    return 0
+
+
+def _train(options: argparse.Namespace) -> int:
+    from unigendet.training import load_train_config, train
+
+    train(load_train_config(options.config, options.overrides), resume=options.resume)
+    return 0
+
+
+def _pipeline(options: argparse.Namespace) -> Pipeline:
+    import torch
+
+    from unigendet.inference.pipeline import Pipeline
+
+    device = _device(options.device)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
+    return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, autoencoder=options.autoencoder)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: this machine has no such device ({str(error).splitlines()[0]})") from error
+    return device
+
+
+def _generate(options: argparse.Namespace) -> int:
+    from unigendet.config import GuidanceConfig
+
+    prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
+    if not prompts:
+        raise UserError(f"--count is {options.count}; it must be at least 1")
+    single = len(prompts) == 1 and options.out.suffix.lower() in IMAGE_SUFFIXES
+    if not single and options.out.suffix.lower() in IMAGE_SUFFIXES:
+        raise UserError(f"--out {options.out} is one picture, but {len(prompts)} images are asked for; name a folder")
+    guidance = GuidanceConfig(num_timesteps=options.steps, text_scale=options.text_scale)
+    pipeline = _pipeline(options)
+
+    def show(done: int, steps: int) -> None:
+        if sys.stderr.isatty():
+            print(f"\rstep {done}/{steps}", end="\n" if done == steps else "", file=sys.stderr)
+
+    images = pipeline.generate(
+        prompts, size=options.size, guidance=guidance, seed=options.seed, batch_size=options.batch_size, progress=show
+    )
+    target = options.out.parent if single else options.out
+    target.mkdir(parents=True, exist_ok=True)
+    for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
+        path = options.out if single else options.out / f"{i:05}.png"
+        image.save(path)
+        print(f"{path}\tseed {options.seed + i}\t{prompt}")
+    return 0
+
+
+def find_images(paths: Sequence[Path]) -> list[Path]:
+    """Files as they are; folders as the images anywhere below them, sorted. Raises UserError for what is not there."""
+    found: list[Path] = []
+    for path in paths:
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
+            if not inside:
+                raise UserError(f"no images in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
+            found.extend(inside)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise UserError(f"there is no file or folder {path}")
+    return found
+
+
+def _detect(options: argparse.Namespace) -> int:
+    from unigendet.data.transforms import read_image
+
+    paths = find_images(options.paths)
+    pipeline = _pipeline(options)
+    broken: list[str] = []
+
+    def readable() -> Iterator[Path]:
+        for path in paths:
+            try:
+                read_image(path)
+            except (ValueError, OSError) as error:
+                broken.append(f"{path}: {error}")
+                if options.json:
+                    print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
+            else:
+                yield path
+
+    detections = pipeline.detect(
+        readable(), question=options.question, with_latent=not options.no_latent, max_new_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+    )  # fmt: skip
+    for one in detections:
+        if options.json:
+            fields = {
+                "path": one.name,
+                "verdict": one.verdict,
+                "probability_real": one.probability,
+                "explanation": one.explanation,
+            }
+            print(json.dumps(fields), flush=True)
+        else:
+            probability = "-" if one.probability is None else f"{one.probability:.3f}"
+            print(f"{one.verdict}\t{probability}\t{one.name}\t{' '.join(one.explanation.split())}", flush=True)
+    for line in broken:
+        print(f"unigendet detect: not judged: {line}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+def _info(options: argparse.Namespace) -> int:
+    facts = gather_info()
+    if options.json:
+        print(json.dumps(facts, indent=2))
+        return 0
+    for title, values in facts.items():
+        print(title)
+        for name, value in values.items():
+            print(f"  {name:<22}{', '.join(value) if isinstance(value, list) else value}")
+    return 0
+
+
+def gather_info() -> dict[str, dict[str, str | list[str]]]:
+    """Versions, devices, implementations of each op, and installed extras, as ``info`` shows them."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    from unigendet.ops.backends import available
+
+    def installed(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "not installed"
+
+    versions = {"unigendet": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: installed(name) for name in ("triton", "numpy")}
+    devices = {"cpu": f"{torch.get_num_threads()} threads"}
+    for i in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(i)
+        devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
+    extras = (
+        "transformers",
+        "diffusers",
+        "tokenizers",
+        "safetensors",
+        "pillow",
+        "scikit-learn",
+        "jsonargparse",
+        "rich",
+    )
+    return {
+        "versions": versions,
+        "devices": devices,
+        "ops (backends built)": available(),
+        "compiled extension": {"unigendet._C": "built" if find_spec("unigendet._C") else "not built"},
+        "extra 'train'": {name: installed(name) for name in extras},
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

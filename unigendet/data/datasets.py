@@ -1,0 +1,288 @@
+"""Annotation files become records, and records become samples.
+
+Two formats: FakeClue (detection) is a JSON list of ``{"image": path, "label": 0 | 1, "cate": category,
+"conversations": [{"from": "human", "value": "<image>question"}, {"from": "gpt", "value": answer}]}``; the LAION
+subset (generation) is a JSON list of ``{"image_path": path, "prompt": caption}``. Paths are relative to an image
+root. The readers are strict: a malformed entry is an error that names the file, the entry and the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from unigendet.config import DataConfig, ModelConfig, data_from_dict
+from unigendet.data.tokenizer import Tokenizer
+from unigendet.data.transforms import ImageTransform, read_image
+from unigendet.packing import LatentImage, Sample, Text, VitImage
+
+IMAGE_MARKER = "<image>"
+DATA_FILE = "data.json"  # of a model folder: the views and the question its model was trained with
+_VERDICT = re.compile(r"\W*this\s+is\s+an?\s+(real|fake)\s+image\b", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class DetectionRecord:
+    """One image with a verdict. ``label``: 1 = real, 0 = fake; ``category`` groups the evaluation."""
+
+    image: Path
+    label: int
+    category: str
+    question: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class CaptionRecord:
+    """One image with its caption."""
+
+    image: Path
+    prompt: str
+
+
+def read_detection(file: str | Path, image_root: str | Path | None = None) -> list[DetectionRecord]:
+    """Read a FakeClue annotation file.
+
+    Args:
+        file: the JSON file.
+        image_root: what image paths are relative to; default: the file's folder.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file or an entry is malformed; names the file, the entry's index and the field.
+    """
+    root = _root(file, image_root)
+    return [_detection_record(entry, root) for entry in _entries(file)]
+
+
+def read_captions(file: str | Path, image_root: str | Path | None = None) -> list[CaptionRecord]:
+    """Read a LAION annotation file. Arguments and errors as in ``read_detection``."""
+    root = _root(file, image_root)
+    return [CaptionRecord(entry.path("image_path", root), entry.text("prompt")) for entry in _entries(file)]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One object of an annotation file, with the name that errors call it by."""
+
+    values: dict[str, Any]
+    where: str
+
+    def get(self, field: str) -> Any:
+        if field not in self.values:
+            raise ValueError(f"{self.where} has no field {field!r}; it has {sorted(self.values)}")
+        return self.values[field]
+
+    def text(self, field: str) -> str:
+        value = self.get(field)
+        if not isinstance(value, str) or not value.strip():
+            raise ValueError(f"{self.where}, field {field!r} is {value!r}; it must be a non-empty string")
+        return value
+
+    def path(self, field: str, root: Path) -> Path:
+        value = Path(self.text(field))
+        if value.is_absolute() or ".." in value.parts:
+            raise ValueError(f"{self.where}, field {field!r} is {str(value)!r}; it must be a path below the image root")
+        return root / value
+
+
+def _root(file: str | Path, image_root: str | Path | None) -> Path:
+    return Path(file).parent if image_root is None else Path(image_root)
+
+
+def _entries(file: str | Path) -> list[_Entry]:
+    if not Path(file).is_file():
+        raise FileNotFoundError(f"annotation file {file} does not exist")
+    try:
+        entries = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"annotation file {file} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not entries:
+        raise ValueError(f"annotation file {file} holds a {type(entries).__name__}; it must hold a non-empty list")
+    for i, values in enumerate(entries):
+        if not isinstance(values, dict):
+            raise ValueError(f"{file}, entry {i} is a {type(values).__name__}; it must be an object")
+    return [_Entry(values, f"{file}, entry {i}") for i, values in enumerate(entries)]
+
+
+def _detection_record(entry: _Entry, root: Path) -> DetectionRecord:
+    label = entry.get("label")
+    if type(label) is not int or label not in (0, 1):
+        raise ValueError(f"{entry.where}, field 'label' is {label!r}; it must be 1 (real) or 0 (fake)")
+    turns = entry.get("conversations")
+    speakers = turns
+    if isinstance(turns, list):
+        speakers = [turn.get("from") if isinstance(turn, dict) else turn for turn in turns]
+    if speakers != ["human", "gpt"]:
+        raise ValueError(
+            f"{entry.where}, field 'conversations' has the speakers {speakers!r}; it must be one turn by 'human', "
+            "then one by 'gpt'"
+        )
+    question, answer = (
+        _Entry(turn, f"{entry.where}, conversations[{i}]").text("value") for i, turn in enumerate(turns)
+    )
+    question = question.replace(IMAGE_MARKER, "").strip()
+    if not question:
+        raise ValueError(f"{entry.where}, conversations[0], field 'value' holds nothing beside {IMAGE_MARKER}")
+    return DetectionRecord(entry.path("image", root), label, entry.text("cate"), question, answer.strip())
+
+
+def parse_verdict(text: str) -> int | None:
+    """1 for an answer that begins "This is a real image", 0 for "This is a fake image", None for any other text.
+
+    Case, white space and punctuation before the sentence (quotes, markup) do not matter; a verdict further on does not
+    count.
+    """
+    found = _VERDICT.match(text)
+    return None if found is None else int(found[1].lower() == "real")
+
+
+def save_data_config(folder: str | Path, config: DataConfig) -> None:
+    """Write ``data.json`` into a model folder."""
+    text = json.dumps(dataclasses.asdict(config), indent=2)
+    (Path(folder) / DATA_FILE).write_text(text, encoding="utf-8")
+
+
+def load_data_config(folder: str | Path) -> DataConfig:
+    """Read ``data.json`` of a model folder; without that file, the published views. ValueError names unknown settings."""
+    file = Path(folder) / DATA_FILE
+    return data_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else DataConfig()
+
+
+class SampleBuilder:
+    """Turns records, or an image and a text, into samples. Picklable; one is shared by all data workers.
+
+    Args:
+        model: sizes of the model; they fix the views' channels and strides.
+        tokenizer: its special tokens must be the model's.
+        data: sizes of the two views, and the teacher's prompt.
+        encode: pixels [channels, H, W] in [-1, 1] → latent, normally ``autoencoder.encode``. None leaves the pixels
+            in place of the latents, for ``encode_latents`` to encode them later, on the accelerator.
+    """
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        tokenizer: Tokenizer,
+        data: DataConfig | None = None,
+        *,
+        encode: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        data = data or DataConfig()
+        if tokenizer.special != model.special_tokens:
+            raise ValueError(
+                f"tokenizer.special is {tokenizer.special}; it must be the model's: {model.special_tokens}"
+            )
+        if tokenizer.vocab_size > model.vocab_size:
+            raise ValueError(
+                f"tokenizer.vocab_size is {tokenizer.vocab_size}; it must be at most the model's {model.vocab_size}"
+            )
+        for name, view, need in (
+            ("latent_view", data.latent_view, model.latent.stride),
+            ("vit_view", data.vit_view, model.vision.patch_size),
+        ):
+            if view.stride % need:
+                raise ValueError(f"data.{name}.stride is {view.stride}; it must be a multiple of the model's {need}")
+        self.model, self.tokenizer, self.data = model, tokenizer, data
+        self._encode = encode
+        grey_or_rgb = model.latent.channels if model.latent.autoencoder == "pixels" else 3
+        self._latent_view = ImageTransform.from_config(data.latent_view, grey_or_rgb)
+        self._vit_view = ImageTransform.from_config(data.vit_view, model.vision.num_channels)
+
+    def views(self, image: Any) -> tuple[Tensor, Tensor]:
+        """A PIL image, or the path of one → (latent, or pixels without ``encode``; the ViT's pixels), each from the
+        original.
+        """
+        if isinstance(image, str | Path):
+            image = read_image(image)
+        latent = self._latent_view(image)
+        return (latent if self._encode is None else self._encode(latent)), self._vit_view(image)
+
+    def text(self, text: str, **flags: bool) -> Text:
+        """The text segment of ``text``; ``flags`` are ``Text``'s."""
+        return Text(tuple(self.tokenizer.encode(text)), **flags)
+
+    def detection(self, record: DetectionRecord, *, with_latent: bool = True) -> Sample:
+        """``[latent image, clean] [ViT image] [question] [answer, loss]`` with the label (SMSA's order).
+
+        ``with_latent=False`` leaves the latent image out: the detector without symbiotic attention.
+        """
+        latent, pixels = self.views(record.image)
+        segments = (VitImage(pixels), self.text(record.question), self.text(record.answer, loss=True))
+        return Sample((LatentImage(latent), *segments) if with_latent else segments, record.label, str(record.image))
+
+    def generation(self, record: CaptionRecord) -> Sample:
+        """``[caption, droppable] [latent image, noised]``."""
+        return self._generation(record, self._latent_of(record))
+
+    def teacher(self, record: CaptionRecord) -> Sample:
+        """``[latent image, clean] [prompt that contains the caption] [ViT image]``, what DIGA's teacher reads."""
+        return self._teacher(record, *self.views(record.image))
+
+    def generation_with_teacher(self, record: CaptionRecord) -> tuple[Sample, Sample]:
+        """The generation sample and its teacher sample; the image is decoded and encoded once for both."""
+        latent, pixels = self.views(record.image)
+        return self._generation(record, latent), self._teacher(record, latent, pixels)
+
+    def _latent_of(self, record: CaptionRecord) -> Tensor:
+        latent = self._latent_view(read_image(record.image))
+        return latent if self._encode is None else self._encode(latent)
+
+    def _generation(self, record: CaptionRecord, latent: Tensor) -> Sample:
+        segments = (self.text(record.prompt, droppable=True), LatentImage(latent, noised=True))
+        return Sample(segments, name=str(record.image))
+
+    def _teacher(self, record: CaptionRecord, latent: Tensor, pixels: Tensor) -> Sample:
+        prompt = self.data.teacher_prompt.replace("{caption}", record.prompt)  # a caption may hold braces of its own
+        return Sample((LatentImage(latent), self.text(prompt), VitImage(pixels)), name=str(record.image))
+
+    def length(self, sample: Sample) -> int:
+        """Number of tokens of ``sample``, whether its latent images are encoded or still pixels."""
+        total = 0
+        for segment in sample.segments:
+            if isinstance(segment, Text):
+                total += len(segment.ids) + 1 + segment.eos
+            elif isinstance(segment, VitImage):
+                total += _tokens(segment.pixels, self.model.vision.patch_size)
+            else:
+                encoded = self._encode is not None
+                total += _tokens(segment.latent, self.model.latent.patch_size if encoded else self.model.latent.stride)
+        return total
+
+
+def _tokens(image: Tensor, patch: int) -> int:
+    return (image.shape[-2] // patch) * (image.shape[-1] // patch) + 2
+
+
+def encode_latents(
+    items: Sequence[Sample | tuple[Sample, ...]], encode: Callable[[Tensor], Tensor]
+) -> list[Sample | tuple[Sample, ...]]:
+    """Encode the pixels that a ``SampleBuilder`` without ``encode`` left in the latent segments.
+
+    An image that occurs in several segments (a DIGA student and its teacher) is encoded once.
+
+    Args:
+        items: samples, or tuples of samples.
+        encode: pixels [channels, H, W] → latent, normally ``autoencoder.encode`` on the accelerator.
+    """
+    latents: dict[int, Tensor] = {}
+
+    def encoded(sample: Sample) -> Sample:
+        segments = []
+        for segment in sample.segments:
+            if isinstance(segment, LatentImage):
+                key = id(segment.latent)  # the tensors outlive this call in ``items``, so ids are unique
+                if key not in latents:
+                    latents[key] = encode(segment.latent)
+                segment = dataclasses.replace(segment, latent=latents[key])
+            segments.append(segment)
+        return dataclasses.replace(sample, segments=tuple(segments))
+
+    return [encoded(item) if isinstance(item, Sample) else tuple(map(encoded, item)) for item in items]

@@ -1,0 +1,1 @@
+"""Generating images and detecting generated ones with a trained model."""

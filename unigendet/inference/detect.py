@@ -1,0 +1,124 @@
+"""Detection: is an image real or generated, and why; many images at a time.
+
+The prefix is ``[latent image, clean] [ViT image] [question]``; without the latent image there is no symbiotic attention, so it is
+there by default. The answer is decoded from its first token: the real/fake head reads that token's final hidden state, and the
+text follows, greedy or sampled, until its end. All images are samples of one pack, decoded together over one cache.
+Source: paper section 3.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from unigendet.model.losses import clean_latents
+from unigendet.model.unigendet import UniGenDet
+from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack, sample_length
+
+
+@dataclass(frozen=True)
+class DetectionRequest:
+    """One image: its ViT view, the question (ids without bos and eos), and its latent view (None: no symbiotic attention)."""
+
+    vit: VitImage
+    question: Text
+    latent: LatentImage | None = None
+    name: str = ""
+
+    @property
+    def prefix(self) -> tuple[Segment, ...]:
+        """The segments before the answer."""
+        return (self.vit, self.question) if self.latent is None else (self.latent, self.vit, self.question)
+
+
+@dataclass
+class DetectionOutput:
+    """``class_logits`` [2] of (fake, real), None without a head; ``ids``: the answer's tokens after bos, without eos; ``ended``:
+    whether eos was reached.
+    """
+
+    class_logits: Tensor | None
+    ids: list[int] = field(default_factory=list)
+    ended: bool = False
+
+    @property
+    def probability(self) -> float | None:
+        """Probability that the image is real, by the head."""
+        return None if self.class_logits is None else float(self.class_logits.float().softmax(0)[1])
+
+
+@torch.inference_mode()
+def detect_packed(
+    model: UniGenDet,
+    requests: Sequence[DetectionRequest],
+    *,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    generator: torch.Generator | None = None,
+) -> list[DetectionOutput]:
+    """Judge images and decode the answers.
+
+    Args:
+        model: on any device.
+        requests: at least one; all are decoded together.
+        max_new_tokens: longest answer, in tokens after bos; 0 asks for the head's verdict alone.
+        temperature: 0 decodes greedily, otherwise tokens are sampled from softmax(logits / temperature).
+        generator: for the sampling, on the model's device.
+
+    Returns:
+        One output per request.
+
+    Raises:
+        ValueError: no requests, or a negative argument.
+    """
+    if len(requests) == 0:
+        raise ValueError("requests is empty; there must be at least one")
+    if max_new_tokens < 0 or temperature < 0:
+        name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 0 else ("temperature", temperature)
+        raise ValueError(f"{name} is {value}; it must not be negative")
+    config = model.config
+    outputs = [DetectionOutput(None) for _ in requests]
+    started = [_answering(request, []) for request in requests]
+    lengths = [sample_length(sample, config) for sample in started]
+    # The last token of an answer is never read by another, hence no row for it.
+    capacity = [length + max(0, max_new_tokens - 1) for length in lengths]
+    cache = model.new_cache(capacity)
+    samples = started
+    for step in range(max(1, max_new_tokens)):
+        batch = pack(samples, config, cached=cache.lengths, capacity=capacity).to(model.device)
+        latents = clean_latents(model, batch)
+        hidden = model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, cache=cache).hidden
+        if step == 0 and model.class_head is not None:
+            logits = model.class_logits(hidden, batch.last_rows)
+            for output, row in zip(outputs, logits, strict=True):
+                output.class_logits = row
+        if max_new_tokens == 0:
+            break
+        going = [i for i, output in enumerate(outputs) if not output.ended]
+        rows = batch.last_rows[torch.tensor(going, device=model.device)]
+        chosen = _choose(model.text_logits(hidden, rows), temperature, generator)
+        for i, token in zip(going, chosen, strict=True):
+            if token == config.special_tokens.eos:
+                outputs[i].ended = True
+            else:
+                outputs[i].ids.append(token)
+        if all(output.ended for output in outputs):
+            break
+        # An ended answer has all its tokens cached and takes no further part.
+        cache.commit([length + len(o.ids) - (not o.ended) for length, o in zip(lengths, outputs, strict=True)])
+        samples = [_answering(request, output.ids) for request, output in zip(requests, outputs, strict=True)]
+    return outputs
+
+
+def _answering(request: DetectionRequest, ids: list[int]) -> Sample:
+    return Sample((*request.prefix, Text(tuple(ids), eos=False)), name=request.name)
+
+
+def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:
+    if temperature == 0:
+        return logits.argmax(-1).tolist()
+    weights = (logits.float() / temperature).softmax(-1)
+    return torch.multinomial(weights, 1, generator=generator)[:, 0].tolist()

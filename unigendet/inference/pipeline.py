@@ -1,0 +1,195 @@
+"""From files and prompts to verdicts and pictures: a model with its tokenizer, autoencoder and image views.
+
+A model folder holds the weights and ``config.json`` (see ``unigendet.model.checkpoint``), the tokenizer's files, and
+``data.json``, the views in which the model sees images. A folder as BAGEL publishes it lacks ``data.json`` and gets the
+published views; its autoencoder is ``ae.safetensors``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from unigendet.config import DataConfig, GuidanceConfig, check
+from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
+from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.data.transforms import to_image
+from unigendet.inference.detect import DetectionRequest, detect_packed
+from unigendet.inference.generate import GenerationRequest, generate_latents, tokens_to_latent
+from unigendet.model.autoencoder import build_autoencoder
+from unigendet.model.checkpoint import save_pretrained
+from unigendet.model.unigendet import UniGenDet
+from unigendet.packing import LatentImage, VitImage
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+FLUX_WEIGHTS = "ae.safetensors"
+
+
+@dataclass(frozen=True)
+class Detection:
+    """The verdict on one image.
+
+    ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
+    neither decides. ``probability``: of being real, by the head. ``explanation``: the whole answer.
+    """
+
+    name: str
+    real: bool | None
+    probability: float | None
+    explanation: str
+
+    @property
+    def verdict(self) -> str:
+        """``real``, ``fake`` or ``undecided``."""
+        return "undecided" if self.real is None else "real" if self.real else "fake"
+
+
+class Pipeline:
+    """A model that is ready to judge and to make images. All images of a call are packed together, ``batch_size`` at a time."""
+
+    def __init__(
+        self, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Any, data: DataConfig | None = None
+    ) -> None:
+        self.model, self.tokenizer, self.autoencoder = model.eval(), tokenizer, autoencoder
+        self.data = data or DataConfig()
+        self.builder = SampleBuilder(model.config, tokenizer, self.data, encode=autoencoder.encode)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+        autoencoder: str | Path | None = None,
+    ) -> Pipeline:
+        """Load a model folder.
+
+        Args:
+            folder: of the model.
+            device: where the model and the autoencoder run.
+            dtype: of the model's parameters; default float32.
+            autoencoder: the autoencoder's weights; default ``ae.safetensors`` in ``folder``, where the model needs any.
+
+        Raises:
+            FileNotFoundError: a part is missing; says which.
+            ValueError: the parts do not fit each other.
+        """
+        folder = Path(folder)
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no model folder at {folder}")
+        model = UniGenDet.from_pretrained(folder, device=device, dtype=dtype)
+        weights = autoencoder if autoencoder is not None else folder / FLUX_WEIGHTS
+        vae = build_autoencoder(model.config.latent, weights if model.config.latent.autoencoder == "flux" else None)
+        return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder))
+
+    def save(self, folder: str | Path) -> None:
+        """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views."""
+        save_pretrained(self.model, folder)
+        self.tokenizer.save(folder)
+        save_data_config(folder, self.data)
+
+    def detect(
+        self,
+        images: Iterable[str | Path | Image],
+        *,
+        question: str | None = None,
+        with_latent: bool = True,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        seed: int = 0,
+        batch_size: int = 16,
+    ) -> Iterator[Detection]:
+        """Judge images, in their order.
+
+        Args:
+            images: paths or PIL images.
+            question: what the model is asked; default: the question it was trained with.
+            with_latent: show the model the latent view too (symbiotic attention).
+            max_new_tokens: longest answer; 0 skips the explanation.
+            temperature: 0 = greedy.
+            seed: of sampled answers.
+            batch_size: images decoded together.
+
+        Yields:
+            A ``Detection`` per image.
+
+        Raises:
+            ValueError: a file is no image; names it.
+        """
+        check(batch_size > 0, "batch_size", batch_size, "positive")
+        text = self.builder.text(self.data.question if question is None else question)
+        generator = torch.Generator(self.model.device).manual_seed(seed)
+
+        def request(image: str | Path | Image) -> DetectionRequest:
+            latent, pixels = self.builder.views(image)
+            name = str(getattr(image, "filename", "")) if not isinstance(image, str | Path) else str(image)
+            return DetectionRequest(VitImage(pixels), text, LatentImage(latent) if with_latent else None, name)
+
+        for group in _groups(images, batch_size):
+            requests = [request(image) for image in group]
+            outputs = detect_packed(
+                self.model, requests, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
+            )
+            for one, output in zip(requests, outputs, strict=True):
+                answer = self.tokenizer.decode(output.ids)
+                probability = output.probability
+                verdict = parse_verdict(answer) if probability is None else probability >= 0.5
+                yield Detection(one.name, None if verdict is None else bool(verdict), probability, answer)
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        size: tuple[int, int] | None = None,
+        guidance: GuidanceConfig | None = None,
+        seed: int = 0,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Image]:
+        """Make one image per prompt.
+
+        Args:
+            prompts: captions.
+            size: (height, width) in pixels; default: the largest square the model makes.
+            guidance: scales and steps.
+            seed: image i depends on ``seed + i`` and its prompt alone, not on the other prompts.
+            batch_size: images denoised together.
+            progress: called with (steps done, steps of all batches).
+
+        Returns:
+            PIL images.
+        """
+        check(batch_size > 0, "batch_size", batch_size, "positive")
+        guidance = guidance or GuidanceConfig()
+        latent = self.model.config.latent
+        size = size or (latent.stride * latent.max_size,) * 2
+        images: list[Image] = []
+        batches = -(-len(prompts) // batch_size)
+        for group in _groups(prompts, batch_size):
+            requests = [GenerationRequest((self.builder.text(prompt),), size, prompt) for prompt in group]
+            first, done = seed + len(images), len(images) // batch_size
+            shape = (size[0] // latent.stride * (size[1] // latent.stride), latent.token_dim)
+            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(first + i)) for i in range(len(group))]
+            step = None if progress is None else lambda i, n, done=done: progress(done * n + i, batches * n)
+            for tokens in generate_latents(self.model, requests, guidance, noise=noise, progress=step):
+                pixels = self.autoencoder.decode(tokens_to_latent(self.model, tokens, size))
+                images.append(to_image(pixels))
+        return images
+
+
+def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    group: list[Any] = []
+    for item in items:
+        group.append(item)
+        if len(group) == size:
+            yield group
+            group = []
+    if group:
+        yield group

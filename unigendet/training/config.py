@@ -1,0 +1,161 @@
+"""Every setting of a training run, as frozen dataclasses that check themselves; ``configs/*.yaml`` fill them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from unigendet.config import PRESETS, ConditionDropout, DataConfig, LoaderConfig, check
+from unigendet.config_file import load_settings
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW, clipping and the learning rate's course (published defaults).
+
+    The rate rises linearly over ``warmup_steps``, by default ``warmup_fraction`` of the run's steps, and then stays
+    (``constant``) or falls along half a cosine to ``final_lr`` · lr. ``clip``: largest norm of all gradients together.
+    """
+
+    lr: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    schedule: Literal["constant", "cosine"] = "constant"
+    final_lr: float = 0.0
+    warmup_fraction: float = 0.05
+    warmup_steps: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("lr", "eps", "clip"):
+            check(getattr(self, name) > 0, f"optimizer.{name}", getattr(self, name), "positive")
+        check(all(0 <= beta < 1 for beta in self.betas), "optimizer.betas", self.betas, "two numbers in [0, 1)")
+        check(self.weight_decay >= 0, "optimizer.weight_decay", self.weight_decay, "at least 0")
+        check(self.schedule in ("constant", "cosine"), "optimizer.schedule", self.schedule, "'constant' or 'cosine'")
+        for name in ("final_lr", "warmup_fraction"):
+            check(0 <= getattr(self, name) <= 1, f"optimizer.{name}", getattr(self, name), "in [0, 1]")
+        check(self.warmup_steps is None or self.warmup_steps >= 0, "optimizer.warmup_steps", self.warmup_steps, "≥ 0")
+
+    def warmup(self, total_steps: int) -> int:
+        """Length of the warm-up in steps. Raises ValueError if it is longer than the run."""
+        steps = round(self.warmup_fraction * total_steps) if self.warmup_steps is None else self.warmup_steps
+        check(steps <= total_steps, "optimizer.warmup_steps", steps, f"at most total_steps ({total_steps})")
+        return steps
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the loss terms: ``mse`` in both stages, ``ce`` and ``label`` in GDUF, ``diga`` in DIGA.
+
+    These are the published scripts'; the paper states 1 for ``label``. With ``diga`` 0 no teacher runs.
+    """
+
+    mse: float = 1.0
+    ce: float = 1.0
+    label: float = 0.2
+    diga: float = 0.5
+
+    def __post_init__(self) -> None:
+        for name in ("mse", "ce", "label", "diga"):
+            check(getattr(self, name) >= 0, f"losses.{name}", getattr(self, name), "at least 0")
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
+
+    ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
+    ``diga_mlp``). ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
+    """
+
+    preset: str | None = None
+    checkpoint: str | None = None
+    initialize: tuple[str, ...] = ()
+    tokenizer: str | None = None
+    autoencoder: str | None = None
+
+    def __post_init__(self) -> None:
+        given = [self.preset, self.checkpoint]
+        check(given.count(None) >= 1, "model", given, "a preset or a checkpoint, not both")
+        check(self.preset is None or self.preset in PRESETS, "model.preset", self.preset, f"one of {sorted(PRESETS)}")
+
+
+@dataclass(frozen=True)
+class AnnotationFile:
+    """One annotation file. Its image paths are relative to ``image_root``, by default its folder."""
+
+    file: str
+    image_root: str | None = None
+    weight: float = 1.0
+    label: int | None = None
+
+    def __post_init__(self) -> None:
+        check(self.weight > 0, f"weight of {self.file}", self.weight, "positive")
+        check(self.label in (None, 0, 1), f"label of {self.file}", self.label, "1 (real), 0 (fake) or null (both)")
+
+
+@dataclass(frozen=True)
+class DatasetsConfig:
+    """What a run reads; samples are drawn in proportion to the files' weights. DIGA reads the captions only.
+
+    ``detection``: files in FakeClue's format, ``captions``: in LAION's. ``detection_latents`` False leaves the latent
+    image out of detection samples: a detector without symbiotic attention.
+    """
+
+    detection: tuple[AnnotationFile, ...] = ()
+    captions: tuple[AnnotationFile, ...] = ()
+    detection_latents: bool = True
+    views: DataConfig = field(default_factory=DataConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """One stage of training; the defaults are GDUF's (paper section 4.1).
+
+    ``align_layer``, ``teacher_layer``: the student's and the teacher's decoder layer in DIGA, numbered from 1.
+    ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
+    activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.
+    ``output`` None writes nothing.
+    """
+
+    stage: Literal["gduf", "diga"] = "gduf"
+    total_steps: int = 1000
+    timestep_shift: float = 1.0
+    align_layer: int = 8
+    teacher_layer: int = 8
+    ema_decay: float | None = 0.99
+    precision: Literal["fp32", "bf16"] = "fp32"
+    recompute: bool = False
+    seed: int = 0
+    device: str = "auto"
+    log_every: int = 10
+    save_every: int = 0
+    keep_checkpoints: int = 2
+    output: str | None = None
+    model: ModelSource = field(default_factory=ModelSource)
+    datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
+    dropout: ConditionDropout = field(default_factory=ConditionDropout)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    losses: LossWeights = field(default_factory=LossWeights)
+
+    def __post_init__(self) -> None:
+        check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
+        check(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
+        for name in ("total_steps", "align_layer", "teacher_layer", "log_every", "keep_checkpoints", "timestep_shift"):
+            check(getattr(self, name) > 0, name, getattr(self, name), "positive")
+        for name in ("save_every", "seed"):
+            check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
+        self.optimizer.warmup(self.total_steps)
+
+
+def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:
+    """Read a run's settings from a YAML file; ``overrides`` such as ``optimizer.lr=1e-4`` win over it.
+
+    Raises FileNotFoundError, or ValueError that names the setting that is unknown, of a wrong type or out of range.
+    """
+    return load_settings(TrainConfig, path, overrides)

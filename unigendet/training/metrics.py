@@ -1,0 +1,145 @@
+"""What a run tells: its history, metric files (JSON lines, TensorBoard), and a progress bar or plain lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
+
+METRICS_FILE = "metrics.jsonl"
+TIMING = ("seconds", "tokens_per_second")  # entries of a row that differ from run to run
+
+Row = dict[str, Any]
+
+
+def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
+    """The mean of every number over the rows that have it; ``step`` is the last one's, ``tokens`` the sum, and
+    ``tokens_per_second`` the throughput over all rows.
+    """
+    rows = list(rows)
+    names = dict.fromkeys(name for row in rows for name in row)
+    values = {name: [row[name] for row in rows if name in row] for name in names}
+    mean = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    if rows:
+        mean["step"], mean["tokens"] = rows[-1]["step"], sum(values["tokens"])
+        mean["tokens_per_second"] = mean["tokens"] / max(sum(values["seconds"]), 1e-9)
+    return mean
+
+
+def read_history(folder: str | Path, last_step: int | None = None) -> list[Row]:
+    """The rows of a run's metric file, up to ``last_step``; none if there is no such file."""
+    file = Path(folder) / METRICS_FILE
+    if not file.is_file():
+        return []
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [row for row in rows if last_step is None or row["step"] <= last_step]
+
+
+class MetricsWriter:
+    """Writes every step's row to ``metrics.jsonl`` and interval means as TensorBoard events.
+
+    Args:
+        folder: where to; None writes nothing.
+        history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped.
+    """
+
+    def __init__(self, folder: str | Path | None, history: Iterable[Row] = ()) -> None:
+        self._file = None
+        self._events: SummaryWriter | None = None
+        if folder is None:
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        history = list(history)
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self._file = (Path(folder) / METRICS_FILE).open("w", encoding="utf-8")
+        for row in history:
+            self.add(row)
+        first = history[-1]["step"] + 1 if history else 0
+        self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first)
+
+    def add(self, row: Row) -> None:
+        """Append one step's row."""
+        if self._file is not None:
+            self._file.write(json.dumps(row) + "\n")
+
+    def log(self, row: Row) -> None:
+        """Write an interval's mean as events, and bring the metric file up to date on disk."""
+        if self._file is not None and self._events is not None:
+            self._file.flush()
+            for name, value in row.items():
+                if name not in ("step", "tokens"):
+                    self._events.add_scalar(f"train/{name}", value, row["step"])
+
+    def close(self) -> None:
+        """Finish the files."""
+        if self._file is not None and self._events is not None:
+            self._file.close()
+            self._events.close()
+
+
+class ProgressDisplay:
+    """A progress bar on a terminal, one plain line per interval elsewhere. A context manager.
+
+    Args:
+        title: in front of everything.
+        total: steps of the run.
+        start: steps already done.
+        console: where to; default: standard error. ``quiet`` shows nothing.
+        quiet: show nothing.
+    """
+
+    def __init__(
+        self, title: str, total: int, start: int = 0, console: Console | None = None, *, quiet: bool = False
+    ) -> None:
+        self._title, self._total, self._quiet = title, total, quiet
+        self._console = console or Console(stderr=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        shown = self._console.is_terminal and not quiet
+        self._bar = Progress(*columns, console=self._console) if shown else None
+        self._task = self._bar.add_task(title, total=total, completed=start, text="") if self._bar else None
+
+    def __enter__(self) -> ProgressDisplay:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def advance(self, step: int) -> None:
+        """Show that ``step`` steps are done."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=step)
+
+    def log(self, row: Row) -> None:
+        """Show an interval's mean."""
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, text=describe(row))
+        elif not self._quiet:
+            text = f"{self._title}  step {row['step']}/{self._total}  {describe(row)}"
+            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+
+
+def describe(row: Row) -> str:
+    """The loss, its terms and the throughput as one line."""
+    timing_and_rest = {*TIMING, "step", "tokens", "lr", "grad_norm"}
+    losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in timing_and_rest)
+    return f"{losses}  {row['tokens_per_second']:,.0f} tokens/s"

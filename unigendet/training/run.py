@@ -1,0 +1,146 @@
+"""From settings to a finished run: model, tokenizer, autoencoder, data, stage, trainer."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from unigendet.config import PRESETS
+from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection
+from unigendet.data.loader import Loader, Source
+from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.model.autoencoder import build_autoencoder
+from unigendet.model.checkpoint import load_pretrained
+from unigendet.model.unigendet import UniGenDet
+from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
+from unigendet.training.stages import make_stage
+from unigendet.training.state import MODEL, checkpoints
+from unigendet.training.trainer import Trainer, TrainResult
+
+
+def train(
+    config: TrainConfig,
+    *,
+    resume: bool | str | Path = False,
+    console: Console | None = None,
+    quiet: bool = False,
+) -> TrainResult:
+    """Run one stage of training as ``config`` says.
+
+    Args:
+        config: everything about the run.
+        resume: go on from a checkpoint folder; True: from the newest one in ``config.output``.
+        console: where progress goes; default: standard error.
+        quiet: show no progress.
+
+    Raises:
+        FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
+        ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run.
+        TrainingError: see ``Trainer.run``.
+    """
+    checkpoint = _resume_point(config, resume)
+    device = _device(config.device)
+    torch.manual_seed(config.seed)
+    tokenizer = _tokenizer(config)
+    model = build_model(config, tokenizer, device, checkpoint)
+    batches = build_loader(config, model, tokenizer)
+    trainer = Trainer(make_stage(model, config), batches, config, console=console, quiet=quiet)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    return trainer.run()
+
+
+def build_model(
+    config: TrainConfig, tokenizer: Tokenizer, device: torch.device | str, resume: Path | None = None
+) -> UniGenDet:
+    """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says."""
+    source = config.model
+    if resume is not None:
+        return load_pretrained(resume / MODEL, device=device)
+    if source.checkpoint is not None:
+        return load_pretrained(source.checkpoint, device=device, initialize=source.initialize)
+    if source.preset is None:
+        raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
+    if source.preset == "quickstart":
+        sizes = PRESETS[source.preset](tokenizer.vocab_size, tokenizer.special)
+    else:
+        sizes = PRESETS[source.preset]()
+    with torch.device(device):
+        return UniGenDet(sizes)
+
+
+def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
+    """The endless stream of batches for ``config.stage``.
+
+    A FLUX autoencoder encodes in this process, on the model's device; pixel latents are made by the data workers.
+    """
+    datasets = config.datasets
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder)
+    here = model.config.latent.autoencoder == "flux"
+    encode = autoencoder.to(model.device).encode if here else None
+    builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
+    return Loader(
+        _diga_sources(datasets, builder) if config.stage == "diga" else _gduf_sources(datasets, builder),
+        config.loader,
+        length=builder.length,
+        model=model.config,
+        dropout=config.dropout,
+        encode=encode,
+    )
+
+
+def _gduf_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
+    if not datasets.detection and not datasets.captions:
+        raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
+    detection = functools.partial(builder.detection, with_latent=datasets.detection_latents)
+    sources = [Source(_labelled(f), detection, f.weight, f.file) for f in datasets.detection]
+    sources += [Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions]
+    return sources
+
+
+def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
+    if not datasets.captions:
+        raise ValueError("datasets.captions is empty; DIGA needs annotation files with captions")
+    build = builder.generation_with_teacher
+    return [Source(read_captions(*_where(f)), build, f.weight, f.file) for f in datasets.captions]
+
+
+def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
+    records = read_detection(*_where(source))
+    return [record for record in records if source.label in (None, record.label)]
+
+
+def _where(source: AnnotationFile) -> tuple[str, str | None]:
+    return source.file, source.image_root
+
+
+def _tokenizer(config: TrainConfig) -> Tokenizer:
+    folder = config.model.tokenizer or config.model.checkpoint
+    if folder is None:
+        raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
+    return load_tokenizer(folder)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(name)
+
+
+def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None:
+    """The checkpoint to go on from; an error if there is none, or if a new run would mix with an old one's files."""
+    if isinstance(resume, str | Path):
+        if not Path(resume).is_dir():
+            raise FileNotFoundError(f"no checkpoint at {resume}: there is no such folder")
+        return Path(resume)
+    found = [] if config.output is None else checkpoints(config.output)
+    if resume and not found:
+        raise FileNotFoundError(f"nothing to resume: output folder {config.output} holds no checkpoints")
+    if found and not resume:
+        raise ValueError(
+            f"output is {config.output!r}, which holds checkpoints of another run; resume it or name another"
+        )
+    return found[-1] if resume else None

@@ -1,0 +1,244 @@
+"""The training loop: AdamW over what the stage trains, warm-up, clipping, averaged weights, metrics, checkpoints.
+
+Nothing is swallowed: an error in a batch stops the run, and so does a loss that is not finite, before it reaches the
+weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from unigendet.model.checkpoint import CheckpointError
+from unigendet.model.losses import Counts
+from unigendet.model.unigendet import UniGenDet
+from unigendet.packing import PackedBatch
+from unigendet.training.config import OptimizerConfig, TrainConfig
+from unigendet.training.metrics import MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.stages import Stage
+from unigendet.training.state import ExponentialAverage, TrainState, checkpoint_path, checkpoints
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message names the step and, where a batch is the cause, its samples."""
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run leaves: ``history``, one row per step, and the folder of the last checkpoint, if any was written.
+
+    A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
+    ``tokens``, ``seconds`` and ``tokens_per_second``.
+    """
+
+    model: UniGenDet
+    history: list[Row]
+    step: int
+    checkpoint: Path | None = None
+
+
+def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
+    """The rate of step ``step``, counted from 0: linear warm-up, then constant, or half a cosine to final_lr · lr."""
+    warmup = config.warmup(total_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    if config.schedule == "constant":
+        return config.lr
+    done = (step - warmup) / max(1, total_steps - warmup)
+    return config.lr * (config.final_lr + (1 - config.final_lr) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Trainer:
+    """Trains ``stage.model``.
+
+    Args:
+        stage: what learns and from which losses.
+        batches: yields the stage's batches, endlessly or at least as many as there are steps. A ``Loader`` also has
+            ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
+        config: of the run. Its model, datasets and loader are not read here.
+        console: where progress goes; default: standard error.
+        quiet: show no progress.
+    """
+
+    def __init__(
+        self,
+        stage: Stage,
+        batches: Iterable[Any],
+        config: TrainConfig,
+        *,
+        console: Console | None = None,
+        quiet: bool = False,
+    ) -> None:
+        self.stage, self.batches, self.config = stage, batches, config
+        self._console, self._quiet = console, quiet
+        model, optimizer = stage.model, config.optimizer
+        model.decoder.recompute = config.recompute
+        self.device = model.device
+        self._parameters = list(stage.trained.values())
+        self.state = TrainState(
+            model=model,
+            stage=stage,
+            optimizer=torch.optim.AdamW(
+                self._parameters,
+                lr=optimizer.lr,
+                betas=optimizer.betas,
+                eps=optimizer.eps,
+                weight_decay=optimizer.weight_decay,
+                fused=True,
+            ),
+            ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
+            generator=torch.Generator(self.device).manual_seed(config.seed),
+        )
+        self.history: list[Row] = []
+
+    @property
+    def ema(self) -> ExponentialAverage | None:
+        """The averaged weights."""
+        return self.state.ema
+
+    def run(self, until: int | None = None) -> TrainResult:
+        """Train up to step ``until``, by default ``config.total_steps``, and write the last checkpoint.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or the batches end too early.
+            ValueError: ``until`` lies beyond the run.
+        """
+        total = self.config.total_steps
+        until = total if until is None else until
+        if not self.state.step <= until <= total:
+            raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
+        writer = MetricsWriter(self.config.output, self.history)
+        display = ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet)
+        try:
+            with display:
+                self._loop(until, writer, display)
+        finally:
+            writer.close()
+        return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint())
+
+    def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay) -> None:
+        batches = iter(self.batches)
+        shown = len(self.history)
+        self.state.model.train()
+        while self.state.step < until:
+            row = self.train_step(self._next(batches))
+            writer.add(row)
+            display.advance(row["step"])
+            last = row["step"] == until
+            if last or row["step"] % self.config.log_every == 0:
+                mean = mean_row(self.history[shown:])
+                shown = len(self.history)
+                writer.log(mean)
+                display.log(mean)
+            if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
+                self.save()
+
+    def _next(self, batches: Iterator[Any]) -> Any:
+        try:
+            return next(batches)
+        except StopIteration:
+            raise TrainingError(
+                f"the batches ended after step {self.state.step} of {self.config.total_steps}"
+            ) from None
+
+    def train_step(self, batch: Any) -> Row:
+        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history."""
+        state, config = self.state, self.config
+        started = time.perf_counter()
+        pack = self.stage.student(batch)
+        lr = learning_rate(state.step, config.optimizer, config.total_steps)
+        names, values = self._backward(batch, pack)
+        row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
+        self._check_finite(row, pack)
+        for group in state.optimizer.param_groups:
+            group["lr"] = lr
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+        if state.ema is not None:
+            state.ema.update()
+        state.step += 1
+        seconds = time.perf_counter() - started
+        tokens = pack.layout.num_queries
+        row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        self.history.append(row)
+        return row
+
+    def _backward(self, batch: Any, pack: PackedBatch) -> tuple[list[str], list[float]]:
+        """Gradients of the batch, clipped; names and values of the loss, its terms and the gradients' norm."""
+        low = self.config.precision == "bf16"
+        try:
+            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+                losses = self.stage.losses(self._move(batch), self.state.generator, self._counts(pack))
+            losses.total.backward()
+        except Exception as error:
+            error.add_note(f"in step {self.state.step + 1}, with the samples {list(pack.names)}")
+            raise
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.clip)
+        values: list[Tensor] = [losses.total.detach(), *losses.terms.values(), norm]
+        # One copy to the host is the step's only wait for the device.
+        return ["loss", *losses.terms, "grad_norm"], torch.stack([v.float() for v in values]).tolist()
+
+    def _counts(self, pack: PackedBatch) -> Counts:
+        """What the losses' means divide by; with several processes, the sums over all of them."""
+        return Counts.of(pack)
+
+    def _move(self, batch: Any) -> Any:
+        if isinstance(batch, PackedBatch):
+            return batch.to(self.device, non_blocking=True)
+        return tuple(pack.to(self.device, non_blocking=True) for pack in batch)
+
+    def _check_finite(self, row: Row, pack: PackedBatch) -> None:
+        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+        if bad:
+            listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+            raise TrainingError(
+                f"step {row['step']} is not finite ({listed}); the weights are those of step {self.state.step}. "
+                f"Samples of the batch: {', '.join(name or '(unnamed)' for name in pack.names)}"
+            )
+
+    def save(self) -> Path | None:
+        """Write a checkpoint of the present step and remove old ones; None without an output folder."""
+        if self.config.output is None:
+            return None
+        path = checkpoint_path(self.config.output, self.state.step)
+        position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
+        self.state.save(path, position=position, settings=dataclasses.asdict(self.config))
+        for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:
+            shutil.rmtree(old)
+        return path
+
+    def resume(self, path: str | Path) -> None:
+        """Go on from a checkpoint folder, exactly as if training had never stopped.
+
+        Raises:
+            FileNotFoundError: there is no such checkpoint.
+            CheckpointError: it does not fit this run.
+        """
+        position = self.state.load(path)
+        has_position = hasattr(self.batches, "load_state_dict")
+        if has_position != (position is not None):
+            raise CheckpointError(
+                f"checkpoint {path} holds {'no' if position is None else 'a'} loader position, but the batches "
+                f"{'need' if has_position else 'cannot take'} one"
+            )
+        if has_position:
+            self.batches.load_state_dict(position)
+        if self.state.step > self.config.total_steps:
+            raise CheckpointError(
+                f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"
+            )
+        self.history = [] if self.config.output is None else read_history(self.config.output, self.state.step)
+
+    def _last_checkpoint(self) -> Path | None:
+        found = checkpoints(self.config.output) if self.config.output is not None else []
+        return found[-1] if found else None
