@@ -71,7 +71,7 @@ class UniGenDet(nn.Module):
         return self.vae2llm.weight.device
 
     def new_cache(self, capacity: Sequence[int]) -> KVCache:
-        """An empty cache with ``capacity[i]`` key rows for sample i, on the model's device, in the dtype its keys will have."""
+        """An empty cache, ``capacity[i]`` key rows for sample i, on the model's device, in the dtype of its keys."""
         dtype, device = self.vae2llm.weight.dtype, self.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
