@@ -173,10 +173,10 @@ class ModelConfig:
 class GuidanceConfig:
     """How a latent image is denoised: Euler steps and classifier-free guidance (published defaults).
 
-    ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t with
-    interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm`` bounds the
-    guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``), or per token and
-    before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
+    ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t
+    with interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm``
+    bounds the guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``),
+    or per token and before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
     """
 
     num_timesteps: int = 50
@@ -248,8 +248,8 @@ class DataConfig:
 class LoaderConfig:
     """How samples are drawn and packed. The defaults are GDUF's; DIGA's ``max_tokens`` is 23,000.
 
-    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``prefetch`` packs
-    per worker are made ahead. ``cache`` keeps every sample in memory once it is made (for small data).
+    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``prefetch``
+    packs per worker are made ahead. ``cache`` keeps every sample in memory once it is made (for small data).
     """
 
     max_tokens: int = 32768
@@ -294,7 +294,7 @@ _NESTED = {
 
 
 def data_from_dict(values: dict[str, Any]) -> DataConfig:
-    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every key that is not a setting."""
+    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every unknown key."""
     return _from_dict(DataConfig, values)
 
 
