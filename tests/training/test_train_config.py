@@ -4,7 +4,8 @@ import pytest
 
 from unigendet.config import ImageConfig
 from unigendet.config_file import load_settings
-from unigendet.training.config import AnnotationFile, LossWeights, StagesConfig, TrainConfig, load_train_config
+from unigendet.quickstart import QuickstartConfig
+from unigendet.training.config import AnnotationFile, LossWeights, TrainConfig, load_train_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -92,8 +93,8 @@ def test_published_recipes():
 
 
 def test_quickstart_has_both_stages(write):
-    both = load_settings(StagesConfig, CONFIGS / "quickstart.yaml", ["diga.total_steps=3"])
+    both = load_settings(QuickstartConfig, CONFIGS / "quickstart.yaml", ["diga.total_steps=3"])
     assert (both.gduf.stage, both.diga.stage, both.diga.total_steps) == ("gduf", "diga", 3)
     assert both.gduf.model.preset == "quickstart"
     with pytest.raises(ValueError, match=r"diga\.stage is 'gduf'; it must be 'diga'"):
-        load_settings(StagesConfig, CONFIGS / "quickstart.yaml", ["diga.stage=gduf"])
+        load_settings(QuickstartConfig, CONFIGS / "quickstart.yaml", ["diga.stage=gduf"])
