@@ -15,8 +15,8 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
     Args:
         cls: a settings dataclass, whose fields may be settings dataclasses.
         path: YAML file with some of its fields; the others keep their defaults. None: defaults only.
-        overrides: ``name=value``, ``--name=value``, or ``--name`` and ``value``; dots for nested fields, values in YAML,
-            say ``optimizer.lr=1e-4``. They win over the file.
+        overrides: ``name=value``, ``--name=value``, or ``--name`` and ``value``; dots for nested fields, values in
+            YAML, say ``optimizer.lr=1e-4``. They win over the file.
 
     Raises:
         FileNotFoundError: there is no such file.
