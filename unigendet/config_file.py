@@ -35,7 +35,7 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
     arguments = [] if path is None else [f"--file={path}"]
     arguments += ["--" + item.removeprefix("--") for item in overrides]
     try:
-        return cls(**_fields(parser.instantiate_classes(parser.parse_args(arguments))))
+        return cls(**_fields(parser.instantiate(parser.parse_args(arguments))))
     except (ArgumentError, TypeError) as error:  # TypeError: a number where a group of settings belongs
         raise ValueError(f"settings{'' if path is None else f' of {path}'}: {error}") from error
 

@@ -56,6 +56,11 @@ class UniGenDet(nn.Module):
         self.align_head = Mlp(hidden, 4 * hidden, hidden, approximate="none") if config.align_head else None
         self.backend = "auto"
         init_weights(self)
+        with torch.no_grad():
+            for layer in self.decoder.layers:  # each adds twice to the residual: keep its variance from growing with depth
+                for projection in (layer.out, layer.down):
+                    for parameter in projection.parameters():
+                        parameter.mul_((2 * config.num_layers) ** -0.5)
         nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
 
     @classmethod

@@ -115,6 +115,7 @@ class DatasetsConfig:
 class TrainConfig:
     """One stage of training; the defaults are GDUF's (paper section 4.1).
 
+    ``seed`` is that of new weights, noise and timesteps; the order of the data has its own, ``loader.seed``.
     ``align_layer``, ``teacher_layer``: the student's and the teacher's decoder layer in DIGA, numbered from 1.
     ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
     activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
-TIMING = ("seconds", "tokens_per_second")  # entries of a row that differ from run to run
+TIMING = ("seconds", "data_seconds", "tokens_per_second")  # entries of a row that differ from run to run
 
 Row = dict[str, Any]
 

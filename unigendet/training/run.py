@@ -47,7 +47,8 @@ def train(
     tokenizer = _tokenizer(config)
     model = build_model(config, tokenizer, device, checkpoint)
     batches = build_loader(config, model, tokenizer)
-    trainer = Trainer(make_stage(model, config), batches, config, console=console, quiet=quiet)
+    stage = make_stage(model, config)
+    trainer = Trainer(stage, batches, config, companions=[tokenizer.save], console=console, quiet=quiet)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer.run()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +81,21 @@ class TrainState:
     generator: torch.Generator
     step: int = 0
 
-    def save(self, path: str | Path, *, position: dict[str, Any] | None, settings: dict[str, Any]) -> None:
+    def save(
+        self,
+        path: str | Path,
+        *,
+        position: dict[str, Any] | None,
+        settings: dict[str, Any],
+        companions: Sequence[Callable[[Path], None]] = (),
+    ) -> None:
         """Write a checkpoint folder.
 
         Args:
             path: the folder; one that is there already is replaced.
             position: of the loader, plain numbers and strings; None if it has none.
             settings: of the run, for the record.
+            companions: each writes its files into the folder it is given, beside the weights: the tokenizer's ``save``.
         """
         from safetensors.torch import save_file
 
@@ -99,11 +107,14 @@ class TrainState:
         if self.ema is not None:
             with self.ema.applied():
                 save_pretrained(self.model, partial / EMA)
+        for folder in (partial / MODEL, *([partial / EMA] if self.ema is not None else [])):
+            for write in companions:
+                write(folder)
         if own := self.stage.state_dict():
             save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, partial / STAGE)
         state = {"optimizer": self._optimizer_state(), "generator": self.generator.get_state(), "position": position}
         torch.save(state, partial / STATE)
-        record = {"step": self.step, "identity": self._identity(), "settings": settings}
+        record = {"step": self.step, "identity": self.stage.identity, "settings": settings}
         (partial / SETTINGS).write_text(json.dumps(record, indent=2), encoding="utf-8")
         if path.exists():
             shutil.rmtree(path)
@@ -119,15 +130,12 @@ class TrainState:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
-        needed = [SETTINGS, STATE, MODEL] + [EMA] * (self.ema is not None) + [STAGE] * bool(self.stage.state_dict())
-        absent = [name for name in needed if not (path / name).exists()]
-        if absent:
-            raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {', '.join(absent)}")
+        self._require(path, [SETTINGS])
         record = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
-        if record["identity"] != self._identity():
-            raise CheckpointError(
-                f"checkpoint {path} is another run's: it was saved by {record['identity']}, this is {self._identity()}"
-            )
+        own = self.stage.identity
+        if record["identity"] != own:
+            raise CheckpointError(f"checkpoint {path} is another run's: saved by {record['identity']}, this is {own}")
+        self._require(path, [STATE, MODEL, *[EMA] * (self.ema is not None), *[STAGE] * bool(self.stage.state_dict())])
         state = torch.load(path / STATE, map_location="cpu", weights_only=True)
         self._load_optimizer(state["optimizer"], path)
         self._load_stage(path)
@@ -139,8 +147,10 @@ class TrainState:
         self.step = record["step"]
         return state["position"]
 
-    def _identity(self) -> dict[str, Any]:
-        return self.stage.identity
+    def _require(self, path: Path, names: Sequence[str]) -> None:
+        absent = [name for name in names if not (path / name).exists()]
+        if absent:
+            raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {', '.join(absent)}")
 
     def _load_stage(self, path: Path) -> None:
         from safetensors.torch import load_file

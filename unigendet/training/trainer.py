@@ -10,7 +10,7 @@ import dataclasses
 import math
 import shutil
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,7 @@ class TrainResult:
     """What a run leaves: ``history``, one row per step, and the folder of the last checkpoint, if any was written.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``seconds`` and ``tokens_per_second``.
+    ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
     """
 
     model: UniGenDet
@@ -66,6 +66,7 @@ class Trainer:
         batches: yields the stage's batches, endlessly or at least as many as there are steps. A ``Loader`` also has
             ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
         config: of the run. Its model, datasets and loader are not read here.
+        companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
         console: where progress goes; default: standard error.
         quiet: show no progress.
     """
@@ -76,10 +77,11 @@ class Trainer:
         batches: Iterable[Any],
         config: TrainConfig,
         *,
+        companions: Sequence[Callable[[Path], None]] = (),
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
-        self.stage, self.batches, self.config = stage, batches, config
+        self.stage, self.batches, self.config, self._companions = stage, batches, config, companions
         self._console, self._quiet = console, quiet
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = config.recompute
@@ -131,7 +133,9 @@ class Trainer:
         shown = len(self.history)
         self.state.model.train()
         while self.state.step < until:
-            row = self.train_step(self._next(batches))
+            started = time.perf_counter()
+            batch = self._next(batches)
+            row = self.train_step(batch, waited=time.perf_counter() - started)
             writer.add(row)
             display.advance(row["step"])
             last = row["step"] == until
@@ -151,8 +155,11 @@ class Trainer:
                 f"the batches ended after step {self.state.step} of {self.config.total_steps}"
             ) from None
 
-    def train_step(self, batch: Any) -> Row:
-        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history."""
+    def train_step(self, batch: Any, waited: float = 0.0) -> Row:
+        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history.
+
+        ``waited``: seconds that the batch took to come.
+        """
         state, config = self.state, self.config
         started = time.perf_counter()
         pack = self.stage.student(batch)
@@ -167,9 +174,10 @@ class Trainer:
         if state.ema is not None:
             state.ema.update()
         state.step += 1
-        seconds = time.perf_counter() - started
+        seconds = time.perf_counter() - started + waited
         tokens = pack.layout.num_queries
-        row |= {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / max(seconds, 1e-9)}
+        row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
+        row["tokens_per_second"] = tokens / max(seconds, 1e-9)
         self.history.append(row)
         return row
 
@@ -212,7 +220,8 @@ class Trainer:
             return None
         path = checkpoint_path(self.config.output, self.state.step)
         position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
-        self.state.save(path, position=position, settings=dataclasses.asdict(self.config))
+        settings = dataclasses.asdict(self.config)
+        self.state.save(path, position=position, settings=settings, companions=self._companions)
         for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:
             shutil.rmtree(old)
         return path

@@ -1,0 +1,127 @@
+"""From annotation files and settings to checkpoints, as the command line runs it."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from unigendet.config_file import load_settings
+from unigendet.data.tokenizer import load_tokenizer, train_tokenizer
+from unigendet.model.checkpoint import load_pretrained
+from unigendet.training.config import TrainConfig
+from unigendet.training.metrics import TIMING
+from unigendet.training.run import train
+
+ANSWERS = ("This is a fake image.", "This is a real image.")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Six images of 8×8 pixels, annotated for both tasks, and a tokenizer."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = np.random.default_rng(0)
+    detection, captions = [], []
+    for i in range(6):
+        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
+        turns = [{"from": "human", "value": "<image>Real?"}, {"from": "gpt", "value": ANSWERS[i % 2]}]
+        detection.append({"image": f"{i}.png", "label": i % 2, "cate": "noise", "conversations": turns})
+        captions.append({"image_path": f"{i}.png", "prompt": f"picture {i}"})
+    (folder / "detection.json").write_text(json.dumps(detection))
+    (folder / "captions.json").write_text(json.dumps(captions))
+    train_tokenizer([*ANSWERS, "Real?", "picture"], 270).save(folder / "tokenizer")
+    return folder
+
+
+@pytest.fixture
+def configure(data, tmp_path):
+    view = {"min_size": 8, "max_size": 8, "stride": 2}
+    settings = {
+        "total_steps": 2,
+        "align_layer": 2,
+        "teacher_layer": 3,
+        "output": str(tmp_path / "gduf"),
+        "device": "cpu",
+        "model": {"preset": "quickstart", "tokenizer": str(data / "tokenizer")},
+        "datasets": {
+            "detection": [{"file": str(data / "detection.json")}],
+            "captions": [{"file": str(data / "captions.json"), "weight": 2}],
+            "views": {"latent_view": view, "vit_view": view},
+        },
+        "loader": {"max_tokens": 200, "max_sample_tokens": 150},
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+
+    def make(*overrides):
+        return load_settings(TrainConfig, tmp_path / "run.yaml", overrides)
+
+    return make
+
+
+def numbers(history):
+    return [{name: value for name, value in row.items() if name not in TIMING} for row in history]
+
+
+def test_gduf_then_diga_from_its_checkpoint(configure, tmp_path):
+    gduf = train(configure(), quiet=True)
+    assert [row["step"] for row in gduf.history] == [1, 2]
+    assert {"mse", "ce", "label"} <= gduf.history[0].keys()
+    # A checkpoint's model folder is complete: settings, weights, tokenizer.
+    start = gduf.checkpoint / "ema"
+    assert load_tokenizer(start).encode("picture") == load_tokenizer(gduf.checkpoint / "model").encode("picture")
+    overrides = ("stage=diga", f"output={tmp_path / 'diga'}", "model.preset=null", "model.tokenizer=null")
+    diga = train(configure(*overrides, f"model.checkpoint={start}"), quiet=True)
+    assert {"mse", "diga"} <= diga.history[0].keys()
+    before = load_pretrained(start)
+    assert torch.equal(diga.model.lm_head.weight, before.lm_head.weight)
+    assert not torch.equal(diga.model.align_head.fc1.weight, before.align_head.fc1.weight)
+
+
+def test_resume_goes_on_where_the_data_were(configure, tmp_path):
+    whole = train(configure("total_steps=4"), quiet=True)
+    train(configure(f"output={tmp_path / 'parts'}", "optimizer.warmup_steps=0"), quiet=True)
+    again = configure(f"output={tmp_path / 'parts'}", "total_steps=4", "optimizer.warmup_steps=0")
+    resumed = train(again, resume=True, quiet=True)
+    assert numbers(resumed.history) == numbers(whole.history)
+    pairs = zip(resumed.model.parameters(), whole.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_wrong_paths_are_errors(configure, tmp_path):
+    """SPEC §12.3: never random weights, never an empty start."""
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+        train(configure("model.preset=null", "model.checkpoint=nowhere"), quiet=True)
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+        train(configure(), resume="nowhere", quiet=True)
+    with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
+        train(configure(), resume=True, quiet=True)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
+        train(configure("datasets.detection=[{file: nowhere.json}]"), quiet=True)
+
+
+def test_settings_that_do_not_fit_are_errors(configure):
+    with pytest.raises(ValueError, match=r"model\.checkpoint and model\.preset are both null"):
+        train(configure("model.preset=null"), quiet=True)
+    with pytest.raises(ValueError, match=r"model\.tokenizer is null"):
+        train(configure("model.tokenizer=null"), quiet=True)
+    with pytest.raises(ValueError, match="are empty; GDUF needs"):
+        train(configure("datasets.detection=[]", "datasets.captions=[]"), quiet=True)
+    with pytest.raises(ValueError, match="is empty; DIGA needs"):
+        train(configure("stage=diga", "datasets.captions=[]"), quiet=True)
+
+
+def test_second_run_does_not_mix_with_the_first(configure):
+    train(configure("total_steps=1"), quiet=True)
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        train(configure("total_steps=1"), quiet=True)
+
+
+def test_detection_can_leave_out_the_latent_image(configure):
+    """The arm without symbiotic attention: detection only, no latent tokens at all."""
+    only = ("datasets.captions=[]", "total_steps=1", "output=null")
+    with_latents = train(configure(*only), quiet=True)
+    without = train(configure(*only, "datasets.detection_latents=false"), quiet=True)
+    assert with_latents.history[0].keys() == without.history[0].keys()
+    assert with_latents.history[0]["tokens"] != without.history[0]["tokens"]
+    assert without.checkpoint is None
