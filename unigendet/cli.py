@@ -170,8 +170,7 @@ def _quickstart(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
-    from unigendet.training.config import load_train_config
-    from unigendet.training.run import train
+    from unigendet.training import load_train_config, train
 
     train(load_train_config(options.config, options.overrides), resume=options.resume)
     return 0

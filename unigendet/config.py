@@ -175,9 +175,8 @@ class GuidanceConfig:
 
     ``num_timesteps`` N gives N − 1 steps on times from 1 to 0, shifted by ``timestep_shift``. Guidance acts at times t
     with interval[0] < t <= interval[1], if ``text_scale`` > 1; the image step, if ``image_scale`` > 1 too. ``renorm``
-    bounds the guided velocity's norm by the unguided one's: over the whole image (``global``), per token
-    (``channel``), or per token and before the image step (``text_channel``); it shrinks by no more than
-    ``renorm_min``.
+    bounds the guided velocity's norm by the unguided one's: over the whole image (``global``), per token (``channel``),
+    or per token and before the image step (``text_channel``); it shrinks by no more than ``renorm_min``.
     """
 
     num_timesteps: int = 50
@@ -295,7 +294,7 @@ _NESTED = {
 
 
 def data_from_dict(values: dict[str, Any]) -> DataConfig:
-    """The inverse of ``dataclasses.asdict`` for a DataConfig. ValueError names every key that is not a setting."""
+    """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every unknown key."""
     return _from_dict(DataConfig, values)
 
 

@@ -95,7 +95,7 @@ class PackedBatch:
     targets: Tensor  # int64 [Nc]: the tokens they predict
     label_rows: Tensor  # int64 [L]: stream-major row of the answer's first token, per labelled sample
     labels: Tensor  # int64 [L]: 1 = real, 0 = fake
-    last_rows: Tensor  # int64 [S]: stream-major row of each sample's last token
+    last_rows: Tensor  # int64 [S]: stream-major row of each sample's last token; −1 if the sample has no query
     names: tuple[str, ...]  # of the samples
 
     def _map(self, move: Any) -> PackedBatch:
@@ -173,6 +173,8 @@ def _grid(segment: VitImage | LatentImage, config: ModelConfig, where: str) -> t
         tensor, what, channels = segment.latent, "latent", config.latent.channels
         patch, most = config.latent.patch_size, config.latent.max_size
     shape = list(tensor.shape)
+    if not tensor.is_floating_point():
+        raise ValueError(f"{where}.{what} has dtype {tensor.dtype}; it must be floating-point, normalised")
     if len(shape) != 3 or shape[0] != channels or shape[1] % patch or shape[2] % patch or not shape[1] or not shape[2]:
         raise ValueError(f"{where}.{what} has shape {shape}; it must be [{channels}, {patch}·rows, {patch}·columns]")
     rows, columns = shape[1] // patch, shape[2] // patch
@@ -228,18 +230,25 @@ class _Builder:
         if sample.label not in (None, 0, 1):
             raise ValueError(f"{where}.label is {sample.label!r}; it must be 1 (real), 0 (fake) or None")
         splits: list[tuple[int, str]] = []
-        position, offset, answer = 0, 0, None
+        position, offset, answer, first = 0, 0, None, self.queries
         for j, segment in enumerate(sample.segments):
+            at = f"{where}.segments[{j}]"
+            if not isinstance(segment, Segment):
+                raise ValueError(f"{at} is a {type(segment).__name__}; it must be a Text, VitImage or LatentImage")
             is_text = isinstance(segment, Text)
             if dropout is not None and rng is not None and _dropped(segment, dropout, rng):
                 position += 0 if is_text else 1
                 continue
-            at = f"{where}.segments[{j}]"
             skip = max(0, cached - offset)  # leading tokens of this segment that are keys only
             if is_text:
                 if answer is None and segment.loss:
                     answer = self.queries
-                length = self._add_text(segment, position, skip)
+                    if sample.label is not None and skip:
+                        raise ValueError(
+                            f"cached ends {skip} tokens into {at}; the real/fake head of a labelled sample reads that "
+                            "text's first token, which must be new"
+                        )
+                length = self._add_text(segment, position, skip, at)
                 splits.append((length, "causal"))
                 position += length
             else:
@@ -258,18 +267,21 @@ class _Builder:
             self.label_rows.append(answer)
             self.labels.append(sample.label)
         self.splits.append(splits)
-        self.last_rows.append(self.queries - 1)
+        self.last_rows.append(self.queries - 1 if self.queries > first else -1)
 
-    def _add_text(self, text: Text, position: int, skip: int) -> int:
+    def _add_text(self, text: Text, position: int, skip: int, where: str) -> int:
         tokens = self.config.special_tokens
         ids = [tokens.bos, *map(int, text.ids)] + [tokens.eos] * text.eos
+        bad = [i for i in (min(ids), max(ids)) if not 0 <= i < self.config.vocab_size]
+        if bad:
+            raise ValueError(f"{where} has the token id {bad[0]}; ids must be in [0, {self.config.vocab_size})")
         new = ids[skip:]
         if text.loss:
             predicting = max(0, len(new) - 1)
             self.target_rows.extend(range(self.queries, self.queries + predicting))
             self.targets.extend(new[1:])
         self.text_ids.extend(new)
-        self._rows(np.full(len(new), _TEXT), np.arange(position + min(skip, len(ids)), position + len(ids)))
+        self._rows(np.full(len(new), _TEXT), np.arange(position + min(skip, len(ids)), position + len(ids)), where)
         return len(ids)
 
     def _add_image(self, image: VitImage | LatentImage, position: int, skip: int, where: str) -> int:
@@ -294,24 +306,26 @@ class _Builder:
             kind = _LATENT
         kinds = np.full(length, kind)
         kinds[[0, -1]] = _TEXT
-        self._rows(kinds, np.full(length, position))
+        self._rows(kinds, np.full(length, position), where)
         return length
 
-    def _rows(self, kinds: np.ndarray, positions: np.ndarray) -> None:
+    def _rows(self, kinds: np.ndarray, positions: np.ndarray, where: str) -> None:
+        if len(positions) and positions[-1] >= self.config.max_position:
+            most = self.config.max_position - 1
+            raise ValueError(f"{where} reaches RoPE position {positions[-1]}; config.max_position allows {most}")
         self.kinds.append(kinds)
         self.positions.append(positions)
         self.queries += len(kinds)
 
     def finish(self, cached: list[int], capacity: Sequence[int] | None, names: tuple[str, ...]) -> PackedBatch:
-        kinds = np.concatenate(self.kinds)
+        kinds = np.concatenate([np.empty(0, np.int64), *self.kinds])  # nothing at all: the layout says so
         layout = Layout.from_splits(
             self.splits,
             streams=kinds == _LATENT,
-            positions=np.concatenate(self.positions),
+            positions=np.concatenate([np.empty(0, np.int64), *self.positions]),
             cached=cached,
             capacity=capacity,
         )
-        _check_vocabulary(self.text_ids, self.targets, self.config, layout.max_position)
         to_sequence, to_stream = layout.stream_to_sequence.numpy(), layout.sequence_to_stream.numpy()
         source = np.empty(len(kinds), np.int64)
         first = 0
@@ -345,29 +359,22 @@ class _Builder:
             targets=torch.tensor(self.targets, dtype=torch.int64),
             label_rows=rows_of(self.label_rows),
             labels=torch.tensor(self.labels, dtype=torch.int64),
-            last_rows=rows_of(self.last_rows),
+            last_rows=torch.tensor([to_stream[row] if row >= 0 else -1 for row in self.last_rows]),
             names=names,
         )
 
 
 def _dropped(segment: Segment, dropout: ConditionDropout, rng: np.random.Generator) -> bool:
+    """Whether to leave out a segment. One with a loss is no condition, and stays."""
     if not segment.droppable:
         return False
-    probability = dropout.latent if isinstance(segment, LatentImage) else dropout.vit
-    return rng.random() < (dropout.text if isinstance(segment, Text) else probability)
-
-
-def _check_vocabulary(text_ids: list[int], targets: list[int], config: ModelConfig, max_position: int) -> None:
-    for name, ids in (("text", text_ids), ("target", targets)):
-        if ids and not (min(ids) >= 0 and max(ids) < config.vocab_size):
-            bad = min(ids) if min(ids) < 0 else max(ids)
-            raise ValueError(
-                f"{name} token id {bad} is outside the vocabulary; ids must be in [0, {config.vocab_size})"
-            )
-    if max_position >= config.max_position:
-        raise ValueError(
-            f"a sample reaches RoPE position {max_position}; config.max_position allows {config.max_position - 1}"
-        )
+    if isinstance(segment, Text):
+        probability = 0.0 if segment.loss else dropout.text
+    elif isinstance(segment, VitImage):
+        probability = dropout.vit
+    else:
+        probability = 0.0 if segment.noised else dropout.latent
+    return rng.random() < probability
 
 
 def _table_positions(sizes: list[tuple[int, int]], side: int) -> Tensor:

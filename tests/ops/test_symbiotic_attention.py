@@ -280,7 +280,7 @@ def test_large_logits(path, sign):
         results = outputs_and_gradients(op(layout, backend, return_lse=True, scale=0.125), [q, k, v])
         assert all(x.isfinite().all() for x in results.values())
         assert results["output 1"].abs().max() > 9e3
-        # What goes through lse, the gradient's probabilities and the merging of two calls, has its rounding as an error.
+        # What goes through lse, the gradient's probabilities and the merging of two calls, has its rounding.
         exact = outputs_and_gradients(plain(layout, 0.125), [x.detach().double().requires_grad_() for x in (q, k, v)])
         for name, value in exact.items():
             bound = 4 * torch.finfo(torch.float32).eps * 1.1e4 * value.abs().max()

@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -202,7 +203,8 @@ def format_table(results: RunResults) -> Group:
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    # Without lines between the columns, so that it fits a terminal of 80 columns.
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")
@@ -222,14 +224,16 @@ def _aims_table(results: RunResults) -> Table:
 
 
 def _detection_table(results: RunResults) -> Table:
-    table = _table("Detection", "images", "n", "unparsed", "accuracy", "balanced", "F1", "AP", "AUC", "ROUGE-L")
-    for m in (*results.detection.groups, results.detection.overall):
+    rows = (*results.detection.groups, results.detection.overall)
+    unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
+    table = _table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
+    for m in rows:
         role = results.roles.get(m.group)
         table.add_row(
             Text(f"{m.group} ({role})" if role and role != m.group else m.group),
             str(m.count),
-            str(m.unparsed),
-            *map(percent, (m.accuracy, m.balanced_accuracy, m.f1, m.average_precision, m.roc_auc, m.rouge_l)),
+            *[str(m.unparsed)] * len(unparsed),
+            *map(percent, (m.accuracy, m.balanced_accuracy, m.roc_auc, m.rouge_l)),
         )
     return table
 

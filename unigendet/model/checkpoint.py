@@ -106,20 +106,14 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
 
     Raises:
         FileNotFoundError: there are no weights at ``path``.
-        CheckpointError: a file is damaged, or tensors are missing, unexpected or misshapen.
+        CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged.
     """
-    from safetensors import SafetensorError, safe_open
-
     files = weight_files(path)
     targets = published_state_dict(model)
     found: dict[str, str] = {}
     unexpected, misshapen = [], []
     for file in files:
-        try:
-            opened = safe_open(file, "pt")
-        except SafetensorError as error:
-            raise CheckpointError(f"{file} is damaged or no safetensors file: {error}") from error
-        with opened as tensors:
+        with _open(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 target = targets.get(name)
                 if name in found:
@@ -129,12 +123,9 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
                         unexpected.append(name)
                     continue
                 found[name] = file.name
-                value = _as_linear(name, tensors.get_tensor(name))
-                if value.shape != target.shape:
-                    misshapen.append(f"{name} is {list(value.shape)}, the model needs {list(target.shape)}")
-                elif not unexpected and not misshapen:
-                    with torch.no_grad():
-                        target.copy_(value)
+                shape = _linear_shape(name, tensors.get_slice(name).get_shape())
+                if shape != list(target.shape):
+                    misshapen.append(f"{name} is {shape}, the model needs {list(target.shape)}")
     absent = [name for name in targets if name not in found]
     whole = [m for m in initialize if all(n in absent for n in targets if n.startswith(m + "."))]
     missing = [name for name in absent if not name.startswith(tuple(m + "." for m in whole))]
@@ -142,13 +133,33 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
     if any(problems.values()):
         lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
         raise CheckpointError(f"{path} does not fit the model. Tensors " + "; ".join(lines))
+    for file in files:  # only now: a checkpoint that does not fit leaves the model as it is
+        with _open(file) as tensors, torch.no_grad():
+            for name in found.keys() & set(tensors.keys()):
+                targets[name].copy_(_as_linear(name, tensors.get_tensor(name)))
+
+
+def _open(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from error
+
+
+def _is_kernel(name: str, shape: Sequence[int]) -> bool:
+    return name.endswith("embeddings.patch_embedding.weight") and len(shape) == 4
+
+
+def _linear_shape(name: str, shape: list[int]) -> list[int]:
+    """The shape of what ``_as_linear`` makes of a tensor."""
+    return [shape[0], shape[1] * shape[2] * shape[3]] if _is_kernel(name, shape) else shape
 
 
 def _as_linear(name: str, value: Tensor) -> Tensor:
     """A patch embedding stored as a conv kernel [out, C, p, p], as a linear weight in (row, column, channel) order."""
-    if name.endswith("embeddings.patch_embedding.weight") and value.dim() == 4:
-        return value.permute(0, 2, 3, 1).flatten(1)
-    return value
+    return value.permute(0, 2, 3, 1).flatten(1) if _is_kernel(name, value.shape) else value
 
 
 def weight_files(path: str | Path) -> list[Path]:
@@ -256,7 +267,7 @@ def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module
 def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
     """Write ``config.json`` and the weights under their published names, in shards of at most 5 GiB.
 
-    Each file appears whole or not at all: it is written under another name first.
+    Each file appears whole or not at all: all are written under other names first. An earlier save's weights go.
     """
     from safetensors.torch import save_file
 
@@ -277,11 +288,17 @@ def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
     )
     for file, shard in zip(files, shards, strict=True):
         save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
+    for file in files:
         (folder / (file + ".tmp")).replace(folder / file)
     if len(shards) > 1:
         weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
         _write(folder / INDEX_FILE, json.dumps({"weight_map": weight_map}, indent=1))
+    else:
+        (folder / INDEX_FILE).unlink(missing_ok=True)  # an earlier save's: it would go before the new file
     _write(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2))
+    for old in (folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors")):
+        if old.name not in files:
+            old.unlink(missing_ok=True)
 
 
 def _write(path: Path, text: str) -> None:

@@ -117,9 +117,10 @@ class Decoder(nn.Module):
     def rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine tables on ``device``: float32 whatever the model's dtype, hence not buffers."""
         if device not in self._rope:
-            self._rope[device] = rope_table(
-                self.config.max_position, self.config.head_dim, self.config.rope_theta, device=device
-            )
+            config = self.config
+            with torch.inference_mode(False):  # or a first call in inference mode would leave tables unfit for training
+                table = rope_table(config.max_position, config.head_dim, config.rope_theta, device=device)
+            self._rope[device] = table
         return self._rope[device]
 
     def forward(

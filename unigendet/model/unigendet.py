@@ -56,6 +56,12 @@ class UniGenDet(nn.Module):
         self.align_head = Mlp(hidden, 4 * hidden, hidden, approximate="none") if config.align_head else None
         self.backend = "auto"
         init_weights(self)
+        with torch.no_grad():
+            # Each layer adds twice to the residual: keep its variance from growing with depth.
+            for layer in self.decoder.layers:
+                for projection in (layer.out, layer.down):
+                    for parameter in projection.parameters():
+                        parameter.mul_((2 * config.num_layers) ** -0.5)
         nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
 
     @classmethod
@@ -71,7 +77,7 @@ class UniGenDet(nn.Module):
         return self.vae2llm.weight.device
 
     def new_cache(self, capacity: Sequence[int]) -> KVCache:
-        """An empty cache with ``capacity[i]`` key rows for sample i, on the model's device, in its keys' dtype."""
+        """An empty cache, ``capacity[i]`` key rows for sample i, on the model's device, in the dtype of its keys."""
         dtype, device = self.vae2llm.weight.dtype, self.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
@@ -151,7 +157,7 @@ class UniGenDet(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise linear and embedding layers: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases."""
+    """Initialise a module: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases, fresh LayerNorms."""
     for part in module.modules():
         if isinstance(part, nn.Linear):
             nn.init.normal_(part.weight, std=part.in_features**-0.5)
@@ -159,6 +165,8 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
+        elif isinstance(part, nn.LayerNorm):
+            part.reset_parameters()
 
 
 def latent_rows(batch: PackedBatch) -> Tensor:

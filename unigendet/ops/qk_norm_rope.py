@@ -79,7 +79,9 @@ def _reference(
     c, s = (torch.cat((t, t), -1).to(dtype)[positions][:, None] for t in (cos, sin))
     first, second = normed.chunk(2, -1)
     y = (normed * c + torch.cat((-second, first), -1) * s).to(qkv.dtype)
-    return y[:, : heads[0]].contiguous(), y[:, heads[0] :].contiguous(), v.contiguous()
+    # Clones: a contiguous() of a single row would be a view, and an operator's outputs must not share memory.
+    q, k = (part.clone(memory_format=torch.contiguous_format) for part in (y[:, : heads[0]], y[:, heads[0] :]))
+    return q, k, v
 
 
 def _per_head(q_weight: Tensor, k_weight: Tensor, heads: Sequence[int]) -> Tensor:
@@ -358,13 +360,13 @@ def qk_norm_rope(
     norms = (*q_norms, *k_norms)
     for name, weight in zip(("q_norms[0]", "q_norms[1]", "k_norms[0]", "k_norms[1]"), norms, strict=True):
         check_floating(name, weight, (head_dim,))
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_floating(name, table, ("positions", head_dim // 2))
+    check_floating("cos", cos, ("positions", head_dim // 2))
+    check_floating("sin", sin, tuple(cos.shape))
     if qkv.shape[0] != layout.positions.shape[0]:
         reject("qkv", qkv, f"{layout.positions.shape[0]} rows long, one per query of the layout")
     check_stream_lengths(layout.stream_lengths)
     heads = [num_heads, num_kv_heads]
-    chosen = resolve("qk_norm_rope", backend, qkv, *norms, cos, sin, layout.positions)
+    chosen = resolve("qk_norm_rope", backend, qkv, *norms, cos, sin, layout.positions, *(cache or ()))
     maps = (layout.stream_to_sequence, layout.sequence_to_stream, layout.positions, layout.stream_lengths)
     if cache is None:
         if layout.query_begin.shape[0] != qkv.shape[0]:
