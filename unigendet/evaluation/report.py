@@ -192,19 +192,20 @@ def format_table(results: RunResults) -> Group:
 
     Print it with ``rich.console.Console().print(format_table(results))``.
     """
-    parts: list[Table] = []
+    parts: list[Table | str] = []
     if results.aims:
-        parts.append(_aims_table(results))
+        parts += ["", _aims_table(results)]
     if results.detection is not None:
-        parts.append(_detection_table(results))
+        parts += ["", _detection_table(results)]
     if results.agreement or results.frechet:
-        parts.append(_generation_table(results))
+        parts += ["", _generation_table(results)]
     return Group(*parts)
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
-    # Without lines between the columns, so that it fits a terminal of 80 columns.
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, pad_edge=False)
+    # No lines between the columns, and single spaces of padding: it has to fit a terminal of 80 columns.
+    compact = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=title, title_justify="left", title_style="bold", **compact)
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")
