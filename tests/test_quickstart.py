@@ -14,6 +14,7 @@ from rich.console import Console
 
 from unigendet.cli import main
 from unigendet.config_file import load_settings
+from unigendet.data import quickstart as quickstart_data
 from unigendet.inference.pipeline import Pipeline
 from unigendet.quickstart import QuickstartConfig, default_config, run, thin
 from unigendet.training.state import checkpoints
@@ -31,6 +32,7 @@ SETTINGS = {
     "gduf": {**STAGE, "stage": "gduf", "total_steps": 3},
     "diga": {**STAGE, "stage": "diga", "total_steps": 2, "align_layer": 2, "teacher_layer": 3},
 }
+TESTED = 80  # instead of 397 test images
 PARTS = ("data", "tokenizer", "gduf", "diga", "model", "samples", "grids", "report.html", "report.json")
 
 
@@ -41,16 +43,23 @@ def settings(tmp_path_factory):
     return file
 
 
+def run_small(out, settings):
+    """One run on fewer test images, on one thread: its results, and what it printed."""
+    threads = torch.get_num_threads()
+    console = Console(file=io.StringIO(), width=80)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quickstart_data, "_TEST_IMAGES", TESTED)
+        torch.set_num_threads(1)
+        results = run(out, seed=3, config=settings, console=console)
+        torch.set_num_threads(threads)
+    return results, console.file.getvalue()
+
+
 @pytest.fixture(scope="module")
 def done(tmp_path_factory, settings):
     """A finished run: its folder, its results, and what it printed."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     out = tmp_path_factory.mktemp("quickstart") / "out"
-    console = Console(file=io.StringIO(), width=80)
-    results = run(out, seed=3, config=settings, console=console)
-    torch.set_num_threads(threads)
-    return out, results, console.file.getvalue()
+    return out, *run_small(out, settings)
 
 
 def report_of(out):
@@ -69,7 +78,7 @@ def test_leaves_its_folder(done):
     assert sorted(p.name for p in out.iterdir()) == sorted(PARTS)
     for when in ("before", "after"):
         pictures = sorted((out / "samples" / "images" / when).iterdir())
-        assert len(pictures) == 397
+        assert len(pictures) == TESTED
         assert Image.open(pictures[0]).size == (8, 8)
     assert [len(checkpoints(out / stage)) for stage in ("gduf", "diga")] == [1, 1]
     page = (out / "report.html").read_text()
@@ -94,7 +103,7 @@ def test_report_holds_every_number(done):
     assert [len(report["curves"][stage]) for stage in ("GDUF", "DIGA")] == [3, 2]
     assert report["curves"]["DIGA"][0].keys() == {"step", "loss", "mse", "diga"}
     groups = {group["group"]: group["count"] for group in report["detection"]["groups"]}
-    assert groups == dict.fromkeys(("real", "gaussian_mixture", "kernel_density", "unigendet"), 397)
+    assert groups == dict.fromkeys(("real", "gaussian_mixture", "kernel_density", "unigendet"), TESTED)
     assert report["agreement"].keys() == {"before DIGA", "after DIGA"}
     assert report["frechet"].keys() == {"before DIGA", "after DIGA", "gaussian_mixture", "kernel_density"}
     assert {tuple(grid["rows"]) for grid in report["grids"]} == {results.grids[0].rows}
@@ -107,7 +116,7 @@ def test_says_what_it_does_and_ends_with_the_tables(done):
     announced = [
         "Writing digits",
         "GDUF: a model of",
-        "Generating 397 digits, before DIGA",
+        f"Generating {TESTED} digits, before DIGA",
         "DIGA: the frozen detector",
     ]
     announced += ["Judging and explaining", "Writing the report", "Balanced accuracy, held-out generator", "ROUGE-L"]
@@ -121,10 +130,7 @@ def test_the_same_seed_gives_the_same_numbers(done, settings):
     out, first, _ = done
     before = numbers(report_of(out))
     picture = np.asarray(Image.open(out / "samples/images/after/00000.png"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    second = run(out, seed=3, config=settings, console=Console(file=io.StringIO()))
-    torch.set_num_threads(threads)
+    second, _ = run_small(out, settings)
     assert numbers(report_of(out)) == before
     assert np.array_equal(picture, np.asarray(Image.open(out / "samples/images/after/00000.png")))
     assert all(np.array_equal(a.images, b.images) for a, b in zip(first.grids, second.grids, strict=True))
