@@ -18,6 +18,7 @@ from unigendet.model.checkpoint import (
     published_names,
     published_state_dict,
     save_pretrained,
+    stored_config,
     weight_files,
 )
 from unigendet.model.unigendet import UniGenDet
@@ -241,6 +242,24 @@ def test_bagel_folder(bagel):
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     without = dataclasses.replace(config, class_head=False, align_head=False)
     assert load_pretrained(folder, config=without).class_head is None
+
+
+def test_stored_heads(bagel):
+    """For inference, a BAGEL folder has the heads that its weights have; our own folders say it themselves."""
+    folder, weights = bagel
+    config = stored_config(folder)
+    assert (config.class_head, config.align_head) == (False, False)
+    model = load_pretrained(folder, config=config)
+    assert dataclasses.replace(config, class_head=True, align_head=True) == load_config(folder)
+    save_file(weights | {"fake_cls_head.1.bias": torch.zeros(2)}, folder / "ema.safetensors")
+    config = stored_config(folder)
+    assert (config.class_head, config.align_head) == (True, False)
+    with pytest.raises(CheckpointError, match=r"5 missing: fake_cls_head.0.weight"):
+        load_pretrained(folder, config=config)
+    save_pretrained(model, folder / "ours")
+    assert stored_config(folder / "ours") == model.config
+    with pytest.raises(FileNotFoundError, match="no weights in"):
+        stored_config(folder.parent)
 
 
 def test_initialized_heads_are_as_in_a_new_model(bagel, monkeypatch):

@@ -274,10 +274,11 @@ def test_tokens_to_latent_is_the_inverse_of_patchify(model):
 
 
 def test_model_can_train_after_generating():
-    """What generating caches (position tables, schedules) must not poison a later backward pass."""
+    """Neither what generating caches (position tables, schedules) nor what it returns spoils a later backward pass."""
     model = tiny_model()
     request = text_request(18)
     (tokens,) = generate_latents(model, [request], EVERYWHERE, noise=noise_for(request))
+    assert not tokens.is_inference()
     image = LatentImage(tokens_to_latent(model, tokens, request.size), noised=True)
     batch = pack([Sample((*request.conditions, image))], model.config)
     latents = noise_latents(model, batch, torch.tensor([0.5]), torch.zeros(len(tokens), 4))

@@ -52,7 +52,7 @@ class DetectionOutput:
         return None if self.class_logits is None else float(self.class_logits.float().softmax(0)[1])
 
 
-@torch.no_grad()  # not inference_mode: tables that the model caches in here must stay usable for training
+@torch.no_grad()  # not inference_mode: its results could not be trained on or changed in place
 def detect_packed(
     model: UniGenDet,
     requests: Sequence[DetectionRequest],

@@ -47,7 +47,7 @@ class GenerationRequest:
         return tuple(s for s in self.conditions if (texts if isinstance(s, Text) else images))
 
 
-@torch.no_grad()  # not inference_mode: tables that the model caches in here must stay usable for training
+@torch.no_grad()  # not inference_mode: its results could not be trained on or changed in place
 def generate_latents(
     model: UniGenDet,
     requests: Sequence[GenerationRequest],

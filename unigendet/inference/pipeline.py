@@ -2,7 +2,7 @@
 
 A model folder holds the weights and ``config.json`` (see ``unigendet.model.checkpoint``), the tokenizer's files, and
 ``data.json``, the views in which the model sees images. A folder as BAGEL publishes it lacks ``data.json`` and gets the
-published views; its autoencoder is ``ae.safetensors``.
+published views; its autoencoder is ``ae.safetensors``; it has no real/fake head, so a verdict comes from the text.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from unigendet.data.transforms import to_image
 from unigendet.inference.detect import DetectionRequest, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
-from unigendet.model.checkpoint import save_pretrained
+from unigendet.model.checkpoint import load_pretrained, save_pretrained, stored_config
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, VitImage
 
@@ -84,7 +84,7 @@ class Pipeline:
         folder = Path(folder)
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
-        model = UniGenDet.from_pretrained(folder, device=device, dtype=dtype)
+        model = load_pretrained(folder, config=stored_config(folder), device=device, dtype=dtype)
         if autoencoder is None and model.config.latent.autoencoder == "flux":
             autoencoder = folder / FLUX_WEIGHTS
             if not autoencoder.is_file():

@@ -11,6 +11,7 @@ Nothing is guessed: a wrong path is an error, and every missing, unexpected or m
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -196,6 +197,24 @@ def load_config(path: str | Path) -> ModelConfig:
     raise FileNotFoundError(
         f"no settings in {folder}: it holds neither {CONFIG_FILE} nor llm_config.json and vit_config.json"
     )
+
+
+def stored_config(path: str | Path) -> ModelConfig:
+    """As ``load_config``, with the heads that the weights hold where the settings, BAGEL's, know nothing of heads.
+
+    For inference: BAGEL's release itself has neither head and generates without.
+    """
+    files = weight_files(path)
+    config = load_config(path)
+    if (files[0].parent / CONFIG_FILE).is_file():
+        return config
+    names: set[str] = set()
+    for file in files:
+        with _open(file) as tensors:
+            names.update(tensors.keys())
+    heads = {"class_head": "fake_cls_head.", "align_head": "diga_mlp."}
+    found = {field: any(name.startswith(prefix) for name in names) for field, prefix in heads.items()}
+    return dataclasses.replace(config, **found)
 
 
 def _bagel_config(llm: dict[str, Any], vit: dict[str, Any]) -> ModelConfig:
