@@ -95,8 +95,8 @@ def section(report: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     steps = [f"{settings[stage]['total_steps']:,}" for stage in ("gduf", "diga")]
     versions = machine["versions"]
     lines = [
-        f"One run with seed {report['seed']}, {steps[0]} steps of GDUF and {steps[1]} of DIGA, on {machine['cpus']} CPUs "
-        f"({machine['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
+        f"One run with seed {report['seed']}, {steps[0]} steps of GDUF and {steps[1]} of DIGA, on "
+        f"{machine['cpus']} CPUs ({machine['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
         f"commit {(machine['commit'] or 'unknown')[:12]}):",
         "",
         *_aims_table(report),
@@ -104,10 +104,8 @@ def section(report: Mapping[str, Any], current: Mapping[str, Any]) -> str:
         *_generation_table(report),
     ]
     if other := sorted(changes(settings, current)):
-        lines += [
-            "",
-            f"**Not what `make quickstart` does now**: recorded with other settings (recorded → now): {'; '.join(other)}.",
-        ]
+        listed = "; ".join(other)
+        lines += ["", f"**Not what `make quickstart` does now.** Settings that differ (recorded → now): {listed}."]
     return "\n".join(lines)
 
 
@@ -129,7 +127,7 @@ def _generation_table(report: Mapping[str, Any]) -> Iterator[str]:
 
 
 def with_section(readme: str, text: str) -> str:
-    """``readme`` with ``text`` between its two marks. Raises ValueError unless each mark stands there once, in order."""
+    """``readme`` with ``text`` between its marks. Raises ValueError unless each stands there once, in order."""
     if readme.count(BEGIN) != 1 or readme.count(END) != 1 or readme.index(BEGIN) > readme.index(END):
         raise ValueError(f"the README must hold {BEGIN} and then {END}, each once")
     return readme[: readme.index(BEGIN) + len(BEGIN)] + "\n" + text + "\n" + readme[readme.index(END) :]

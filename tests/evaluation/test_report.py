@@ -2,8 +2,8 @@ import base64
 import dataclasses
 import io
 import json
-import os
 import math
+import os
 import re
 from html.parser import HTMLParser
 
