@@ -15,8 +15,8 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
     Args:
         cls: a settings dataclass, whose fields may be settings dataclasses.
         path: YAML file with some of its fields; the others keep their defaults. None: defaults only.
-        overrides: ``name=value`` with dots for nested fields and values in YAML, say ``optimizer.lr=1e-4``; they win
-            over the file.
+        overrides: ``name=value``, ``--name=value``, or ``--name`` and ``value``; dots for nested fields, values in
+            YAML, say ``optimizer.lr=1e-4``. They win over the file.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -26,18 +26,28 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
 
     if path is not None and not Path(path).is_file():
         raise FileNotFoundError(f"settings file {path} does not exist")
-    malformed = [item for item in overrides if "=" not in item]
-    if malformed:
-        raise ValueError(f"overrides has {malformed}; each must be name=value")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--file", action="config")
     parser.add_class_arguments(cls)
     arguments = [] if path is None else [f"--file={path}"]
-    arguments += ["--" + item.removeprefix("--") for item in overrides]
+    arguments += _options(overrides)
     try:
         return cls(**_fields(parser.instantiate(parser.parse_args(arguments))))
     except (ArgumentError, TypeError) as error:  # TypeError: a number where a group of settings belongs
         raise ValueError(f"settings{'' if path is None else f' of {path}'}: {error}") from error
+
+
+def _options(overrides: Sequence[str]) -> list[str]:
+    """Every override as ``--name=value``."""
+    options = []
+    items = iter(overrides)
+    for item in items:
+        if item.startswith("--") and "=" not in item:
+            item = f"{item}={next(items, '--')}"
+        if "=" not in item or item.partition("=")[2].startswith("--"):
+            raise ValueError(f"overrides has {item.removesuffix('=--')!r} without a value; it must be name=value")
+        options.append("--" + item.removeprefix("--"))
+    return options
 
 
 def _fields(namespace: object) -> dict[str, object]:

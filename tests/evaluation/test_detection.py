@@ -3,10 +3,10 @@ import math
 
 import pytest
 
+from unigendet.data.datasets import parse_verdict
 from unigendet.evaluation.detection import (
     DetectionOutcome,
     evaluate_detection,
-    parse_verdict,
     rouge_l,
     wilson_interval,
 )

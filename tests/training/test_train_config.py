@@ -4,7 +4,8 @@ import pytest
 
 from unigendet.config import ImageConfig
 from unigendet.config_file import load_settings
-from unigendet.training.config import AnnotationFile, LossWeights, StagesConfig, TrainConfig, load_train_config
+from unigendet.quickstart import QuickstartConfig
+from unigendet.training.config import AnnotationFile, LossWeights, TrainConfig, load_train_config
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -30,8 +31,10 @@ def write(tmp_path):
 
 
 def test_file_and_overrides(write):
-    config = load_train_config(write(TEXT), ["optimizer.lr=1e-4", "--total_steps=7", "ema_decay=null"])
-    assert (config.stage, config.total_steps, config.ema_decay) == ("diga", 7, None)
+    config = load_train_config(
+        write(TEXT), ["optimizer.lr=1e-4", "--total_steps=7", "--ema_decay", "null", "--seed", "1"]
+    )
+    assert (config.stage, config.total_steps, config.ema_decay, config.seed) == ("diga", 7, None, 1)
     assert (config.optimizer.lr, config.optimizer.betas, config.optimizer.clip) == (1e-4, (0.8, 0.9), 1.0)
     assert config.datasets.captions == (AnnotationFile("a.json", weight=2.0), AnnotationFile("b.json"))
     assert config.datasets.views.latent_view == ImageConfig(8, 8, 2)
@@ -51,7 +54,9 @@ def test_file_and_overrides(write):
         ("seed: 0", ["optimizer.lr=fast"], r"optimizer\.lr"),
         ("seed: 0", ["total_steps=1.5"], "total_steps"),
         ("seed: 0", ["stage=dica"], "stage"),
-        ("seed: 0", ["total_steps"], r"overrides has \['total_steps'\]; each must be name=value"),
+        ("seed: 0", ["total_steps"], "overrides has 'total_steps' without a value; it must be name=value"),
+        ("seed: 0", ["--total_steps"], "overrides has '--total_steps' without a value"),
+        ("seed: 0", ["--total_steps", "--seed=1"], "overrides has '--total_steps=--seed=1' without a value"),
         ("seed: 0", ["optimizer.lr=-1"], r"optimizer\.lr is -1.0; it must be positive"),
         (
             "seed: 0",
@@ -92,8 +97,8 @@ def test_published_recipes():
 
 
 def test_quickstart_has_both_stages(write):
-    both = load_settings(StagesConfig, CONFIGS / "quickstart.yaml", ["diga.total_steps=3"])
+    both = load_settings(QuickstartConfig, CONFIGS / "quickstart.yaml", ["diga.total_steps=3"])
     assert (both.gduf.stage, both.diga.stage, both.diga.total_steps) == ("gduf", "diga", 3)
     assert both.gduf.model.preset == "quickstart"
     with pytest.raises(ValueError, match=r"diga\.stage is 'gduf'; it must be 'diga'"):
-        load_settings(StagesConfig, CONFIGS / "quickstart.yaml", ["diga.stage=gduf"])
+        load_settings(QuickstartConfig, CONFIGS / "quickstart.yaml", ["diga.stage=gduf"])

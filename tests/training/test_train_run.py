@@ -12,7 +12,7 @@ from unigendet.data.tokenizer import load_tokenizer, train_tokenizer
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import TIMING
-from unigendet.training.run import train
+from unigendet.training.run import build_loader, build_model, train
 
 ANSWERS = ("This is a fake image.", "This is a real image.")
 
@@ -125,3 +125,12 @@ def test_detection_can_leave_out_the_latent_image(configure):
     assert with_latents.history[0].keys() == without.history[0].keys()
     assert with_latents.history[0]["tokens"] != without.history[0]["tokens"]
     assert without.checkpoint is None
+
+
+def test_one_label_of_a_file(configure, data):
+    """Real and fake images of one file as two sources with weights of their own."""
+    file = data / "detection.json"
+    config = configure(f"datasets.detection=[{{file: {file}, label: 1, weight: 9}}]", "datasets.captions=[]")
+    tokenizer = load_tokenizer(data / "tokenizer")
+    batch = next(iter(build_loader(config, build_model(config, tokenizer, "cpu"), tokenizer)))
+    assert batch.labels.tolist() == [1] * len(batch.names)

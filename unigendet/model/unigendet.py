@@ -57,7 +57,8 @@ class UniGenDet(nn.Module):
         self.backend = "auto"
         init_weights(self)
         with torch.no_grad():
-            for layer in self.decoder.layers:  # each adds twice to the residual: keep its variance from growing with depth
+            # Each layer adds twice to the residual: keep its variance from growing with depth.
+            for layer in self.decoder.layers:
                 for projection in (layer.out, layer.down):
                     for parameter in projection.parameters():
                         parameter.mul_((2 * config.num_layers) ** -0.5)

@@ -85,7 +85,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class AnnotationFile:
-    """One annotation file. Its image paths are relative to ``image_root``, by default its folder."""
+    """One annotation file. Its image paths are relative to ``image_root``, by default its folder.
+
+    ``label``: read only the detection records with this label, so that real and fake images have weights of their own.
+    """
 
     file: str
     image_root: str | None = None
