@@ -1,7 +1,8 @@
 """The command line: ``unigendet quickstart | train | generate | detect | info``.
 
-Every command is a thin layer over the package. Exit codes: 0 done, 1 the request could not be carried out (the message says
-why), 2 the command line itself is wrong, 130 interrupted. A user's mistake gives one line, not a traceback; ``--traceback`` shows it.
+Every command is a thin layer over the package. Exit codes: 0 done, 1 the request could not be carried out (the message
+says why), 2 the command line itself is wrong, 130 interrupted. A user's mistake gives one line, not a traceback;
+``--traceback`` shows it.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from unigendet import __version__
 
 if TYPE_CHECKING:
     import torch
+    from PIL.Image import Image
 
     from unigendet.inference.pipeline import Pipeline
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
-NEEDS_EXTRA = {"PIL", "tokenizers", "safetensors", "sklearn", "rich", "jinja2", "matplotlib", "rouge_score", "diffusers",
-               "transformers", "jsonargparse", "yaml", "tensorboard", "scipy"}  # fmt: skip
+NEEDS_EXTRA = {"PIL", "diffusers", "jinja2", "jsonargparse", "markupsafe", "matplotlib", "rich", "rouge_score",
+               "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "transformers", "yaml"}  # fmt: skip
 
 
 class UserError(Exception):
@@ -34,9 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":  # the settings of a training run are checked when they are read
+    if options.command == "train" and all("=" in r and not r.startswith("-") for r in rest):
+        options.overrides += rest  # argparse takes only the first run of them
+    elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    options.overrides = rest
     try:
         return options.run(options)
     except KeyboardInterrupt:
@@ -53,7 +56,8 @@ def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in NEEDS_EXTRA:
         return f"this command needs the package {error.name.partition('.')[0]!r}: pip install 'unigendet[train]'"
     kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
-    return f"{kind}{error}"
+    notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
+    return f"{kind}{error}{notes}"
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,9 +103,13 @@ def build_parser() -> argparse.ArgumentParser:
     )
 
     train = add("train", _train, "Train one stage (GDUF or DIGA) as a YAML file says.",
-                epilog="Any setting can be overridden: --total_steps 500 --optimizer.lr 1e-5 --model.checkpoint FOLDER …")  # fmt: skip
+                epilog="Example: unigendet train --config gduf.yaml total_steps=500 optimizer.lr=1e-5")  # fmt: skip
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
-    train.add_argument("--resume", type=Path, metavar="FOLDER", help="go on from a training checkpoint")
+    train.add_argument("overrides", nargs="*", type=_setting, metavar="SETTING=VALUE",
+                       help="a setting that wins over the file's; dots for nested ones, values as in YAML")  # fmt: skip
+    train.add_argument("--resume", nargs="?", const=True, default=False, type=Path, metavar="FOLDER",
+                       help="go on from this checkpoint; without FOLDER, from the newest of the run "
+                            "(put --resume last then)")  # fmt: skip
 
     generate = add("generate", _generate, "Make images from prompts.", device)
     generate.add_argument("--prompt", action="append", required=True, help="what to show; repeat it for several images")
@@ -114,6 +122,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     generate.add_argument("--steps", type=int, default=50, help="points in time; one less Euler steps (default: 50)")
     generate.add_argument("--text-scale", type=float, default=4.0, help="text guidance; 1 = none (default: 4)")
+    generate.add_argument("--shift", type=float, default=3.0, metavar="S",
+                          help="timestep shift; above 1, more of the steps at high noise (default: 3)")  # fmt: skip
+    generate.add_argument("--renorm", default="global", choices=["global", "channel", "text_channel"],
+                          help="what bounds the guided velocity: its norm over the image, per token, or per token "
+                               "for the text guidance alone (default: global)")  # fmt: skip
     generate.add_argument("--batch-size", type=int, default=8, help="images denoised together (default: 8)")
 
     detect = add("detect", _detect, "Tell real images from generated ones; one line per picture.", device,
@@ -140,6 +153,13 @@ def _size(text: str) -> tuple[int, int]:
         return int(height), int(width)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write HEIGHTxWIDTH, say 512x768") from None
+
+
+def _setting(text: str) -> str:
+    name, equals, _ = text.partition("=")
+    if not name or not equals:
+        raise argparse.ArgumentTypeError(f"{text!r} is no setting; write NAME=VALUE, say optimizer.lr=1e-5")
+    return text
 
 
 def _quickstart(options: argparse.Namespace) -> int:
@@ -189,7 +209,12 @@ def _generate(options: argparse.Namespace) -> int:
     single = len(prompts) == 1 and options.out.suffix.lower() in IMAGE_SUFFIXES
     if not single and options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"--out {options.out} is one picture, but {len(prompts)} images are asked for; name a folder")
-    guidance = GuidanceConfig(num_timesteps=options.steps, text_scale=options.text_scale)
+    guidance = GuidanceConfig(
+        num_timesteps=options.steps,
+        text_scale=options.text_scale,
+        timestep_shift=options.shift,
+        renorm=options.renorm,
+    )
     pipeline = _pipeline(options)
 
     def show(done: int, steps: int) -> None:
@@ -231,16 +256,16 @@ def _detect(options: argparse.Namespace) -> int:
     pipeline = _pipeline(options)
     broken: list[str] = []
 
-    def readable() -> Iterator[Path]:
+    def readable() -> Iterator[Image]:
         for path in paths:
             try:
-                read_image(path)
+                image = read_image(path)
             except (ValueError, OSError) as error:
-                broken.append(f"{path}: {error}")
+                broken.append(str(error))  # it names the picture
                 if options.json:
                     print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
             else:
-                yield path
+                yield image
 
     detections = pipeline.detect(
         readable(), question=options.question, with_latent=not options.no_latent, max_new_tokens=options.max_tokens,

@@ -111,17 +111,18 @@ class PackedBatch:
         return self._map(lambda value: value.pin_memory())
 
 
-def segment_length(segment: Segment, config: ModelConfig) -> int:
-    """Number of tokens ``segment`` becomes."""
+def segment_length(segment: Segment, config: ModelConfig, where: str = "segment") -> int:
+    """Number of tokens ``segment`` becomes; ``where`` is its name in error messages."""
     if isinstance(segment, Text):
         return len(segment.ids) + 1 + segment.eos
-    rows, columns = _grid(segment, config, "segment")
+    rows, columns = _grid(segment, config, where)
     return rows * columns + 2
 
 
 def sample_length(sample: Sample, config: ModelConfig) -> int:
     """Number of tokens ``sample`` becomes when nothing is dropped."""
-    return sum(segment_length(segment, config) for segment in sample.segments)
+    name = sample.name or "sample"
+    return sum(segment_length(segment, config, f"{name}.segments[{i}]") for i, segment in enumerate(sample.segments))
 
 
 def pack(

@@ -1,8 +1,8 @@
-"""The quickstart: both training stages, generation, detection and evaluation on real handwritten digits, in minutes on a CPU.
+"""The quickstart: training in both stages, generation, detection and evaluation on handwritten digits, on a CPU.
 
-It writes its data in the formats of a real run (FakeClue and LAION annotation files, PNGs) and then only calls what a real run
-calls: ``unigendet.training`` with settings from ``configs/quickstart.yaml``, ``unigendet.inference``, ``unigendet.evaluation``.
-The folder it leaves:
+It writes its data in the formats of a real run (FakeClue and LAION annotation files, PNGs) and then only calls what a
+real run calls: ``unigendet.training`` with settings from ``configs/quickstart.yaml``, ``unigendet.inference``,
+``unigendet.evaluation``. The folder it leaves:
 
     data/          PNGs and annotation files
     tokenizer/     trained on the training texts
@@ -50,7 +50,7 @@ from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, ModelSource, TrainConfig
 from unigendet.training.metrics import TIMING
-from unigendet.training.run import build_loader, build_model
+from unigendet.training.run import build_loader, build_model, companions
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
@@ -58,8 +58,8 @@ OWN = "unigendet"  # the group of the model's own samples
 ROLES = {
     "real": "real",
     GENERATORS[0]: "seen in training",
-    GENERATORS[1]: "held out of training",
-    OWN: "the model's own samples, never trained on",
+    GENERATORS[1]: "held out",
+    OWN: "the model's own samples",
 }
 
 
@@ -67,10 +67,10 @@ ROLES = {
 class QuickstartConfig:
     """Settings of the whole job.
 
-    ``gduf``, ``diga``: the stages; datasets, tokenizer, seed and output are filled in. ``captions_weight``: caption samples
-    per real detection sample (fakes come as often as real images). ``fakes_per_real``: generated training images per real
-    one. ``guidance``: of the evaluation's samples. ``batch_size``: images per call of the evaluation. ``shown``: sample
-    images per digit in the report.
+    ``gduf``, ``diga``: the stages; datasets, tokenizer, seed and output are filled in. ``captions_weight``: caption
+    samples per real detection sample (fakes come as often as real images). ``fakes_per_real``: generated training
+    images per real one. ``guidance``: of the evaluation's samples. ``batch_size``: images per call of the evaluation.
+    ``shown``: sample images per digit in the report.
     """
 
     gduf: TrainConfig = field(default_factory=TrainConfig)
@@ -137,7 +137,11 @@ class _Job:
         """Train a stage in place, leave the averaged weights in the model, and return the metrics."""
         config = self.stage_config(name, data)
         trainer = Trainer(
-            make_stage(model, config), build_loader(config, model, tokenizer), config, console=self.console
+            make_stage(model, config),
+            build_loader(config, model, tokenizer),
+            config,
+            companions=companions(tokenizer, config.datasets.views),
+            console=self.console,
         )
         history = trainer.run().history
         if trainer.ema is not None:
@@ -145,7 +149,7 @@ class _Job:
         return history
 
     def sample(self, name: str, pipeline: Pipeline, labels: np.ndarray) -> np.ndarray:
-        """Generate a digit per label; the levels uint8 [N, 8, 8]. The same noise for the same seed, before and after DIGA."""
+        """Generate a digit per label; the levels uint8 [N, 8, 8]. Before and after DIGA the noise is the same."""
         prompts = [caption(int(label)) for label in labels]
         images = pipeline.generate(
             prompts, guidance=self.config.guidance, seed=self.seed, batch_size=self.config.batch_size

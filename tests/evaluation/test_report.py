@@ -251,6 +251,21 @@ def test_terminal_table(results):
     assert "[red]odd[/nothing]" in console.export_text()
 
 
+def test_terminal_table_fits_80_columns(results):
+    """A line per group, none wrapped, with the longest names and roles that the quickstart has."""
+    names = ("real", "gaussian_mixture", "kernel_density", "unigendet")
+    roles = dict(zip(names, ("real", "seen in training", "held out", "the model's own samples"), strict=True))
+    full = {"unparsed": 0, "accuracy": 1.0, "balanced_accuracy": 1.0, "roc_auc": 1.0, "rouge_l": 1.0, "count": 1588}
+    metrics = [dataclasses.replace(results.detection.overall, group=name, **full) for name in (*names, "overall")]
+    detection = dataclasses.replace(results.detection, groups=tuple(metrics[:-1]), overall=metrics[-1])
+    console = Console(width=80, record=True, file=io.StringIO())
+    console.print(format_table(RunResults(detection=detection, roles=roles)))
+    lines = console.export_text().replace("\u00a0", " ").splitlines()
+    assert len(lines) == 1 + 3 + 5  # blank; title, names, rule; groups
+    assert lines[6].split() == ["kernel_density", "(held", "out)", "1588", *["100.0", "%"] * 4]
+    assert not any("unparsed" in line or "…" in line for line in lines)
+
+
 def test_examples_are_the_first_ones():
     outcomes = [DetectionOutcome(f"{i}", "ab"[i % 2], 0, i // 2 % 2) for i in range(12)]
     images = {outcome.name: np.zeros((8, 8)) for outcome in outcomes}

@@ -151,9 +151,14 @@ def save_data_config(folder: str | Path, config: DataConfig) -> None:
 
 
 def load_data_config(folder: str | Path) -> DataConfig:
-    """Read ``data.json`` of a model folder; without that file, the published views. ValueError names unknown settings."""
+    """Read ``data.json`` of a model folder; without it, the published views. ValueError names what is wrong."""
     file = Path(folder) / DATA_FILE
-    return data_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else DataConfig()
+    if not file.is_file():
+        return DataConfig()
+    try:
+        return data_from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:  # not JSON; an unknown or unfit setting; no mapping
+        raise ValueError(f"{file} does not hold a model's views: {error}") from error
 
 
 class SampleBuilder:

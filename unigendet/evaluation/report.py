@@ -15,6 +15,7 @@ from typing import Any
 
 import jinja2
 from markupsafe import Markup
+from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -195,18 +196,20 @@ def format_table(results: RunResults) -> Group:
 
     Print it with ``rich.console.Console().print(format_table(results))``.
     """
-    parts: list[Table] = []
+    parts: list[Table | str] = []
     if results.aims:
-        parts.append(_aims_table(results))
+        parts += ["", _aims_table(results)]
     if results.detection is not None:
-        parts.append(_detection_table(results))
+        parts += ["", _detection_table(results)]
     if results.agreement or results.frechet:
-        parts.append(_generation_table(results))
+        parts += ["", _generation_table(results)]
     return Group(*parts)
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(title=title, title_justify="left", title_style="bold")
+    # No lines between the columns, and single spaces of padding: it has to fit a terminal of 80 columns.
+    compact = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "collapse_padding": True}
+    table = Table(title=title, title_justify="left", title_style="bold", **compact)
     table.add_column(first)
     for name in numbers:
         table.add_column(name, justify="right")
@@ -226,14 +229,16 @@ def _aims_table(results: RunResults) -> Table:
 
 
 def _detection_table(results: RunResults) -> Table:
-    table = _table("Detection", "images", "n", "unparsed", "accuracy", "balanced", "F1", "AP", "AUC", "ROUGE-L")
-    for m in (*results.detection.groups, results.detection.overall):
+    rows = (*results.detection.groups, results.detection.overall)
+    unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
+    table = _table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
+    for m in rows:
         role = results.roles.get(m.group)
         table.add_row(
             Text(f"{m.group} ({role})" if role and role != m.group else m.group),
             str(m.count),
-            str(m.unparsed),
-            *map(percent, (m.accuracy, m.balanced_accuracy, m.f1, m.average_precision, m.roc_auc, m.rouge_l)),
+            *[str(m.unparsed)] * len(unparsed),
+            *map(percent, (m.accuracy, m.balanced_accuracy, m.roc_auc, m.rouge_l)),
         )
     return table
 

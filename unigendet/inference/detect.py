@@ -1,8 +1,9 @@
 """Detection: is an image real or generated, and why; many images at a time.
 
-The prefix is ``[latent image, clean] [ViT image] [question]``; without the latent image there is no symbiotic attention, so it is
-there by default. The answer is decoded from its first token: the real/fake head reads that token's final hidden state, and the
-text follows, greedy or sampled, until its end. All images are samples of one pack, decoded together over one cache.
+The prefix is ``[latent image, clean] [ViT image] [question]``; without the latent image there is no symbiotic
+attention, so it is there by default. The answer is decoded from its first token: the real/fake head reads that token's
+final hidden state, and the text follows, greedy or sampled, until its end. All images are samples of one pack, decoded
+together over one cache.
 Source: paper section 3.2.
 """
 
@@ -14,6 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from unigendet.config import check
 from unigendet.model.losses import clean_latents
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack, sample_length
@@ -21,7 +23,7 @@ from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack
 
 @dataclass(frozen=True)
 class DetectionRequest:
-    """One image: its ViT view, the question (ids without bos and eos), and its latent view (None: no symbiotic attention)."""
+    """One image: its ViT view, the question, and its latent view (None: no symbiotic attention)."""
 
     vit: VitImage
     question: Text
@@ -36,8 +38,8 @@ class DetectionRequest:
 
 @dataclass
 class DetectionOutput:
-    """``class_logits`` [2] of (fake, real), None without a head; ``ids``: the answer's tokens after bos, without eos; ``ended``:
-    whether eos was reached.
+    """``class_logits`` [2] of (fake, real), None without a head; ``ids``: the answer's tokens after bos, without eos;
+    ``ended``: whether eos was reached.
     """
 
     class_logits: Tensor | None
@@ -50,7 +52,7 @@ class DetectionOutput:
         return None if self.class_logits is None else float(self.class_logits.float().softmax(0)[1])
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: tables that the model caches in here must stay usable for training
 def detect_packed(
     model: UniGenDet,
     requests: Sequence[DetectionRequest],
@@ -72,7 +74,7 @@ def detect_packed(
         One output per request.
 
     Raises:
-        ValueError: no requests, or a negative argument.
+        ValueError: no requests, a negative argument, or answers that could reach beyond the model's positions.
     """
     if len(requests) == 0:
         raise ValueError("requests is empty; there must be at least one")
@@ -89,6 +91,9 @@ def detect_packed(
     samples = started
     for step in range(max(1, max_new_tokens)):
         batch = pack(samples, config, cached=cache.lengths, capacity=capacity).to(model.device)
+        if step == 0:  # now, not in the middle of an answer that happens to be long
+            room = config.max_position - batch.layout.max_position
+            check(max_new_tokens <= room, "max_new_tokens", max_new_tokens, f"at most {room} after these prefixes")
         latents = clean_latents(model, batch)
         hidden = model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, cache=cache).hidden
         if step == 0 and model.class_head is not None:

@@ -1,13 +1,14 @@
 """Generation: denoising latent images by guided flow matching, many requests at a time.
 
-The noised image is a block of queries over the prefix's cached keys and values and itself. Guidance needs up to three velocities
-per request: with all conditions, without the texts, and without the images. They are branches: samples of one pack, each with a
-prefix of its own, so that a step costs one pass through the model, not three. Writing v, v_text, v_image for the three,
+The noised image is a block of queries over the prefix's cached keys and values and itself. Guidance needs up to three
+velocities per request: with all conditions, without the texts, and without the images. They are branches: samples of
+one pack, each with a prefix of its own, so that a step costs one pass through the model, not three. Writing v, v_text,
+v_image for the three,
 
     w = v_text + text_scale · (v − v_text)          v' = v_image + image_scale · (w − v_image)
 
-(v_image = v without an image among the conditions), then the renorm, then z ← z − v' · (t_i − t_{i+1}). The block's keys and
-values are never kept in the cache. Source: paper section 3.3, BAGEL's sampler.
+(v_image = v without an image among the conditions), then the renorm, then z ← z − v' · (t_i − t_{i+1}). The block's
+keys and values are never kept in the cache. Source: paper section 3.3, BAGEL's sampler.
 """
 
 from __future__ import annotations
@@ -27,18 +28,26 @@ from unigendet.packing import LatentImage, PackedBatch, Sample, Segment, Text, p
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """What one image is made from: ``conditions`` in order (texts, clean images), and its ``size`` (height, width) in pixels."""
+    """What one image is made from: ``conditions`` in order (texts, clean images), and its ``size`` (height, width).
+
+    The size is in pixels. Raises ValueError for a noised image among the conditions.
+    """
 
     conditions: tuple[Segment, ...]
     size: tuple[int, int]
     name: str = ""
+
+    def __post_init__(self) -> None:
+        for i, segment in enumerate(self.conditions):
+            noised = isinstance(segment, LatentImage) and segment.noised
+            check(not noised, f"conditions[{i}]", "a noised latent image", "a text or a clean image")
 
     def branch(self, *, texts: bool = True, images: bool = True) -> tuple[Segment, ...]:
         """The conditions without their texts or without their images."""
         return tuple(s for s in self.conditions if (texts if isinstance(s, Text) else images))
 
 
-@torch.inference_mode()
+@torch.no_grad()  # not inference_mode: tables that the model caches in here must stay usable for training
 def generate_latents(
     model: UniGenDet,
     requests: Sequence[GenerationRequest],
@@ -54,8 +63,8 @@ def generate_latents(
         model: on any device; runs in its parameters' dtype.
         requests: at least one; their sizes are multiples of the model's latent stride.
         guidance: scales, steps and renorm.
-        noise: per request the initial tokens [h·w, patch²·channels]; default: drawn from ``generator``, in float32 on its
-            device (a result does not depend on the other requests only with given noise).
+        noise: per request the initial tokens [h·w, patch²·channels]; default: drawn from ``generator``, in float32 on
+            its device (a result does not depend on the other requests only with given noise).
         generator: for the noise; default: the model's device's own.
         progress: called with (steps done, steps) after every step.
 
@@ -68,16 +77,20 @@ def generate_latents(
     guidance = guidance or GuidanceConfig()
     if len(requests) == 0:
         raise ValueError("requests is empty; there must be at least one")
-    grids = [_grid(model, request, i) for i, request in enumerate(requests)]
+    grids = [latent_grid(model, request.size, f"requests[{i}].size") for i, request in enumerate(requests)]
     tokens = torch.cat(_initial(model, grids, noise, generator)).to(model.device)
     branches = _Branches(model, requests, grids, guidance)
-    times = shift_timesteps(torch.linspace(1, 0, guidance.num_timesteps), guidance.timestep_shift).tolist()
+    times = shift_timesteps(torch.linspace(1, 0, guidance.num_timesteps), guidance.timestep_shift)
+    # Compared in float32, as the times are: 0.4 itself does not lie in an interval that begins above 0.4.
+    guided = ((times > guidance.interval[0]) & (times <= guidance.interval[1])).tolist()
+    times = times.tolist()
     bounds = [rows * columns for rows, columns in grids]
-    for i, (t, following) in enumerate(zip(times[:-1], times[1:], strict=True)):
-        velocity = branches.velocity(tokens, t)
-        tokens = tokens - velocity * (t - following)
+    steps = len(times) - 1
+    for i in range(steps):
+        velocity = branches.velocity(tokens, times[i], guided[i])
+        tokens = tokens - velocity * (times[i] - times[i + 1])
         if progress is not None:
-            progress(i + 1, len(times) - 1)
+            progress(i + 1, steps)
     return list(tokens.split(bounds))
 
 
@@ -87,13 +100,13 @@ def tokens_to_latent(model: UniGenDet, tokens: Tensor, size: tuple[int, int]) ->
     return unpatchify(tokens, size[0] // stride, size[1] // stride, model.config.latent.patch_size)
 
 
-def _grid(model: UniGenDet, request: GenerationRequest, i: int) -> tuple[int, int]:
+def latent_grid(model: UniGenDet, size: tuple[int, int], name: str = "size") -> tuple[int, int]:
+    """Rows and columns of latent tokens of an image of ``size`` pixels. ValueError if the model cannot make it."""
     latent = model.config.latent
-    height, width = request.size
     most = latent.stride * latent.max_size
-    fits = all(side > 0 and side % latent.stride == 0 and side <= most for side in (height, width))
-    check(fits, f"requests[{i}].size", request.size, f"two multiples of {latent.stride} pixels, at most {most}")
-    return height // latent.stride, width // latent.stride
+    fits = len(size) == 2 and all(side > 0 and side % latent.stride == 0 and side <= most for side in size)
+    check(fits, name, size, f"(height, width), multiples of {latent.stride} pixels and at most {most}")
+    return size[0] // latent.stride, size[1] // latent.stride
 
 
 def _initial(
@@ -109,7 +122,7 @@ def _initial(
 
 
 class _Branches:
-    """The requests' branches with their cache: first all conditions, then without texts, then (where it differs) without images."""
+    """The requests' branches with their cache: all conditions; without texts; without images, where that differs."""
 
     def __init__(
         self,
@@ -140,10 +153,9 @@ class _Branches:
         self.filled = False
         self.packs: dict[int, PackedBatch] = {}
 
-    def velocity(self, tokens: Tensor, t: float) -> Tensor:
-        """The guided velocity [tokens, patch²·channels] at time t, float32."""
-        low, high = self.guidance.interval
-        guided = len(self.samples) > self.count and low < t <= high
+    def velocity(self, tokens: Tensor, t: float, guided: bool) -> Tensor:
+        """The velocity [tokens, patch²·channels] at time t, float32; guided if there is any guidance."""
+        guided = guided and len(self.samples) > self.count
         # The first pass fills the cache of every branch, whether or not its step is guided.
         parts = self._pass(tokens, t, len(self.samples) if guided or not self.filled else self.count)
         if not guided:
@@ -187,7 +199,7 @@ def _block(model: UniGenDet, rows: int, columns: int) -> LatentImage:
 
 
 def guide(v: Tensor, v_text: Tensor, v_image: Tensor, guidance: GuidanceConfig) -> Tensor:
-    """The guided velocity of one image [tokens, features] from its three branches; see the module's text for the formula."""
+    """The guided velocity of one image [tokens, features] from its three branches, by the module's formula."""
     guided = v_text + guidance.text_scale * (v - v_text)
     if guidance.renorm == "text_channel":
         guided = guided * _renorm(v, guided, guidance, per_token=True)

@@ -19,7 +19,7 @@ from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdi
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
 from unigendet.inference.detect import DetectionRequest, detect_packed
-from unigendet.inference.generate import GenerationRequest, generate_latents, tokens_to_latent
+from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.checkpoint import save_pretrained
 from unigendet.model.unigendet import UniGenDet
@@ -36,7 +36,7 @@ class Detection:
     """The verdict on one image.
 
     ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
-    neither decides. ``probability``: of being real, by the head. ``explanation``: the whole answer.
+    neither decides. ``probability``: of being real, by the head. ``explanation``: the whole answer. ``name``: its path.
     """
 
     name: str
@@ -51,7 +51,7 @@ class Detection:
 
 
 class Pipeline:
-    """A model that is ready to judge and to make images. All images of a call are packed together, ``batch_size`` at a time."""
+    """A model that is ready to judge and to make images; ``batch_size`` images of a call are packed together."""
 
     def __init__(
         self, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Any, data: DataConfig | None = None
@@ -75,7 +75,7 @@ class Pipeline:
             folder: of the model.
             device: where the model and the autoencoder run.
             dtype: of the model's parameters; default float32.
-            autoencoder: the autoencoder's weights; default ``ae.safetensors`` in ``folder``, where the model needs any.
+            autoencoder: the autoencoder's weights; default ``ae.safetensors`` in ``folder``, if the model needs any.
 
         Raises:
             FileNotFoundError: a part is missing; says which.
@@ -85,12 +85,18 @@ class Pipeline:
         if not folder.is_dir():
             raise FileNotFoundError(f"no model folder at {folder}")
         model = UniGenDet.from_pretrained(folder, device=device, dtype=dtype)
-        weights = autoencoder if autoencoder is not None else folder / FLUX_WEIGHTS
-        vae = build_autoencoder(model.config.latent, weights if model.config.latent.autoencoder == "flux" else None)
+        if autoencoder is None and model.config.latent.autoencoder == "flux":
+            autoencoder = folder / FLUX_WEIGHTS
+            if not autoencoder.is_file():
+                raise FileNotFoundError(f"{autoencoder} does not exist; say where the autoencoder's weights are")
+        vae = build_autoencoder(model.config.latent, autoencoder)
         return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder))
 
     def save(self, folder: str | Path) -> None:
-        """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views."""
+        """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views.
+
+        The autoencoder, which never changes, is not copied.
+        """
         save_pretrained(self.model, folder)
         self.tokenizer.save(folder)
         save_data_config(folder, self.data)
@@ -165,17 +171,21 @@ class Pipeline:
 
         Returns:
             PIL images.
+
+        Raises:
+            ValueError: a setting, or a size that the model cannot make.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
         guidance = guidance or GuidanceConfig()
         latent = self.model.config.latent
         size = size or (latent.stride * latent.max_size,) * 2
+        rows, columns = latent_grid(self.model, size)
         images: list[Image] = []
         batches = -(-len(prompts) // batch_size)
         for group in _groups(prompts, batch_size):
             requests = [GenerationRequest((self.builder.text(prompt),), size, prompt) for prompt in group]
             first, done = seed + len(images), len(images) // batch_size
-            shape = (size[0] // latent.stride * (size[1] // latent.stride), latent.token_dim)
+            shape = (rows * columns, latent.token_dim)
             noise = [torch.randn(shape, generator=torch.Generator().manual_seed(first + i)) for i in range(len(group))]
             step = None if progress is None else lambda i, n, done=done: progress(done * n + i, batches * n)
             for tokens in generate_latents(self.model, requests, guidance, noise=noise, progress=step):

@@ -185,7 +185,10 @@ def load_config(path: str | Path) -> ModelConfig:
     """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``."""
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / CONFIG_FILE).is_file():
-        return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        try:
+            return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
+        except (ValueError, TypeError) as error:  # not JSON; an unknown or unfit setting; no mapping
+            raise CheckpointError(f"{folder / CONFIG_FILE} does not hold a model's settings: {error}") from error
     if (folder / "llm_config.json").is_file() and (folder / "vit_config.json").is_file():
         return _bagel_config(
             json.loads((folder / "llm_config.json").read_text()), json.loads((folder / "vit_config.json").read_text())

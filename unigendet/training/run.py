@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from unigendet.config import PRESETS
-from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection
+from unigendet.config import PRESETS, DataConfig
+from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection, save_data_config
 from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.model.autoencoder import build_autoencoder
@@ -48,7 +49,8 @@ def train(
     model = build_model(config, tokenizer, device, checkpoint)
     batches = build_loader(config, model, tokenizer)
     stage = make_stage(model, config)
-    trainer = Trainer(stage, batches, config, companions=[tokenizer.save], console=console, quiet=quiet)
+    beside = companions(tokenizer, config.datasets.views)
+    trainer = Trainer(stage, batches, config, companions=beside, console=console, quiet=quiet)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer.run()
@@ -71,6 +73,11 @@ def build_model(
         sizes = PRESETS[source.preset]()
     with torch.device(device):
         return UniGenDet(sizes)
+
+
+def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:
+    """What makes a checkpoint's ``model/`` and ``ema/`` folders that can judge and make images, for ``Trainer``."""
+    return [tokenizer.save, functools.partial(save_data_config, config=views)]
 
 
 def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
