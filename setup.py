@@ -6,4 +6,7 @@ packages = find_packages(include=["unigendet", "unigendet.*"]) + [
     "unigendet." + name for name in find_packages(include=["kernels", "kernels.*"])
 ]
 
-setup(packages=packages, package_dir={"unigendet": "unigendet", "unigendet.kernels": "kernels"})
+setup(
+    packages=[*packages, "unigendet.configs"],
+    package_dir={"unigendet": "unigendet", "unigendet.kernels": "kernels", "unigendet.configs": "configs"},
+)

@@ -1,4 +1,4 @@
-"""UniGenDet: one multimodal transformer that generates images and detects generated ones, on fused kernels."""
+"""UniGenDet: one multimodal transformer that generates images and detects generated ones."""
 
 from typing import Any
 

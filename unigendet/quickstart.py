@@ -89,11 +89,13 @@ class QuickstartConfig:
 
 
 def default_config() -> Path:
-    """The settings that ship with the package: beside it in a wheel, beside the package's folder in a checkout."""
+    """The settings that ship with the package: inside it in a wheel, beside it in a checkout."""
     here = Path(__file__).parent
-    return next(
-        p for p in (here / "configs" / "quickstart.yaml", here.parent / "configs" / "quickstart.yaml") if p.is_file()
-    )
+    places = [folder / "configs" / "quickstart.yaml" for folder in (here, here.parent)]
+    found = next((path for path in places if path.is_file()), None)
+    if found is None:
+        raise FileNotFoundError(f"this installation has no quickstart.yaml (looked for {places[0]} and {places[1]})")
+    return found
 
 
 class _Job:

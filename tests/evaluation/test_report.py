@@ -3,6 +3,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 import re
 from html.parser import HTMLParser
 
@@ -226,6 +227,7 @@ def test_an_empty_run_has_a_page(tmp_path):
 def test_environment_is_read_if_not_given(tmp_path):
     found = environment()
     assert {"python", "numpy", "torch"} <= set(found["versions"])
+    assert 1 <= found["cpus"] <= os.cpu_count()
     assert found["commit"] is None or re.fullmatch(r"[0-9a-f]{40,64}(\+changes)?", found["commit"])
     write_report(tmp_path, RunResults())
     assert json.loads((tmp_path / "report.json").read_text())["environment"]["versions"] == found["versions"]

@@ -84,7 +84,7 @@ def test_counts_of_all_ranks_scale_the_losses():
 
 
 def test_alignment_reaches_generation_stream_and_head_only():
-    """SPEC §12.1: the alignment loss alone moves the generation stream below it and φ; never what is frozen."""
+    """docs/model.md §12.1: the alignment loss moves the generation stream below it and φ; never what is frozen."""
     model = tiny_model()
     stage = DIGAStage(model, LossWeights(mse=0.0, diga=1.0), align_layer=2, teacher_layer=3)
     before, teacher_before = snapshot(model), snapshot(stage.teacher)
@@ -118,7 +118,7 @@ def test_diga_trains_exactly_the_generation_side():
 
 
 def test_teacher_does_not_drift():
-    """SPEC §12.2: features of a fixed image are bit-identical before and after DIGA steps; the live model's are not."""
+    """docs/model.md §12.2: an image's features keep every bit during DIGA steps; the live model's do not."""
     model = tiny_model()
     stage, batch, fixed = diga(model), diga_batch(), diga_batch(9)[1]
     features = stage.features(fixed)
@@ -224,7 +224,7 @@ class Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("kind", ["gduf", "diga"])
 def test_a_step_does_not_wait_more_often_for_more_samples(kind):
-    """SPEC §12.6: nothing loops over the elements of device tensors; the counted reads are of CPU tables."""
+    """docs/model.md §12.6: nothing loops over the elements of device tensors; the counted reads are of CPU tables."""
     counts = []
     for size in (2, 7):
         model = tiny_model()
@@ -238,7 +238,7 @@ def test_a_step_does_not_wait_more_often_for_more_samples(kind):
 
 
 def test_label_rows_are_part_of_the_pack():
-    """SPEC §12.6: the real/fake head reads rows that packing computed."""
+    """docs/model.md §12.6: the real/fake head reads rows that packing computed."""
     batch = gduf_batch(0, 3, 1)
     rows = batch.layout.stream_to_sequence[batch.label_rows]
     before_the_answer = (16 + 2) + (16 + 2) + (4 + 2)  # latent image, ViT image, question

@@ -109,7 +109,7 @@ def test_missing_teacher_is_an_error(tmp_path):
 
 
 def test_missing_checkpoint_is_an_error(tmp_path):
-    """SPEC §12.3: a misspelt path does not start afresh."""
+    """docs/model.md §12.3: a misspelt path does not start afresh."""
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*step-9: there is no such folder"):
         trainer().resume(tmp_path / "step-9")
 
@@ -124,7 +124,7 @@ def test_other_run_is_an_error(saved, tmp_path):
 
 @pytest.mark.parametrize("change", ["drop", "reshape"])
 def test_optimizer_state_that_does_not_fit_is_an_error(saved, change):
-    """SPEC §12.3: a failing optimizer load does not start afresh."""
+    """docs/model.md §12.3: a failing optimizer load does not start afresh."""
     state = torch.load(saved / "state.pt")
     if change == "drop":
         del state["optimizer"]["vae2llm.weight"]

@@ -82,7 +82,7 @@ def test_missing_file_is_an_error(tmp_path):
 
 
 def test_published_recipes():
-    """SPEC §11, except for the warm-up, which must fit (§12.7)."""
+    """docs/model.md §11, except for the warm-up, which must fit (§12.7)."""
     gduf, diga = (load_train_config(CONFIGS / f"{name}_bagel_7b.yaml") for name in ("gduf", "diga"))
     for config in (gduf, diga):
         optimizer = config.optimizer

@@ -89,7 +89,7 @@ def test_resume_goes_on_where_the_data_were(configure, tmp_path):
 
 
 def test_wrong_paths_are_errors(configure, tmp_path):
-    """SPEC §12.3: never random weights, never an empty start."""
+    """docs/model.md §12.3: never random weights, never an empty start."""
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
         train(configure("model.preset=null", "model.checkpoint=nowhere"), quiet=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):

@@ -35,7 +35,7 @@ def weights(model):
 
 @pytest.mark.parametrize(("stage", "terms"), [("gduf", {"mse", "ce", "label"}), ("diga", {"mse", "diga"})])
 def test_losses_reach_the_optimizer_and_the_history(stage, terms):
-    """SPEC §12.1: every term that the stage returns is in the optimised loss, and is recorded under its name."""
+    """docs/model.md §12.1: every term that the stage returns is in the optimised loss and recorded under its name."""
     made = trainer(stage=stage)
     before = weights(made.stage.model)
     history = made.run().history
@@ -49,7 +49,7 @@ def test_losses_reach_the_optimizer_and_the_history(stage, terms):
 
 @pytest.mark.parametrize("total", [1, 3])
 def test_total_steps_are_exact(total):
-    """SPEC §12.3: the run ends at total_steps, and takes no batch more than it uses."""
+    """docs/model.md §12.3: the run ends at total_steps, and takes no batch more than it uses."""
     batches = Batches()
     result = trainer(batches, total_steps=total).run()
     assert [row["step"] for row in result.history] == list(range(1, total + 1))
@@ -71,7 +71,7 @@ def test_batches_that_end_are_an_error():
 
 
 def test_errors_propagate_and_name_the_samples():
-    """SPEC §12.3: an error in the third batch stops the run."""
+    """docs/model.md §12.3: an error in the third batch stops the run."""
     wrong = pack([Samples().pair("no loss here")[1]], tiny_config())
     made = trainer([gduf_batch(), gduf_batch(), wrong, gduf_batch()])
     with pytest.raises(ValueError, match="nothing to learn from") as caught:
@@ -155,7 +155,7 @@ def test_clipping_bounds_the_gradient(monkeypatch):
 
 
 def test_average_follows_the_trained_weights_only():
-    """SPEC §12.9: no second copy of what is frozen."""
+    """docs/model.md §12.9: no second copy of what is frozen."""
     made = trainer(stage="diga", ema_decay=0.75)
     average, trained = made.ema, made.stage.trained
     assert [t.shape for t in average.tensors] == [p.shape for p in trained.values()]
@@ -187,7 +187,7 @@ def test_learning_rate(schedule):
 
 
 def test_warmup_fits_the_run():
-    """SPEC §12.7: by default the warm-up is a share of the run; a longer one than the run is an error."""
+    """docs/model.md §12.7: by default the warm-up is a share of the run; a longer one than the run is an error."""
     for total in (1, 10, 500, 1000):
         config = TrainConfig(total_steps=total)
         assert config.optimizer.warmup(total) <= 0.1 * total + 1

@@ -34,7 +34,8 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
     - ``grids/NN-title.png``: the sample grids.
     - ``report.json``, schema 1; an undefined or not-finite number is null:
       ``schema, title, summary, seed``;
-      ``environment`` {versions {package: version}, platform, commit}; ``settings``; ``durations`` {what: seconds};
+      ``environment`` {versions {package: version}, platform, cpus, commit}; ``settings``;
+      ``durations`` {what: seconds};
       ``aims`` [{name, value, aim, higher_is_better, kind, meaning, reached}];
       ``curves`` {stage: [{step, name: value, ...}]};
       ``detection`` null or {overall, groups [...] (fields of ``DetectionMetrics``),
@@ -71,7 +72,7 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
     jinja.filters.update(percent=percent, number=number, seconds=seconds)
     return jinja.get_template("report.html").render(
         run=data,
-        aims=[_aim_view(aim) for aim in results.aims],
+        aims=[aim_view(aim) for aim in results.aims],
         charts=_charts(data["curves"]),
         sample_tables=list(_sample_tables(results.grids)),
         examples=[
@@ -112,7 +113,10 @@ def seconds(value: float | None) -> str:
 _WRITERS = {"percent": percent, "number": number, "seconds": seconds}
 
 
-def _aim_view(aim: Aim) -> dict[str, Any]:
+def aim_view(aim: Aim) -> dict[str, Any]:
+    """An aim as texts: ``name``, ``value``, ``aim`` (None without one), ``verdict`` and ``meaning``; and its ``state``,
+    ``reached``, ``missed`` or ``none``.
+    """
     write = _WRITERS[aim.kind]
     sign = "≥" if aim.higher_is_better else "≤"
     return {
@@ -216,7 +220,7 @@ def _aims_table(results: RunResults) -> Table:
     table = _table(results.title, "", "value", "aim")
     table.add_column("")
     styles = {"reached": "green", "missed": "red", "none": "dim"}
-    for view in map(_aim_view, results.aims):
+    for view in map(aim_view, results.aims):
         # Text, not str: a name with square brackets is not markup.
         table.add_row(
             Text(view["name"]), view["value"], view["aim"] or _MISSING, Text(view["verdict"], styles[view["state"]])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
@@ -161,8 +162,9 @@ def choose_examples(
 
 
 def environment() -> dict[str, Any]:
-    """``{"versions": {package: version}, "platform": str, "commit": str | None}`` of this process.
+    """``{"versions": {package: version}, "platform": str, "cpus": int, "commit": str | None}`` of this process.
 
+    ``cpus``: how many this process may use.
     The commit is that of this package if it lies in its own git repository, else None.
     """
     versions = {"python": platform.python_version()}
@@ -171,7 +173,10 @@ def environment() -> dict[str, Any]:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue  # an optional package, or this one straight from its source tree
-    return {"versions": versions, "platform": f"{platform.system()} {platform.machine()}", "commit": _git_commit()}
+    # Not os.cpu_count: a process may be confined to a part of the machine.
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    system = f"{platform.system()} {platform.machine()}"
+    return {"versions": versions, "platform": system, "cpus": cpus, "commit": _git_commit()}
 
 
 def _git_commit() -> str | None:

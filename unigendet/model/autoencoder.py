@@ -36,9 +36,7 @@ class PixelAutoencoder(nn.Module):
 
 
 class FluxAutoencoder(nn.Module):
-    """The FLUX autoencoder around diffusers' ``AutoencoderKL``: z = (posterior - shift) · scale (SPEC: 0.1159 and
-    0.3611).
-    """
+    """The FLUX autoencoder around diffusers' ``AutoencoderKL``: z = (posterior - shift) · scale (docs/model.md §11)."""
 
     def __init__(self, config: LatentConfig, vae: nn.Module) -> None:
         super().__init__()

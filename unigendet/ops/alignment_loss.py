@@ -1,4 +1,4 @@
-"""The alignment loss of DIGA: cosine distance between the student's tokens and the teacher's resized ones (SPEC §7).
+"""The alignment loss of DIGA (docs/model.md §7): cosine distance of the student's tokens to the resized teacher.
 
 Per image, T [h'·w', D] is the teacher's grid and S [h·w, D] the student's. T is resized to the student's grid, as
 ``F.interpolate(mode="bilinear", align_corners=False, antialias=False)`` does: R = A T, where A = A_h ⊗ A_w has at most
@@ -229,7 +229,7 @@ def alignment_loss(
     normalizer: float | Tensor | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Return weight · Σ (1 − cos(resized teacher, student)) / normalizer over all student tokens (SPEC §7, DIGA).
+    """Return weight · Σ (1 − cos(resized teacher, student)) / normalizer (docs/model.md §7).
 
     Args:
         student: [Σ h·w, D], the images' grids row by row, one after another; any floating dtype, any strides.

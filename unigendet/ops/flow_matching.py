@@ -1,4 +1,4 @@
-"""Flow matching: noising, velocity target and patchify in one op, and the per-token squared error in another (SPEC §6).
+"""Flow matching (docs/model.md §6): noising, target and patchify in one op, the per-token squared error in another.
 
 P maps an image [C, p·h, p·w] to tokens [h·w, p·p·C], features in (row-in-patch, column-in-patch, channel) order. With
 z = P(latent), noise e already in token order, and one t per image:
@@ -304,7 +304,7 @@ def flow_matching(
     channels: int,
     backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Noise the latent images of a pack and cut them into tokens: (1 − t) z + t e, and the velocity e − z (SPEC §6).
+    """Noise the latents of a pack and cut them into tokens: (1 − t) z + t e, and the velocity e − z (docs/model.md §6).
 
     Args:
         latents: flat [Σ C·p·h·p·w]: the images [C, p·h, p·w] one after another, any floating dtype.
@@ -333,7 +333,7 @@ def flow_matching(
 
 
 def flow_matching_loss(prediction: Tensor, target: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return each token's mean squared error over its features (SPEC §6); the loss is the mean over all ranks' tokens.
+    """Return each token's mean squared error over its features (docs/model.md §6); their mean is the loss.
 
     Args:
         prediction: [M, K], any floating dtype.

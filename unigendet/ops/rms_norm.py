@@ -208,7 +208,7 @@ def rms_norm(
     eps: float = 1e-6,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Add the residual, then scale every row by 1 / RMS and by its stream's weight (SPEC §4).
+    """Add the residual, then scale every row by 1 / RMS and by its stream's weight (docs/model.md §4).
 
     Args:
         x: [T, D], stream-major, any floating dtype, any strides.

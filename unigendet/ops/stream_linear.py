@@ -1,4 +1,4 @@
-"""One linear layer with a weight set per stream, over rows in stream-major order (SPEC §1, "mixture of transformers").
+"""One linear layer with a weight set per stream (docs/model.md §1), over rows in stream-major order.
 
 With x = (x_u; x_g), the understanding rows followed by the generation rows, and s in {u, g}:
 
@@ -186,7 +186,7 @@ def stream_linear(
     biases: tuple[Tensor | None, Tensor | None] | None = None,
     backend: str = "auto",
 ) -> Tensor:
-    """Multiply each stream's rows by that stream's weight: y = x W_sᵀ + b_s (SPEC §4).
+    """Multiply each stream's rows by that stream's weight: y = x W_sᵀ + b_s (docs/model.md §4).
 
     Args:
         x: [T, in], stream-major: all understanding rows, then all generation rows. Any strides.

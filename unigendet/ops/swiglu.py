@@ -86,7 +86,7 @@ _swiglu.register_autograd(_autograd, setup_context=_setup_context)
 
 
 def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
-    """Return silu(gate) · up for the fused projection ``gate_up`` = (gate | up) (SPEC §4).
+    """Return silu(gate) · up for the fused projection ``gate_up`` = (gate | up) (docs/model.md §4).
 
     Args:
         gate_up: [T, 2·I], any floating dtype, any strides.
