@@ -8,6 +8,7 @@ says why), 2 the command line itself is wrong, 130 interrupted. A user's mistake
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -111,7 +112,8 @@ def build_parser() -> argparse.ArgumentParser:
                        help="go on from this checkpoint; without FOLDER, from the newest of the run "
                             "(put --resume last then)")  # fmt: skip
 
-    generate = add("generate", _generate, "Make images from prompts.", device)
+    generate = add("generate", _generate, "Make images from prompts.", device,
+                   epilog="Sampling settings that are not given are the model folder's (generation.json).")  # fmt: skip
     generate.add_argument("--prompt", action="append", required=True, help="what to show; repeat it for several images")
     generate.add_argument("--out", type=Path, required=True, metavar="PATH",
                           help="the picture to write; with several images, a folder")  # fmt: skip
@@ -120,13 +122,13 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--size", type=_size, metavar="HxW", help="pixels (default: the largest square the model makes)"
     )
-    generate.add_argument("--steps", type=int, default=50, help="points in time; one less Euler steps (default: 50)")
-    generate.add_argument("--text-scale", type=float, default=4.0, help="text guidance; 1 = none (default: 4)")
-    generate.add_argument("--shift", type=float, default=3.0, metavar="S",
-                          help="timestep shift; above 1, more of the steps at high noise (default: 3)")  # fmt: skip
-    generate.add_argument("--renorm", default="global", choices=["global", "channel", "text_channel"],
+    generate.add_argument("--steps", type=int, help="points in time; one less Euler steps")
+    generate.add_argument("--text-scale", type=float, help="text guidance; 1 = none")
+    generate.add_argument("--shift", type=float, metavar="S",
+                          help="timestep shift; above 1, more of the steps at high noise")  # fmt: skip
+    generate.add_argument("--renorm", choices=["global", "channel", "text_channel"],
                           help="what bounds the guided velocity: its norm over the image, per token, or per token "
-                               "for the text guidance alone (default: global)")  # fmt: skip
+                               "for the text guidance alone")  # fmt: skip
     generate.add_argument("--batch-size", type=int, default=8, help="images denoised together (default: 8)")
 
     detect = add("detect", _detect, "Tell real images from generated ones; one line per picture.", device,
@@ -201,21 +203,20 @@ def _device(name: str) -> torch.device:
 
 
 def _generate(options: argparse.Namespace) -> int:
-    from unigendet.config import GuidanceConfig
-
     prompts = [prompt for prompt in options.prompt for _ in range(options.count)]
     if not prompts:
         raise UserError(f"--count is {options.count}; it must be at least 1")
     single = len(prompts) == 1 and options.out.suffix.lower() in IMAGE_SUFFIXES
     if not single and options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"--out {options.out} is one picture, but {len(prompts)} images are asked for; name a folder")
-    guidance = GuidanceConfig(
-        num_timesteps=options.steps,
-        text_scale=options.text_scale,
-        timestep_shift=options.shift,
-        renorm=options.renorm,
-    )
     pipeline = _pipeline(options)
+    asked = {
+        "num_timesteps": options.steps,
+        "text_scale": options.text_scale,
+        "timestep_shift": options.shift,
+        "renorm": options.renorm,
+    }
+    guidance = dataclasses.replace(pipeline.guidance, **{k: v for k, v in asked.items() if v is not None})
 
     def show(done: int, steps: int) -> None:
         if sys.stderr.isatty():

@@ -293,6 +293,12 @@ _NESTED = {
 }
 
 
+def guidance_from_dict(values: dict[str, Any]) -> GuidanceConfig:
+    """The inverse of ``dataclasses.asdict`` for a GuidanceConfig. Raises ValueError naming every key that is none."""
+    interval = values.get("interval", GuidanceConfig.interval)
+    return _from_dict(GuidanceConfig, {**values, "interval": tuple(interval)})
+
+
 def data_from_dict(values: dict[str, Any]) -> DataConfig:
     """The inverse of ``dataclasses.asdict`` for a DataConfig. Raises ValueError naming every unknown key."""
     return _from_dict(DataConfig, values)

@@ -151,9 +151,7 @@ class _Job:
     def sample(self, name: str, pipeline: Pipeline, labels: np.ndarray) -> np.ndarray:
         """Generate a digit per label; the levels uint8 [N, 8, 8]. Before and after DIGA the noise is the same."""
         prompts = [caption(int(label)) for label in labels]
-        images = pipeline.generate(
-            prompts, guidance=self.config.guidance, seed=self.seed, batch_size=self.config.batch_size
-        )
+        images = pipeline.generate(prompts, seed=self.seed, batch_size=self.config.batch_size)
         return np.stack([quantise(np.asarray(image, np.float64) * (WHITE / 255)) for image in images])
 
 
@@ -187,7 +185,8 @@ def run(
     torch.manual_seed(seed)
     model = build_model(job.stage_config("gduf", data), tokenizer, "cpu")
     count = sum(p.numel() for p in model.parameters())
-    pipeline = Pipeline(model, tokenizer, build_autoencoder(model.config.latent), data_config())
+    autoencoder = build_autoencoder(model.config.latent)
+    pipeline = Pipeline(model, tokenizer, autoencoder, data_config(), settings.guidance)
     curves, samples = {}, {}
     for name, when, text in (
         ("gduf", "before DIGA", f"GDUF: a model of {count / 1e6:.2f} M parameters learns to generate and to detect"),

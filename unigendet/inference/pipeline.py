@@ -7,6 +7,8 @@ published views; its autoencoder is ``ae.safetensors``; it has no real/fake head
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from unigendet.config import DataConfig, GuidanceConfig, check
+from unigendet.config import DataConfig, GuidanceConfig, check, guidance_from_dict
 from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 FLUX_WEIGHTS = "ae.safetensors"
+GUIDANCE_FILE = "generation.json"
 
 
 @dataclass(frozen=True)
@@ -54,10 +57,15 @@ class Pipeline:
     """A model that is ready to judge and to make images; ``batch_size`` images of a call are packed together."""
 
     def __init__(
-        self, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Any, data: DataConfig | None = None
+        self,
+        model: UniGenDet,
+        tokenizer: Tokenizer,
+        autoencoder: Any,
+        data: DataConfig | None = None,
+        guidance: GuidanceConfig | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model.eval(), tokenizer, autoencoder
-        self.data = data or DataConfig()
+        self.data, self.guidance = data or DataConfig(), guidance or GuidanceConfig()
         self.builder = SampleBuilder(model.config, tokenizer, self.data, encode=autoencoder.encode)
 
     @classmethod
@@ -90,7 +98,7 @@ class Pipeline:
             if not autoencoder.is_file():
                 raise FileNotFoundError(f"{autoencoder} does not exist; say where the autoencoder's weights are")
         vae = build_autoencoder(model.config.latent, autoencoder)
-        return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder))
+        return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder), load_guidance(folder))
 
     def save(self, folder: str | Path) -> None:
         """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views.
@@ -100,6 +108,7 @@ class Pipeline:
         save_pretrained(self.model, folder)
         self.tokenizer.save(folder)
         save_data_config(folder, self.data)
+        save_guidance(folder, self.guidance)
 
     def detect(
         self,
@@ -176,7 +185,7 @@ class Pipeline:
             ValueError: a setting, or a size that the model cannot make.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
-        guidance = guidance or GuidanceConfig()
+        guidance = guidance or self.guidance
         latent = self.model.config.latent
         size = size or (latent.stride * latent.max_size,) * 2
         rows, columns = latent_grid(self.model, size)
@@ -192,6 +201,18 @@ class Pipeline:
                 pixels = self.autoencoder.decode(tokens_to_latent(self.model, tokens, size))
                 images.append(to_image(pixels))
         return images
+
+
+def save_guidance(folder: str | Path, guidance: GuidanceConfig) -> None:
+    """Write ``generation.json`` into a model folder."""
+    text = json.dumps(dataclasses.asdict(guidance), indent=2)
+    (Path(folder) / GUIDANCE_FILE).write_text(text, encoding="utf-8")
+
+
+def load_guidance(folder: str | Path) -> GuidanceConfig:
+    """Read ``generation.json`` of a model folder; without that file, the published defaults."""
+    file = Path(folder) / GUIDANCE_FILE
+    return guidance_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else GuidanceConfig()
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
