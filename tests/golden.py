@@ -58,6 +58,7 @@ class Golden:
                 patch_size=vit["patch_size"],
                 max_patches_per_side=vit["max_patches_per_side"],
                 layer_norm_eps=vit["layer_norm_eps"],
+                num_positions=vit.get("num_positions"),
             ),
             latent=LatentConfig(**latent),
             special_tokens=SpecialTokens(**sizes["special_tokens"]),

@@ -29,7 +29,10 @@ class SpecialTokens:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """The packed ViT. ``num_layers`` 0 puts the patch embedding straight before the connector."""
+    """The packed ViT. ``num_layers`` 0 puts the patch embedding straight before the connector.
+
+    ``num_positions``: rows of the learned position embedding; default max_patches_per_side².
+    """
 
     hidden_size: int = 1152
     intermediate_size: int = 4304
@@ -39,6 +42,7 @@ class VisionConfig:
     max_patches_per_side: int = 70
     num_channels: int = 3
     layer_norm_eps: float = 1e-6
+    num_positions: int | None = None
 
     def __post_init__(self) -> None:
         for name in (
@@ -56,11 +60,18 @@ class VisionConfig:
             self.hidden_size,
             f"a multiple of vision.num_heads ({self.num_heads})",
         )
+        side = self.max_patches_per_side
+        check(self.positions >= side**2, "vision.num_positions", self.num_positions, f"at least {side}² = {side**2}")
 
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_heads
+
+    @property
+    def positions(self) -> int:
+        """Rows of the learned position embedding."""
+        return self.max_patches_per_side**2 if self.num_positions is None else self.num_positions
 
     @property
     def patch_dim(self) -> int:

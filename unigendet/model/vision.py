@@ -40,7 +40,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.patch_embedding = nn.Linear(config.patch_dim, config.hidden_size)
-        self.position_embedding = nn.Embedding(config.max_patches_per_side**2, config.hidden_size)
+        self.position_embedding = nn.Embedding(config.positions, config.hidden_size)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
 
