@@ -337,7 +337,7 @@ def quickstart(vocab_size: int = 512, special_tokens: SpecialTokens | None = Non
     return ModelConfig(
         hidden_size=128,
         intermediate_size=256,
-        num_layers=4,
+        num_layers=3,
         num_heads=4,
         num_kv_heads=2,
         vocab_size=vocab_size,
