@@ -16,7 +16,7 @@ from unigendet.cli import main
 from unigendet.config_file import load_settings
 from unigendet.data import quickstart as quickstart_data
 from unigendet.inference.pipeline import Pipeline
-from unigendet.quickstart import QuickstartConfig, default_config, run, thin
+from unigendet.quickstart import MARK, PARTS, QuickstartConfig, default_config, run, thin
 from unigendet.training.state import checkpoints
 
 STAGE = {
@@ -33,7 +33,6 @@ SETTINGS = {
     "diga": {**STAGE, "stage": "diga", "total_steps": 2, "align_layer": 2, "teacher_layer": 3},
 }
 TESTED = 80  # instead of 397 test images
-PARTS = ("data", "tokenizer", "gduf", "diga", "model", "samples", "grids", "report.html", "report.json")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +74,7 @@ def numbers(report):
 
 def test_leaves_its_folder(done):
     out, _, _ = done
-    assert sorted(p.name for p in out.iterdir()) == sorted(PARTS)
+    assert sorted(p.name for p in out.iterdir()) == sorted((*PARTS, MARK))
     for when in ("before", "after"):
         pictures = sorted((out / "samples" / "images" / when).iterdir())
         assert len(pictures) == TESTED
@@ -181,6 +180,22 @@ def test_refuses_a_folder_that_is_not_its_own(tmp_path, settings, capsys, what):
         assert (out / "data").exists() == (what == "file among ours")
 
 
+def test_a_folder_with_our_names_but_not_our_mark_is_kept(tmp_path, settings, capsys):
+    for name in ("data", "model"):
+        (tmp_path / "project" / name).mkdir(parents=True)
+        (tmp_path / "project" / name / "x").write_text("mine")
+    assert main(["quickstart", "--out", str(tmp_path / "project"), "--config", str(settings)]) == 1
+    assert "holds data, model" in capsys.readouterr().err
+    assert all((tmp_path / "project" / name / "x").read_text() == "mine" for name in ("data", "model"))
+
+
+def test_a_bad_seed_leaves_an_earlier_result(done, settings, capsys):
+    out, _, _ = done
+    assert main(["quickstart", "--out", str(out), "--seed", "-1", "--config", str(settings)]) == 1
+    assert "seed is -1; it must be at least 0" in capsys.readouterr().err
+    assert (out / "report.json").is_file()
+
+
 def test_shipped_settings():
     """They load, and both stages train the same model."""
     config = load_settings(QuickstartConfig, default_config())
@@ -192,6 +207,7 @@ def test_shipped_settings():
     ("override", "message"),
     [
         ("gduf.stage=diga", "gduf.stage is 'diga'; it must be 'gduf'"),
+        ('gduf.model={"preset": null, "checkpoint": "somewhere"}', "gduf.model.checkpoint is 'somewhere'"),
         ("batch_size=0", "batch_size is 0; it must be positive"),
         ("gduf.total_stops=3", "total_stops"),
     ],

@@ -144,7 +144,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     detect.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
-    info = add("info", _info, "Show versions, devices and which implementation of each op can run here.")
+    info = add("info", _info, "Show versions, devices, and which implementations of each op this build has.")
     info.add_argument("--json", action="store_true", help="as JSON")
     return parser
 
@@ -209,6 +209,14 @@ def _generate(options: argparse.Namespace) -> int:
     single = len(prompts) == 1 and options.out.suffix.lower() in IMAGE_SUFFIXES
     if not single and options.out.suffix.lower() in IMAGE_SUFFIXES:
         raise UserError(f"--out {options.out} is one picture, but {len(prompts)} images are asked for; name a folder")
+    target = options.out.parent if single else options.out
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--out: {target} is a file; it must be a folder")
+    if not single and len(prompts) == 1 and options.out.suffix and not options.out.is_dir():
+        raise UserError(
+            f"--out {options.out} names no picture format; use one of {', '.join(sorted(IMAGE_SUFFIXES))}, or a folder"
+        )
+    target.mkdir(parents=True, exist_ok=True)  # before the work, not after it
     pipeline = _pipeline(options)
     asked = {
         "num_timesteps": options.steps,
@@ -225,8 +233,6 @@ def _generate(options: argparse.Namespace) -> int:
     images = pipeline.generate(
         prompts, size=options.size, guidance=guidance, seed=options.seed, batch_size=options.batch_size, progress=show
     )
-    target = options.out.parent if single else options.out
-    target.mkdir(parents=True, exist_ok=True)
     for i, (prompt, image) in enumerate(zip(prompts, images, strict=True)):
         path = options.out if single else options.out / f"{i:05}.png"
         image.save(path)

@@ -15,6 +15,7 @@ real run calls: ``unigendet.training`` with settings from ``configs/quickstart.y
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -63,12 +64,17 @@ ROLES = {
 }
 
 
+PARTS = ("data", "tokenizer", "gduf", "diga", "model", "samples", "grids", "report.html", "report.json")
+MARK = ".unigendet-quickstart"  # a folder without it is not ours, whatever the names in it
+
+
 @dataclass(frozen=True)
 class QuickstartConfig:
     """Settings of the whole job.
 
-    ``gduf``, ``diga``: the stages; datasets, tokenizer, seed and output are filled in. ``captions_weight``: caption
-    samples per real detection sample (fakes come as often as real images). ``fakes_per_real``: generated training
+    ``gduf``, ``diga``: the stages; datasets, tokenizer, seeds, device (cpu) and output are filled in, and the model is
+    new, of a preset's sizes. ``captions_weight``: caption samples per real detection sample (fakes come as often as
+    real images). ``fakes_per_real``: generated training
     images per real one. ``guidance``: of the evaluation's samples. ``batch_size``: images per call of the evaluation.
     ``shown``: sample images per digit in the report.
     """
@@ -83,7 +89,10 @@ class QuickstartConfig:
 
     def __post_init__(self) -> None:
         for name in ("gduf", "diga"):
-            check(getattr(self, name).stage == name, f"{name}.stage", getattr(self, name).stage, repr(name))
+            stage: TrainConfig = getattr(self, name)
+            check(stage.stage == name, f"{name}.stage", stage.stage, repr(name))
+            start = stage.model.checkpoint
+            check(start is None, f"{name}.model.checkpoint", start, "null: the quickstart trains a new model")
         for name in ("captions_weight", "fakes_per_real", "batch_size", "shown"):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
 
@@ -173,6 +182,7 @@ def run(
         ValueError: a setting or ``out`` is unfit.
     """
     out = Path(out)
+    check(seed >= 0, "seed", seed, "at least 0")
     settings = load_settings(QuickstartConfig, default_config() if config is None else config)
     _prepare(out)
     job = _Job(out, seed, settings, console or Console())
@@ -213,18 +223,19 @@ def run(
 
 
 def _prepare(out: Path) -> None:
-    """Make the folder; clear what an earlier quickstart left there, and nothing else."""
-    import shutil
-
-    ours = ("data", "tokenizer", "gduf", "diga", "model", "samples", "grids", "report.html", "report.json")
-    foreign = sorted(p.name for p in out.iterdir() if p.name not in ours) if out.is_dir() else []
-    if foreign or (out.exists() and not out.is_dir()):
-        what = f"holds {', '.join(foreign[:5])}" if foreign else "is a file"
+    """Make the folder; clear what an earlier quickstart left there, and nothing else: it left its mark."""
+    present = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
+    foreign = [name for name in present if name not in (*PARTS, MARK)]
+    if foreign or (present and MARK not in present) or (out.exists() and not out.is_dir()):
+        what = f"holds {', '.join((foreign or present)[:5])}" if out.is_dir() else "is a file"
         raise ValueError(f"out is {str(out)!r}, which {what}; it must be a new folder, or one that a quickstart left")
-    for name in ours:
+    for name in PARTS:
         path = out / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     out.mkdir(parents=True, exist_ok=True)
+    (out / MARK).write_text(
+        "A quickstart made this folder; the next one may replace what it left here.\n", encoding="utf-8"
+    )
 
 
 def thin(history: Sequence[dict[str, Any]], points: int = 100) -> list[dict[str, float]]:

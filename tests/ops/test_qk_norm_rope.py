@@ -318,6 +318,7 @@ QKV = torch.zeros(11, 64)
         ({"q_norms": (torch.ones(8), torch.ones(4))}, r"q_norms\[1\] is .*\[8\]"),
         ({"k_norms": (torch.ones(8, 1), torch.ones(8))}, r"k_norms\[0\] is .*\[8\]"),
         ({"cos": torch.ones(9, 8)}, r"cos is .*\[positions, 4\]"),
+        ({"cos": torch.ones(2, 4), "sin": torch.ones(2, 4)}, "cos is .* the layout's positions reach"),
         ({"sin": torch.ones(9)}, r"sin is .*\[9, 4\]"),
         ({"sin": torch.ones(8, 4)}, r"sin is .*\[8, 4\].*; it must be .*\[9, 4\]"),
         ({"cos": torch.ones(9, 4, device="meta")}, "qk_norm_rope: its tensors are on"),

@@ -452,10 +452,11 @@ ROWS = (layout_of("cached").num_queries, layout_of("cached").num_keys)
         ({"k": torch.zeros(ROWS[1], 1, 8)}, r"k has shape .* and v .*; both must be \[keys, kv_heads, 8\]"),
         ({"q": torch.zeros(ROWS[0], 4, 6)}, r"both must be \[keys, kv_heads, 6\]"),
         ({"q": torch.zeros(ROWS[0], 3, 8)}, "q has 3 heads; it must be a multiple of the 2 heads of k and v"),
-        (
-            {"k": torch.zeros(ROWS[1], 0, 8), "v": torch.zeros(ROWS[1], 0, 8)},
-            "q has 4 heads; it must be a multiple of the 0 heads of k and v",
-        ),
+        ({"k": torch.zeros(ROWS[1], 0, 8), "v": torch.zeros(ROWS[1], 0, 8)}, "k has shape .* at least one head"),
+        ({"q": torch.zeros(ROWS[0], 0, 8)}, "q has shape .* at least one head"),
+        ({n: torch.zeros(r, 2, 0) for n, r in zip("qkv", (*ROWS, ROWS[1]), strict=True)}, "q has .* head_dim ≥ 1"),
+        ({"k": None}, "k is a NoneType; it must be a tensor"),
+        ({"layout": None}, "layout is a NoneType; it must be a Layout"),
         ({"v": torch.zeros(ROWS[1], 2, 8).half()}, "v has dtype torch.float16; q, k and v must share one floating"),
         ({"q": torch.zeros(ROWS[0], 4, 8).long()}, "q has dtype torch.int64"),
         ({"k": torch.zeros(ROWS[1], 2, 8, device="meta")}, "k is on meta; it must be on the layout's device, cpu"),
@@ -464,9 +465,9 @@ ROWS = (layout_of("cached").num_queries, layout_of("cached").num_keys)
 )
 def test_bad_arguments(backend, change, message):
     layout = layout_of("cached")
-    values = dict(zip("qkv", arguments(layout), strict=True)) | change
+    values = dict(zip("qkv", arguments(layout), strict=True)) | {"layout": layout} | change
     with pytest.raises(ValueError, match=message):
-        symbiotic_attention(**values, layout=layout, backend=backend)
+        symbiotic_attention(**values, backend=backend)
 
 
 def test_bad_backend():

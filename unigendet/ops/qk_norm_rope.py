@@ -365,6 +365,12 @@ def qk_norm_rope(
     if qkv.shape[0] != layout.positions.shape[0]:
         reject("qkv", qkv, f"{layout.positions.shape[0]} rows long, one per query of the layout")
     check_stream_lengths(layout.stream_lengths)
+    if not torch.compiler.is_compiling() and layout.max_position >= cos.shape[0]:  # a plain int would fix the graph
+        reject(
+            "cos",
+            cos,
+            f"at least {layout.max_position + 1} rows long: the layout's positions reach {layout.max_position}",
+        )
     heads = [num_heads, num_kv_heads]
     chosen = resolve("qk_norm_rope", backend, qkv, *norms, cos, sin, layout.positions, *(cache or ()))
     maps = (layout.stream_to_sequence, layout.sequence_to_stream, layout.positions, layout.stream_lengths)

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from unigendet.layout import Layout, visible
 from unigendet.ops import symbiotic_attention_torch as torch_backend
-from unigendet.ops._arguments import compute_dtype
+from unigendet.ops._arguments import compute_dtype, reject
 from unigendet.ops.backends import resolve, run
 
 
@@ -74,9 +74,16 @@ def symbiotic_attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
+    if not isinstance(layout, Layout):
+        reject("layout", f"a {type(layout).__name__}", "a Layout")
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.dim() != 3:
-            raise ValueError(f"{name} has shape {list(x.shape)}; it must be [tokens, heads, head_dim]")
+        if not isinstance(x, Tensor):
+            reject(name, f"a {type(x).__name__}", "a tensor [tokens, heads, head_dim]")
+        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+            raise ValueError(
+                f"{name} has shape {list(x.shape)}; it must be [tokens, heads, head_dim] with at least one head and "
+                "head_dim ≥ 1"
+            )
         if not x.dtype.is_floating_point or x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v must share one floating dtype (q has {q.dtype})")
         if x.device != layout.query_begin.device:
@@ -85,7 +92,7 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
         raise ValueError(
             f"k has shape {list(k.shape)} and v {list(v.shape)}; both must be [keys, kv_heads, {q.shape[2]}]"
         )
-    if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
+    if q.shape[1] % k.shape[1]:
         raise ValueError(f"q has {q.shape[1]} heads; it must be a multiple of the {k.shape[1]} heads of k and v")
     if q.shape[0] != layout.key_rows.shape[0]:
         raise ValueError(f"q has {q.shape[0]} rows; the layout has {layout.key_rows.shape[0]} queries")

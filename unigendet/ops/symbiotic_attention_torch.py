@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ PADDING = 1.25  # computed pairs per useful pair (of the samples' rectangles) th
 CHUNK_SCORES = 1 << 24  # scores held at a time by the unfused formulas
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call: B problems of Lq query rows and Lk key rows. Rows are a slice (B = 1) or an index [B·Lq] / [B·Lk]."""
 
@@ -46,6 +46,15 @@ class Call:
     query_padding: Tensor | None = None  # bool [B, 1, Lq], the others
     key_slots: Tensor | None = None
     merged: bool = False  # its queries also attend in the call before: outputs are merged
+    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """The mask as an additive one [B, 1, Lq, Lk]: 0 where visible, −∞ elsewhere. Made once, for all layers."""
+        if self.mask is not None and dtype not in self._biases:
+            with torch.inference_mode(False):  # or a first call in inference mode would leave it unfit for training
+                zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
+                self._biases[dtype] = zeros.masked_fill_(~self.mask, float("-inf")).unsqueeze(1)
+        return self._biases.get(dtype)
 
 
 @functools.lru_cache(maxsize=64)
@@ -281,18 +290,12 @@ def _reduce(grad: Tensor, kv_heads: int) -> Tensor:
     return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).sum(2)
 
 
-def _bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    if mask is None:
-        return None
-    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, float("-inf")).unsqueeze(1)
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[Tensor, Tensor]:
     """softmax(q kᵀ scale + mask) v and lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
     if _fused(q):
         heads = q.shape[1]
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _expand(k, heads), _expand(v, heads), 0.0, call.causal, attn_mask=_bias(call.mask, q.dtype), scale=scale
+            q, _expand(k, heads), _expand(v, heads), 0.0, call.causal, attn_mask=call.bias(q.dtype), scale=scale
         )
     outs, lses = [], []
     for rows, keys in _chunks(q, k, call.causal):
@@ -325,7 +328,7 @@ def attend_backward(
             lse,
             0.0,
             call.causal,
-            attn_mask=_bias(call.mask, q.dtype),
+            attn_mask=call.bias(q.dtype),
             scale=scale,
         )
         return dq, _reduce(dk, kv_heads), _reduce(dv, kv_heads)
