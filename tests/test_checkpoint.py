@@ -357,3 +357,36 @@ def test_settings_with_a_misspelt_name(model, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(values))
     with pytest.raises(ValueError, match=r"unknown settings \['vision.hiden_size'\]"):
         UniGenDet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["{}", '{"weight_map": {}}', '{"weight_map": ["a"]}', '{"weight_map": {"a": 1}}', "[]", "{", ""],
+)
+def test_a_damaged_index(model, tmp_path, content):
+    save_pretrained(model, tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    for call in (UniGenDet.from_pretrained, stored_config):
+        with pytest.raises(CheckpointError, match=r"model\.safetensors\.index\.json"):
+            call(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "values"), [("llm_config.json", LLM), ("vit_config.json", VIT)])
+def test_damaged_settings_of_bagel(bagel, name, values):
+    folder, _ = bagel
+    for key in set(values) & {"num_hidden_layers", "hidden_size", "rope_theta", "patch_size", "image_size"}:
+        (folder / name).write_text(json.dumps({k: v for k, v in values.items() if k != key}))
+        with pytest.raises(CheckpointError, match=rf"{name} has no '{key}'"):
+            load_config(folder)
+    for content in ("[]", "{", json.dumps(values | {"hidden_size": "8"}), json.dumps(values | {"hidden_size": None})):
+        (folder / name).write_text(content)
+        with pytest.raises(CheckpointError, match=name):
+            load_config(folder)
+
+
+@pytest.mark.parametrize("content", ["[]", "3", "{", '{"hidden_size": "8"}'])
+def test_damaged_settings(model, tmp_path, content):
+    save_pretrained(model, tmp_path)
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json does not hold a model's settings"):
+        load_config(tmp_path)

@@ -197,7 +197,7 @@ def test_detect_mistakes(cli, model_folder, pictures, tmp_path):
         (["--model", model_folder, tmp_path / "empty"], "no images in"),
         (["--model", model_folder, pictures, "--batch-size", 0], "batch_size is 0"),
         (["--model", model_folder, pictures, "--max-tokens", -1], "max_new_tokens is -1"),
-        (["--model", model_folder, pictures, "--device", "warp"], "--device warp: this machine has no such device"),
+        (["--model", model_folder, pictures, "--device", "warp"], "device is 'warp'; it must be"),
         (["--model", model_folder, pictures, "--autoencoder", "ae.safetensors"], "must be None with"),
     ]
     for arguments, message in cases:
@@ -208,13 +208,24 @@ def test_detect_mistakes(cli, model_folder, pictures, tmp_path):
         assert len(result.err.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json", "data.json"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.safetensors",
+        "config.json",
+        "tokenizer.json",
+        "data.json",
+        "generation.json",
+        "model.safetensors.index.json",
+    ],
+)
 def test_a_damaged_model_folder_is_named(cli, model_folder, pictures, tmp_path, name):
     shutil.copytree(model_folder, tmp_path / "m")
-    (tmp_path / "m" / name).write_bytes(b"{damaged")
-    result = cli("detect", "--model", tmp_path / "m", pictures)
-    assert (result.code, result.out) == (1, "")
-    assert str(tmp_path / "m" / name) in result.err
+    for damaged in (b"{damaged", b"[]", b"{"):
+        (tmp_path / "m" / name).write_bytes(damaged)
+        result = cli("detect", "--model", tmp_path / "m", pictures)
+        assert (result.code, result.out) == (1, "")
+        assert str(tmp_path / "m" / name) in result.err
 
 
 def test_generate_one_picture(cli, model_folder, tmp_path):
@@ -337,7 +348,10 @@ def test_train_resumes(cli, run_file, tmp_path):
     assert "holds checkpoints of another run; resume it" in result.err
     assert cli(*base, "--resume").code == 0
     # Settings may stand in several places, and the folder may be named.
-    assert cli(*base, "--resume", checkpoints(tmp_path / "out")[0], "total_steps=3").code == 0
+    result = cli(*base, "--resume", checkpoints(tmp_path / "out")[0], "total_steps=3")
+    assert result.code == 1
+    assert "holds later checkpoints: step-000002" in result.err
+    assert cli(*base, "--resume", checkpoints(tmp_path / "out")[-1], "total_steps=3").code == 0
     steps = [json.loads((path / "training.json").read_text())["step"] for path in checkpoints(tmp_path / "out")]
     assert steps == [2, 3]
 
@@ -354,6 +368,10 @@ def test_train_mistakes(cli, run_file, tmp_path):
         (["--config", run_file, "--resume", tmp_path / "lost"], "no checkpoint at"),
         (["--config", run_file, "model.preset=null", "model.checkpoint=lost"], "lost"),
         (["--config", run_file, "datasets.captions=[{file: lost.json}]"], "lost.json does not exist"),
+        (
+            ["--config", run_file, "device=cuda:99"],
+            "device is 'cuda:99'; it must be 'auto' or a device of this machine",
+        ),
     ]
     for arguments, message in cases:
         result = cli("train", *arguments)

@@ -16,13 +16,14 @@ MAY_IMPORT = {
     "layout": set(),
     "config": set(),
     "config_file": {"config"},
+    "device": set(),
     "ops": {"layout"},
     "packing": {"config", "layout"},
     "model": {"config", "layout", "ops", "packing"},
     "data": {"config", "config_file", "layout", "packing"},
     "evaluation": {"config", "config_file", "packing", "model", "data"},
     "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
-    "training": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
+    "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data"},
 }
 TOP = {"cli", "quickstart", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}

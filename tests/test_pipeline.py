@@ -12,7 +12,7 @@ from unigendet.config import DataConfig, GuidanceConfig, ImageConfig, LatentConf
 from unigendet.data.tokenizer import train_tokenizer
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.detect import DetectionOutput
-from unigendet.inference.pipeline import Pipeline
+from unigendet.inference.pipeline import Pipeline, load_guidance
 from unigendet.model.autoencoder import PixelAutoencoder
 from unigendet.packing import LatentImage
 
@@ -221,3 +221,14 @@ def test_folder_errors(pipeline, tokenizer, tmp_path):
     Pipeline(tiny_model(vocab_size=280, latent=flux), tokenizer, PixelAutoencoder(flux), large).save(tmp_path / "flux")
     with pytest.raises(FileNotFoundError, match=r"ae\.safetensors does not exist; say where"):
         Pipeline.from_pretrained(tmp_path / "flux")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"interval": 3}', '{"interval": [0.4]}', '{"interval": ["a", 1]}', '{"num_timesteps": "3"}', '{"steps": 3}',
+     "[]", "3", "{", ""],
+)  # fmt: skip
+def test_damaged_sampling_settings_are_named(tmp_path, content):
+    (tmp_path / "generation.json").write_text(content)
+    with pytest.raises(ValueError, match=r"generation\.json does not hold sampling settings: "):
+        load_guidance(tmp_path)

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 from unigendet import __version__
 
 if TYPE_CHECKING:
-    import torch
     from PIL.Image import Image
 
     from unigendet.inference.pipeline import Pipeline
@@ -181,25 +180,13 @@ def _train(options: argparse.Namespace) -> int:
 def _pipeline(options: argparse.Namespace) -> Pipeline:
     import torch
 
+    from unigendet.device import find_device
     from unigendet.inference.pipeline import Pipeline
 
-    device = _device(options.device)
+    device = find_device(options.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
     return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, autoencoder=options.autoencoder)
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: this machine has no such device ({str(error).splitlines()[0]})") from error
-    return device
 
 
 def _generate(options: argparse.Namespace) -> int:

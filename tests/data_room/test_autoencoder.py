@@ -138,3 +138,11 @@ def test_pixels_are_their_own_latents(tmp_path):
         build_autoencoder(LatentConfig())
     with pytest.raises(FileNotFoundError, match=r"ae.safetensors do not exist"):
         build_autoencoder(LatentConfig(), tmp_path / "ae.safetensors")
+
+
+@pytest.mark.parametrize("kept", [0, 100, -10])
+def test_damaged_weights_are_named(checkpoint, tmp_path, kept):
+    path, _ = checkpoint
+    (tmp_path / "ae.safetensors").write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(ValueError, match=r"ae\.safetensors is not a complete safetensors file"):
+        build_autoencoder(LATENT, tmp_path / "ae.safetensors", vae_config=SMALL)

@@ -146,3 +146,32 @@ def test_loader_position_is_needed_or_refused(saved, tmp_path):
 def test_run_that_is_over_is_an_error(saved):
     with pytest.raises(CheckpointError, match="is at step 2; total_steps is 1"):
         trainer(total_steps=1).resume(saved)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no state at all", b"PK\x03\x04 half an archive", b"\x80\x02}q\x00.", {"optimizer": {}}, [1], "half"],
+    ids=["empty", "text", "half zip", "pickle", "keys", "list", "half"],
+)
+def test_damaged_state_is_named(saved, content):
+    file = saved / "state.pt"
+    if content == "half":
+        content = file.read_bytes()[: file.stat().st_size // 2]
+    file.write_bytes(content) if isinstance(content, bytes) else torch.save(content, file)
+    with pytest.raises(CheckpointError, match=r"state\.pt is damaged"):
+        trainer().resume(saved)
+
+
+@pytest.mark.parametrize("content", ["", '{"step": 2, "ident', "[]", "{}", '{"identity": {}, "step": "2"}', "\0"])
+def test_damaged_settings_are_named(saved, content):
+    (saved / "training.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"training\.json is damaged"):
+        trainer().resume(saved)
+
+
+def test_damaged_teacher_is_named(tmp_path):
+    path = trainer(stage="diga", output=str(tmp_path)).run(until=1).checkpoint
+    file = path / "stage.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(CheckpointError, match=r"stage\.safetensors is not a complete safetensors file"):
+        trainer(stage="diga").resume(path)

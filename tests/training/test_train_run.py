@@ -13,6 +13,7 @@ from unigendet.model.checkpoint import load_pretrained
 from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import TIMING
 from unigendet.training.run import build_loader, build_model, train
+from unigendet.training.state import checkpoints
 
 ANSWERS = ("This is a fake image.", "This is a real image.")
 
@@ -134,3 +135,44 @@ def test_one_label_of_a_file(configure, data):
     tokenizer = load_tokenizer(data / "tokenizer")
     batch = next(iter(build_loader(config, build_model(config, tokenizer, "cpu"), tokenizer)))
     assert batch.labels.tolist() == [1] * len(batch.names)
+
+
+def test_resuming_from_an_older_checkpoint_spares_the_later_ones(configure, tmp_path):
+    """They would be taken for the newest ones, and the resumed run's own be removed as the oldest."""
+    long = ("total_steps=6", "save_every=2", "optimizer.warmup_steps=0")
+    train(configure(*long, "keep_checkpoints=3"), quiet=True)
+    kept = checkpoints(tmp_path / "gduf")
+    for old in (kept[0], str(kept[0])):
+        with pytest.raises(
+            ValueError, match=r"holds later checkpoints: step-000004, step-000006; it must be the newest"
+        ):
+            train(configure(*long, "keep_checkpoints=1"), resume=old, quiet=True)
+    assert checkpoints(tmp_path / "gduf") == kept
+    # Another folder that holds nothing takes the run from there, and one with another run's checkpoints does not.
+    other = configure(*long, "keep_checkpoints=1", f"output={tmp_path / 'other'}")
+    result = train(other, resume=kept[0], quiet=True)
+    assert [row["step"] for row in result.history] == [3, 4, 5, 6]
+    assert [path.name for path in checkpoints(tmp_path / "other")] == ["step-000006"]
+    with pytest.raises(ValueError, match="holds checkpoints of another run"):
+        train(other, resume=kept[-1], quiet=True)
+
+
+@pytest.mark.parametrize("error", [AssertionError("Torch not compiled with CUDA enabled"), RuntimeError("none\nhere")])
+def test_a_device_that_is_not_there(configure, monkeypatch, error):
+    """A PyTorch without CUDA says so with an AssertionError."""
+
+    def fail(*args, device):
+        raise error
+
+    monkeypatch.setattr(torch, "empty", fail)
+    with pytest.raises(ValueError, match=r"device is 'cuda'; it must be 'auto' or a device of this machine \(.+\)$"):
+        train(configure("device=cuda"), quiet=True)
+
+
+def test_a_run_that_was_killed_while_it_wrote_its_metrics(configure, tmp_path):
+    train(configure("optimizer.warmup_steps=0"), quiet=True)
+    with (tmp_path / "gduf" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    again = configure("total_steps=4", "optimizer.warmup_steps=0")
+    resumed = train(again, resume=True, quiet=True)
+    assert [row["step"] for row in resumed.history] == [1, 2, 3, 4]

@@ -10,7 +10,7 @@ from training_fixtures import Batches, Samples, diga_batch, gduf_batch, tiny_con
 
 from unigendet.packing import pack
 from unigendet.training.config import LossWeights, OptimizerConfig, TrainConfig
-from unigendet.training.metrics import TIMING, mean_row
+from unigendet.training.metrics import TIMING, MetricsWriter, mean_row, read_history
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer, TrainingError, learning_rate
 
@@ -225,3 +225,34 @@ def test_mean_row():
     mean = mean_row(rows)
     assert mean == {"step": 2, "loss": 2.0, "ce": 4.0, "tokens": 30, "seconds": 2.5, "tokens_per_second": 6.0}
     assert mean_row([]) == {}
+
+
+@pytest.mark.parametrize("damaged", ['{"step": 3, "lo', "\0\0\0", "3", "{}", ""])
+def test_damaged_metrics(tmp_path, damaged):
+    """A killed run leaves half a last line; anywhere else it is an error."""
+    file = tmp_path / "metrics.jsonl"
+    rows = [{"step": 1}, {"step": 2}]
+    good = "".join(json.dumps(row) + "\n" for row in rows)
+    file.write_text(good + damaged)
+    assert read_history(tmp_path) == read_history(tmp_path, 2) == rows
+    assert read_history(tmp_path, 1) == rows[:1]
+    file.write_text(f"{damaged}\n{good}")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is '.*'; it must be a step's row"):
+        read_history(tmp_path, 1)
+
+
+def test_metrics_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):
+    """So that a run that is killed later goes on with its whole history; and when it does, they stay on the disk."""
+    made, seen = trainer(output=str(tmp_path), save_every=1, log_every=100), []
+    save = made.save
+
+    def watched():
+        seen.append(len(read_history(tmp_path)))
+        return save()
+
+    monkeypatch.setattr(made, "save", watched)
+    made.run()
+    assert seen == [1, 2, 3, 4]
+    again = MetricsWriter(tmp_path, made.history)
+    assert read_history(tmp_path) == made.history
+    again.close()

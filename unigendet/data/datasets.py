@@ -157,7 +157,7 @@ def load_data_config(folder: str | Path) -> DataConfig:
         return DataConfig()
     try:
         return data_from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:  # not JSON; an unknown or unfit setting; no mapping
+    except (ValueError, TypeError, AttributeError) as error:  # not JSON; an unknown or unfit setting; no mapping
         raise ValueError(f"{file} does not hold a model's views: {error}") from error
 
 

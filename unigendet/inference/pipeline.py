@@ -210,9 +210,18 @@ def save_guidance(folder: str | Path, guidance: GuidanceConfig) -> None:
 
 
 def load_guidance(folder: str | Path) -> GuidanceConfig:
-    """Read ``generation.json`` of a model folder; without that file, the published defaults."""
+    """Read ``generation.json`` of a model folder; without that file, the published defaults.
+
+    Raises:
+        ValueError: the file is not JSON, or a setting is unknown or unfit; names the file.
+    """
     file = Path(folder) / GUIDANCE_FILE
-    return guidance_from_dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else GuidanceConfig()
+    if not file.is_file():
+        return GuidanceConfig()
+    try:
+        return guidance_from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError, IndexError) as error:  # not JSON; an unfit setting; no mapping
+        raise ValueError(f"{file} does not hold sampling settings: {error}") from error
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

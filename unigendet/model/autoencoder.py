@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.config import LatentConfig
+from unigendet.model.checkpoint import read_tensors
 
 _FLUX_CONFIG = Path(__file__).parent / "flux_vae" / "config.json"
 
@@ -94,7 +95,8 @@ def build_autoencoder(
         A module with ``encode(pixels) -> latent`` and ``decode(latent) -> pixels``, frozen, on the CPU.
 
     Raises:
-        ValueError: ``path`` is missing or superfluous, or the file's tensors are not exactly the autoencoder's.
+        ValueError: ``path`` is missing or superfluous, or the file is damaged or does not hold exactly the
+            autoencoder's tensors.
         FileNotFoundError: there is no such file.
     """
     if config.autoencoder == "pixels":
@@ -113,13 +115,12 @@ def build_autoencoder(
 def _load_flux(path: Path, vae_config: dict[str, Any] | None) -> nn.Module:
     """Every tensor must be there and fit; diffusers' own single-file loader ignores missing and unknown ones."""
     from diffusers import AutoencoderKL
-    from safetensors.torch import load_file
 
     vae = AutoencoderKL.from_config(vae_config or json.loads(_FLUX_CONFIG.read_text(encoding="utf-8")))
     levels = len(vae.config.block_out_channels)
     wanted = vae.state_dict()
     state = {}
-    for name, tensor in load_file(path).items():
+    for name, tensor in read_tensors(path).items():
         name = _diffusers_name(name, levels)
         # FLUX stores the attention's projections as 1×1 convolutions, diffusers as linears.
         is_projection = name in wanted and tensor.ndim == 4 and wanted[name].ndim == 2

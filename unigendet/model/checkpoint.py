@@ -149,6 +149,12 @@ def _open(file: Path) -> Any:
         raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from error
 
 
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file, on the CPU. Raises CheckpointError if it is damaged."""
+    with _open(file) as tensors:
+        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+
+
 def _is_kernel(name: str, shape: Sequence[int]) -> bool:
     return name.endswith("embeddings.patch_embedding.weight") and len(shape) == 4
 
@@ -164,14 +170,25 @@ def _as_linear(name: str, value: Tensor) -> Tensor:
 
 
 def weight_files(path: str | Path) -> list[Path]:
-    """The safetensors files at ``path``, a file or a folder. Raises FileNotFoundError if there are none."""
+    """The safetensors files at ``path``, a file or a folder.
+
+    Raises:
+        FileNotFoundError: there are none, or not all that the index names.
+        CheckpointError: the index names none.
+    """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: there is no such file or folder")
     if (path / INDEX_FILE).is_file():
-        names = sorted(set(json.loads((path / INDEX_FILE).read_text())["weight_map"].values()))
+        weight_map = _Settings(path / INDEX_FILE)["weight_map"]
+        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not files or not all(isinstance(name, str) for name in files):
+            raise CheckpointError(
+                f"{path / INDEX_FILE}: weight_map is {str(weight_map)[:80]}; it must give the file of every tensor"
+            )
+        names = sorted(set(files))
         absent = [name for name in names if not (path / name).is_file()]
         if absent:
             raise FileNotFoundError(f"{path / INDEX_FILE} names shards that are not there: {absent}")
@@ -183,17 +200,27 @@ def weight_files(path: str | Path) -> list[Path]:
 
 
 def load_config(path: str | Path) -> ModelConfig:
-    """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``."""
+    """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``.
+
+    Raises:
+        FileNotFoundError: there are none.
+        CheckpointError: a file is damaged, or a setting in it is missing, unknown or unfit; names the file.
+    """
     folder = Path(path) if Path(path).is_dir() else Path(path).parent
     if (folder / CONFIG_FILE).is_file():
         try:
             return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-        except (ValueError, TypeError) as error:  # not JSON; an unknown or unfit setting; no mapping
+        except (ValueError, TypeError, AttributeError) as error:  # not JSON; an unknown or unfit setting; no mapping
             raise CheckpointError(f"{folder / CONFIG_FILE} does not hold a model's settings: {error}") from error
     if (folder / "llm_config.json").is_file() and (folder / "vit_config.json").is_file():
-        return _bagel_config(
-            json.loads((folder / "llm_config.json").read_text()), json.loads((folder / "vit_config.json").read_text())
-        )
+        try:
+            return _bagel_config(_Settings(folder / "llm_config.json"), _Settings(folder / "vit_config.json"))
+        except CheckpointError:
+            raise
+        except (ValueError, TypeError, ArithmeticError) as error:  # an unfit setting
+            raise CheckpointError(
+                f"{folder}: llm_config.json and vit_config.json do not hold a model's settings: {error}"
+            ) from error
     raise FileNotFoundError(
         f"no settings in {folder}: it holds neither {CONFIG_FILE} nor llm_config.json and vit_config.json"
     )
@@ -215,6 +242,23 @@ def stored_config(path: str | Path) -> ModelConfig:
     heads = {"class_head": "fake_cls_head.", "align_head": "diga_mlp."}
     found = {field: any(name.startswith(prefix) for name in names) for field, prefix in heads.items()}
     return dataclasses.replace(config, **found)
+
+
+class _Settings(dict[str, Any]):
+    """The object in a JSON file. A damaged file or a missing key is an error that names the file."""
+
+    def __init__(self, file: Path) -> None:
+        self._file = file
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise CheckpointError(f"{file} is not JSON: {error}") from error
+        if not isinstance(values, dict):
+            raise CheckpointError(f"{file} holds a {type(values).__name__}; it must hold an object")
+        super().__init__(values)
+
+    def __missing__(self, key: str) -> Any:
+        raise CheckpointError(f"{self._file} has no {key!r}; it has {sorted(self)}")
 
 
 def _bagel_config(llm: dict[str, Any], vit: dict[str, Any]) -> ModelConfig:

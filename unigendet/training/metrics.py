@@ -35,12 +35,30 @@ def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
 
 
 def read_history(folder: str | Path, last_step: int | None = None) -> list[Row]:
-    """The rows of a run's metric file, up to ``last_step``; none if there is no such file."""
+    """The rows of a run's metric file, up to ``last_step``; none if there is no such file.
+
+    A damaged last line is left out: the run was stopped while it wrote it.
+
+    Raises:
+        ValueError: another line is no row; names the file and the line.
+    """
     file = Path(folder) / METRICS_FILE
     if not file.is_file():
         return []
-    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    return [row for row in rows if last_step is None or row["step"] <= last_step]
+    lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            step = row["step"]
+            keep = last_step is None or step <= last_step
+        except (ValueError, TypeError, KeyError) as error:  # not JSON; no mapping; without a step
+            if number == len(lines):
+                break
+            raise ValueError(f"{file}, line {number} is {line[:80]!r}; it must be a step's row as JSON") from error
+        if keep:
+            rows.append(row)
+    return rows
 
 
 class MetricsWriter:
@@ -63,6 +81,7 @@ class MetricsWriter:
         self._file = (Path(folder) / METRICS_FILE).open("w", encoding="utf-8")
         for row in history:
             self.add(row)
+        self.flush()
         first = history[-1]["step"] + 1 if history else 0
         self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first)
 
@@ -71,10 +90,15 @@ class MetricsWriter:
         if self._file is not None:
             self._file.write(json.dumps(row) + "\n")
 
+    def flush(self) -> None:
+        """Bring the metric file up to date on disk."""
+        if self._file is not None:
+            self._file.flush()
+
     def log(self, row: Row) -> None:
         """Write an interval's mean as events, and bring the metric file up to date on disk."""
-        if self._file is not None and self._events is not None:
-            self._file.flush()
+        self.flush()
+        if self._events is not None:
             for name, value in row.items():
                 if name not in ("step", "tokens"):
                     self._events.add_scalar(f"train/{name}", value, row["step"])

@@ -13,6 +13,7 @@ from unigendet.config import PRESETS, DataConfig
 from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection, save_data_config
 from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.device import find_device
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
@@ -39,11 +40,12 @@ def train(
 
     Raises:
         FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
-        ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run.
+        ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
+            in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError: see ``Trainer.run``.
     """
     checkpoint = _resume_point(config, resume)
-    device = _device(config.device)
+    device = find_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     model = build_model(config, tokenizer, device, checkpoint)
@@ -132,23 +134,32 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
     return load_tokenizer(folder)
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
-
-
 def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to go on from; an error if there is none, or if a new run would mix with an old one's files."""
-    if isinstance(resume, str | Path):
-        if not Path(resume).is_dir():
-            raise FileNotFoundError(f"no checkpoint at {resume}: there is no such folder")
-        return Path(resume)
+    """The checkpoint to go on from; an error if there is none, or if the run would mix with another one's files.
+
+    Checkpoints are numbered by step and the oldest go first, so later ones than where the run goes on would outlive
+    its own.
+    """
     found = [] if config.output is None else checkpoints(config.output)
-    if resume and not found:
+    if isinstance(resume, str | Path):
+        point = Path(resume)
+        if not point.is_dir():
+            raise FileNotFoundError(f"no checkpoint at {resume}: there is no such folder")
+    elif resume and not found:
         raise FileNotFoundError(f"nothing to resume: output folder {config.output} holds no checkpoints")
-    if found and not resume:
+    else:
+        point = found[-1] if resume else None
+    if not found:
+        return point
+    places = [path.resolve() for path in found]
+    if point is None or point.resolve() not in places:
         raise ValueError(
             f"output is {config.output!r}, which holds checkpoints of another run; resume it or name another"
         )
-    return found[-1] if resume else None
+    later = [path.name for path in found[places.index(point.resolve()) + 1 :]]
+    if later:
+        raise ValueError(
+            f"resume is {str(resume)!r}, but output {config.output!r} holds later checkpoints: {', '.join(later)}; "
+            "it must be the newest one (remove the later ones, or name another output)"
+        )
+    return point

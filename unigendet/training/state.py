@@ -12,6 +12,7 @@ Nothing is skipped on loading: what is missing or does not fit is an error that 
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigendet.model.checkpoint import CheckpointError, load_weights, save_pretrained
+from unigendet.model.checkpoint import CheckpointError, load_weights, read_tensors, save_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.stages import Stage
 
@@ -125,18 +126,19 @@ class TrainState:
 
         Raises:
             FileNotFoundError: the folder, or a part of it that this run needs, does not exist.
-            CheckpointError: a part does not fit this run.
+            CheckpointError: a part is damaged or does not fit this run.
         """
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
         self._require(path, [SETTINGS])
-        record = json.loads((path / SETTINGS).read_text(encoding="utf-8"))
+        record = _read(path / SETTINGS, _read_json, {"identity": dict, "step": int})
         own = self.stage.identity
         if record["identity"] != own:
             raise CheckpointError(f"checkpoint {path} is another run's: saved by {record['identity']}, this is {own}")
         self._require(path, [STATE, MODEL, *[EMA] * (self.ema is not None), *[STAGE] * bool(self.stage.state_dict())])
-        state = torch.load(path / STATE, map_location="cpu", weights_only=True)
+        fields = {"optimizer": dict, "generator": Tensor, "position": dict | None}
+        state = _read(path / STATE, functools.partial(torch.load, map_location="cpu", weights_only=True), fields)
         self._load_optimizer(state["optimizer"], path)
         self._load_stage(path)
         if self.ema is not None:
@@ -153,10 +155,9 @@ class TrainState:
             raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {', '.join(absent)}")
 
     def _load_stage(self, path: Path) -> None:
-        from safetensors.torch import load_file
-
+        own = read_tensors(path / STAGE) if (path / STAGE).exists() else {}
         try:
-            self.stage.load_state_dict(load_file(path / STAGE) if (path / STAGE).exists() else {})
+            self.stage.load_state_dict(own)
         except ValueError as error:
             raise CheckpointError(f"checkpoint {path}: {error}") from error
 
@@ -182,6 +183,27 @@ class TrainState:
         groups = self.optimizer.state_dict()["param_groups"]
         numbered = {i: saved[name] for i, name in enumerate(trained) if saved[name]}
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+
+def _read_json(file: Path) -> Any:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def _read(file: Path, read: Callable[[Path], Any], fields: Mapping[str, Any]) -> dict[str, Any]:
+    """What ``read`` makes of a file: a dict with ``fields`` of these types. CheckpointError names a damaged file."""
+    try:
+        values = read(file)
+    except OSError:
+        raise
+    except Exception as error:  # what unpickling raises for damaged bytes is of many kinds
+        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        raise CheckpointError(f"{file} is damaged and cannot be read: {why}") from error
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{file} is damaged: it holds a {type(values).__name__}; it must hold {sorted(fields)}")
+    wrong = [name for name, kind in fields.items() if name not in values or not isinstance(values[name], kind)]
+    if wrong:
+        raise CheckpointError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type")
+    return values
 
 
 def checkpoints(output: str | Path) -> list[Path]:

@@ -145,6 +145,7 @@ class Trainer:
                 writer.log(mean)
                 display.log(mean)
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
+                writer.flush()  # a run that is killed later must find the metrics up to its checkpoint
                 self.save()
 
     def _next(self, batches: Iterator[Any]) -> Any:
