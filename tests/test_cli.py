@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 from PIL import Image
+from run_data import ANSWERS, write_run_data
 from tiny_models import tiny_model
 
 from unigendet import __version__
@@ -21,7 +22,6 @@ from unigendet.model.autoencoder import PixelAutoencoder
 from unigendet.training.state import checkpoints
 
 COMMANDS = ("quickstart", "train", "generate", "detect", "info")
-ANSWERS = ("This is a fake image.", "This is a real image.")
 VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
 
 
@@ -293,16 +293,8 @@ def test_traceback_on_request(cli, tmp_path):
 @pytest.fixture(scope="module")
 def run_file(tmp_path_factory):
     """A run's YAML file with its data: six images, annotated for both tasks, and a tokenizer."""
-    folder, rng = tmp_path_factory.mktemp("run"), np.random.default_rng(0)
-    detection, captions = [], []
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>Real?"}, {"from": "gpt", "value": ANSWERS[i % 2]}]
-        detection.append({"image": f"{i}.png", "label": i % 2, "cate": "noise", "conversations": turns})
-        captions.append({"image_path": f"{i}.png", "prompt": f"picture {i}"})
-    (folder / "detection.json").write_text(json.dumps(detection))
-    (folder / "captions.json").write_text(json.dumps(captions))
-    train_tokenizer([*ANSWERS, "Real?", "picture"], 270).save(folder / "tokenizer")
+    folder = tmp_path_factory.mktemp("run")
+    write_run_data(folder)
     (folder / "run.yaml").write_text(
         f"""
 total_steps: 2

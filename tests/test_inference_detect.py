@@ -182,6 +182,12 @@ def test_lower_precision(model):
     assert abs(output.probability - expected.probability) < 0.05
 
 
+def test_noised_latent_view_is_refused():
+    noised = LatentImage(torch.zeros(1, 4, 4), noised=True)
+    with pytest.raises(ValueError, match="latent is 'a noised latent image'; it must be a clean one or None"):
+        DetectionRequest(VitImage(torch.zeros(1, 4, 4)), Text(()), noised)
+
+
 def test_errors(model):
     with pytest.raises(ValueError, match="requests is empty"):
         detect_packed(model, [])

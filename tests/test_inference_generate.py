@@ -312,3 +312,13 @@ def test_errors(model):
     bad = VitImage(torch.zeros(1, 3, 3))
     with pytest.raises(ValueError, match=r"odd\.segments\[0\]\.pixels has shape \[1, 3, 3\]"):
         generate_latents(model, [GenerationRequest((bad,), (4, 4), "odd")], EVERYWHERE)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_guidance_must_be_finite(value):
+    for name in ("text_scale", "image_scale", "timestep_shift", "renorm_min"):
+        with pytest.raises(ValueError, match=rf"guidance\.{name} is {value}; it must be finite"):
+            GuidanceConfig(**{name: value})
+    for interval in ((value, 1.0), (0.4, value)):
+        with pytest.raises(ValueError, match=r"guidance\.interval is \(.*\); it must be finite at both ends"):
+            GuidanceConfig(interval=interval)

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from unigendet.config import ModelConfig, bagel_7b, quickstart
 from unigendet.layout import Layout
 from unigendet.model.cache import KVCache
+from unigendet.model.embeddings import timestep_features
 from unigendet.model.losses import clean_latents, noise_latents
 from unigendet.model.transformer import Decoder, DecoderLayer
 from unigendet.model.unigendet import UniGenDet
@@ -451,3 +452,11 @@ def test_cache_errors():
     assert cache.layer(1)[0].all()
     assert not cache.layer(0)[0].any()
     assert not v.any()
+
+
+def test_timestep_features_read_no_tensor(monkeypatch):
+    """They are what the formula says, and the host waits for no value of a tensor."""
+    t = torch.tensor([0.0, 0.3, 1.0])
+    angle = t.double()[:, None] * 10000.0 ** (-torch.arange(128, dtype=torch.float64) / 128)
+    monkeypatch.setattr(torch.Tensor, "item", None)
+    assert torch.allclose(timestep_features(t), torch.cat((angle.cos(), angle.sin()), 1).float(), atol=1e-6)

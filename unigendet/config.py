@@ -7,6 +7,7 @@ settings. Sizes of the published model: BAGEL-7B-MoT with SigLIP so400m and the 
 from __future__ import annotations
 
 import dataclasses
+import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -199,6 +200,9 @@ class GuidanceConfig:
     renorm_min: float = 0.0
 
     def __post_init__(self) -> None:
+        for name in ("text_scale", "image_scale", "timestep_shift", "renorm_min"):
+            check(math.isfinite(getattr(self, name)), f"guidance.{name}", getattr(self, name), "finite")
+        check(all(map(math.isfinite, self.interval)), "guidance.interval", self.interval, "finite at both ends")
         check(self.num_timesteps >= 2, "guidance.num_timesteps", self.num_timesteps, "at least 2 (one step)")
         check(self.timestep_shift > 0, "guidance.timestep_shift", self.timestep_shift, "positive")
         check(self.interval[0] <= self.interval[1], "guidance.interval", self.interval, "(low, high) with low <= high")

@@ -19,6 +19,7 @@ Source: the attention of the paper, section 3.2 (symbiotic multimodal self-atten
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -140,10 +141,6 @@ class Layout:
         query = torch.arange(self.num_queries, device=self.device)
         return visible(query[:, None], self.query_begin[None, :], self.query_end[None, :])
 
-    def visible_pairs(self) -> int:
-        """Number of visible (query, key) pairs; useful FLOPs, forward: 4 · head_dim · heads times this."""
-        return int((self.query_end.long() - self.query_begin.long()).sum())
-
     @classmethod
     def from_splits(
         cls,
@@ -245,16 +242,25 @@ def _exclusive_cumsum(values: np.ndarray) -> np.ndarray:
 _starts = _exclusive_cumsum
 
 
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
 def _check_samples(samples: Sequence[Sequence[tuple[int, str]]]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mode and length of every split, and the number of splits of every sample."""
     if len(samples) == 0:
         raise ValueError("samples is empty; it must hold at least one sample")
     modes, lengths, counts = [], [], []
     for i, splits in enumerate(samples):
+        if not _is_list(splits):
+            raise ValueError(f"samples[{i}] is {splits!r}; it must be a list of (tokens, mode)")
         if len(splits) == 0:
             raise ValueError(f"samples[{i}] is empty; a sample needs at least one split")
         counts.append(len(splits))
-        for j, (length, mode) in enumerate(splits):
+        for j, split in enumerate(splits):
+            if not _is_list(split) or len(split) != 2 or not isinstance(split[0], Real):
+                raise ValueError(f"samples[{i}][{j}] is {split!r}; it must be (tokens, mode)")
+            length, mode = split
             if mode not in MODES:
                 raise ValueError(f"samples[{i}][{j}] has mode {mode!r}; it must be one of {MODES}")
             if length < 1:

@@ -1,4 +1,5 @@
 import copy
+import dataclasses
 import json
 import pickle
 
@@ -206,3 +207,14 @@ def test_mismatched_settings_are_refused(tokenizer):
     odd = DataConfig(latent_view=ImageConfig(9, 9, 3), vit_view=ImageConfig(8, 8, 2))
     with pytest.raises(ValueError, match=r"data.latent_view.stride is 3; it must be a multiple of the model's 2"):
         SampleBuilder(settings.quickstart(vocab_size=512), tokenizer, odd)
+
+
+@pytest.mark.parametrize("name", ["latent_view", "vit_view"])
+def test_views_beyond_the_position_tables_are_refused(tokenizer, name):
+    model = settings.quickstart(vocab_size=512)
+    SampleBuilder(model, tokenizer, data_config())  # 8 pixels: all four positions a side
+    large = dataclasses.replace(data_config(), **{name: ImageConfig(8, 10, 2)})
+    with pytest.raises(
+        ValueError, match=rf"data\.{name}\.max_size is 10; it must be at most 8, .*4 tokens of 2 pixels"
+    ):
+        SampleBuilder(model, tokenizer, large)

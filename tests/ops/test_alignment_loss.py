@@ -1,5 +1,6 @@
 """The alignment loss against F.interpolate and F.cosine_similarity under autograd."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -186,9 +187,11 @@ def test_grids():
     assert (grids.student_rows, grids.teacher_rows) == (7, 24)
     with pytest.raises(AttributeError):
         grids.table = None
+    numpy = ImageGrids.from_sizes(np.array([[2, 3, 4, 5], [1, 1, 2, 2]], np.int32))
+    assert (numpy.table.tolist(), numpy.student_rows, numpy.teacher_rows) == (grids.table.tolist(), 7, 24)
 
 
-@pytest.mark.parametrize("sizes", [[], [(2, 3)], [(2, 0, 1, 1)], [(1, 1, 1, -1)]])
+@pytest.mark.parametrize("sizes", [[], [(2, 3)], [(2, 0, 1, 1)], [(1, 1, 1, -1)], [(1, 1, True, 1)], [(1, 1, 1, "1")]])
 def test_bad_grids(sizes):
     with pytest.raises(ValueError, match=r"sizes is .*; it must be a non-empty list of \(h, w, teacher_h, teacher_w\)"):
         ImageGrids.from_sizes(sizes)
@@ -213,7 +216,15 @@ def test_bad_inputs(index, value, message, backend):
         op([(2, 3, 3, 5)], backend=backend)(*inputs)
 
 
-@pytest.mark.parametrize("normalizer", [0, -1.0, torch.ones(1), torch.tensor(2.0, requires_grad=True)])
+@pytest.mark.parametrize(
+    "normalizer", [0, -1.0, float("nan"), True, "3", torch.ones(1), torch.tensor(2.0, requires_grad=True)]
+)
 def test_bad_normalizer(normalizer):
     with pytest.raises(ValueError, match="normalizer is"):
         op(normalizer=normalizer)(*arguments())
+
+
+@pytest.mark.parametrize("weight", ["0.5", True, None, torch.ones(())])
+def test_bad_weight(weight):
+    with pytest.raises(ValueError, match=r"weight is .*; it must be a number"):
+        op(weight=weight)(*arguments())

@@ -1,5 +1,6 @@
 """Flow matching against plain PyTorch: noising, target, patchify, and the per-token squared error."""
 
+import numpy as np
 import pytest
 import torch
 from numerics import assert_accurate, outputs_and_gradients
@@ -158,9 +159,16 @@ def test_grids():
     assert grids.rows == 10
     with pytest.raises(AttributeError):
         grids.rows = 3
+    numpy = LatentGrids.from_sizes([(np.int64(2), 3), np.array([1, 4], np.uint8)])
+    assert (numpy.table.tolist(), numpy.rows) == (grids.table.tolist(), 10)
+    large = LatentGrids.from_sizes(np.array([[200, 200]], np.uint8))
+    assert (large.rows, type(large.rows)) == (40_000, int)
 
 
-@pytest.mark.parametrize("sizes", [[], [(2, 0)], [(2, -1)], [(2.0, 1)], [(1, 2, 3)]])
+@pytest.mark.parametrize(
+    "sizes",
+    [[], [(2, 0)], [(2, -1)], [(2.0, 1)], [(1, 2, 3)], [(True, 1)], [("2", 1)], [(np.float64(2), 1)], (2, 3), None],
+)
 def test_bad_grids(sizes):
     with pytest.raises(ValueError, match=r"sizes is .*; it must be a non-empty list of \(h, w\)"):
         LatentGrids.from_sizes(sizes)

@@ -2,36 +2,24 @@
 
 import json
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from run_data import write_run_data
 
 from unigendet.config_file import load_settings
-from unigendet.data.tokenizer import load_tokenizer, train_tokenizer
+from unigendet.data.tokenizer import load_tokenizer
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import TIMING
 from unigendet.training.run import build_loader, build_model, train
 from unigendet.training.state import checkpoints
 
-ANSWERS = ("This is a fake image.", "This is a real image.")
-
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     """Six images of 8×8 pixels, annotated for both tasks, and a tokenizer."""
     folder = tmp_path_factory.mktemp("data")
-    rng = np.random.default_rng(0)
-    detection, captions = [], []
-    for i in range(6):
-        Image.fromarray(rng.integers(0, 256, (8, 8), dtype=np.uint8)).save(folder / f"{i}.png")
-        turns = [{"from": "human", "value": "<image>Real?"}, {"from": "gpt", "value": ANSWERS[i % 2]}]
-        detection.append({"image": f"{i}.png", "label": i % 2, "cate": "noise", "conversations": turns})
-        captions.append({"image_path": f"{i}.png", "prompt": f"picture {i}"})
-    (folder / "detection.json").write_text(json.dumps(detection))
-    (folder / "captions.json").write_text(json.dumps(captions))
-    train_tokenizer([*ANSWERS, "Real?", "picture"], 270).save(folder / "tokenizer")
+    write_run_data(folder)
     return folder
 
 

@@ -167,9 +167,12 @@ class SampleBuilder:
     Args:
         model: sizes of the model; they fix the views' channels and strides.
         tokenizer: its special tokens must be the model's.
-        data: sizes of the two views, and the teacher's prompt.
+        data: sizes of the two views, and the teacher's prompt. No view may reach beyond the model's position tables.
         encode: pixels [channels, H, W] in [-1, 1] → latent, normally ``autoencoder.encode``. None leaves the pixels
             in place of the latents, for ``encode_latents`` to encode them later, on the accelerator.
+
+    Raises:
+        ValueError: the tokenizer or a view does not fit the model.
     """
 
     def __init__(
@@ -189,12 +192,18 @@ class SampleBuilder:
             raise ValueError(
                 f"tokenizer.vocab_size is {tokenizer.vocab_size}; it must be at most the model's {model.vocab_size}"
             )
-        for name, view, need in (
-            ("latent_view", data.latent_view, model.latent.stride),
-            ("vit_view", data.vit_view, model.vision.patch_size),
+        for name, view, need, positions in (
+            ("latent_view", data.latent_view, model.latent.stride, model.latent.max_size),
+            ("vit_view", data.vit_view, model.vision.patch_size, model.vision.max_patches_per_side),
         ):
             if view.stride % need:
                 raise ValueError(f"data.{name}.stride is {view.stride}; it must be a multiple of the model's {need}")
+            most = need * positions
+            if view.max_size > most:
+                raise ValueError(
+                    f"data.{name}.max_size is {view.max_size}; it must be at most {most}, what the model's position "
+                    f"table covers ({positions} tokens of {need} pixels a side)"
+                )
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self._encode = encode
         grey_or_rgb = model.latent.channels if model.latent.autoencoder == "pixels" else 3

@@ -71,11 +71,6 @@ def quantise(values: np.ndarray) -> np.ndarray:
     return np.clip(np.rint(values), 0, WHITE).astype(np.uint8)
 
 
-def levels_from_pixels(pixels: np.ndarray) -> np.ndarray:
-    """Normalised pixels in [-1, 1] (what the model generates) as grey levels, uint8 of the same shape."""
-    return quantise((np.asarray(pixels, np.float64) + 1) * (WHITE / 2))
-
-
 class DigitGenerator:
     """A density per digit class on the class's first principal components.
 

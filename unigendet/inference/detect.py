@@ -23,12 +23,19 @@ from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack
 
 @dataclass(frozen=True)
 class DetectionRequest:
-    """One image: its ViT view, the question, and its latent view (None: no symbiotic attention)."""
+    """One image: its ViT view, the question, and its latent view (None: no symbiotic attention).
+
+    Raises ValueError for a noised latent view.
+    """
 
     vit: VitImage
     question: Text
     latent: LatentImage | None = None
     name: str = ""
+
+    def __post_init__(self) -> None:
+        noised = self.latent is not None and self.latent.noised
+        check(not noised, "latent", "a noised latent image", "a clean one or None")
 
     @property
     def prefix(self) -> tuple[Segment, ...]:

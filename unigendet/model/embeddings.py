@@ -5,6 +5,8 @@ Source: BAGEL's model (DiT's timestep features, MAE's 2-D sin-cos tables), kept 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,9 +30,8 @@ def sincos_table(side: int, dim: int) -> Tensor:
 def timestep_features(t: Tensor, dim: int = 256) -> Tensor:
     """Sinusoidal features [N, dim], float32, of t [N] in [0, 1]: cos then sin of t · 10000^(−i/(dim/2))."""
     half = dim // 2
-    frequency = torch.exp(
-        torch.arange(half, dtype=torch.float32, device=t.device) * (-torch.log(torch.tensor(10000.0)) / half).item()
-    )
+    index = torch.arange(half, dtype=torch.float32, device=t.device)
+    frequency = torch.exp(index * (-math.log(10000.0) / half))
     angle = t.float()[:, None] * frequency
     return torch.cat((angle.cos(), angle.sin()), 1)
 

@@ -87,7 +87,7 @@ def clean_latents(model: UniGenDet, batch: PackedBatch) -> NoisedLatents:
 def mse_loss(
     model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts
 ) -> Tensor:
-    """Flow-matching loss of the noised latent tokens; 0 without any."""
+    """Flow-matching loss of the noised latent tokens. The batch must have at least one, which callers see to."""
     rows = latent_rows(batch).index_select(0, batch.noised_tokens)
     error = flow_matching_loss(
         model.velocity(output.hidden, rows), latents.target.index_select(0, batch.noised_tokens), backend=model.backend

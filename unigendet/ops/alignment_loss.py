@@ -19,6 +19,7 @@ gradient through its clamp; here it is the derivative of the formula above.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from numbers import Real
 from typing import Any
 
 import torch
@@ -220,6 +221,10 @@ def _autograd(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, 
 _alignment_loss.register_autograd(_autograd, setup_context=_setup_context)
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
 def alignment_loss(
     student: Tensor,
     teacher: Tensor,
@@ -245,19 +250,21 @@ def alignment_loss(
         0-d tensor, float32 (float64 if an input is).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, or ``backend`` cannot run this.
+        ValueError: a shape, dtype, device or type does not fit, or ``backend`` cannot run this.
     """
     check_floating("student", student, ("N", "D"))
     check_floating("teacher", teacher, ("M", student.shape[1]))
     table = check_table(grids, ImageGrids)
+    if not _is_number(weight):
+        reject("weight", repr(weight), "a number")
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0 or normalizer.requires_grad:
             reject("normalizer", normalizer, "a number or a 0-d tensor that requires no gradient")
     elif normalizer is not None:
-        if not normalizer > 0:
-            reject("normalizer", normalizer, "positive")
+        if not _is_number(normalizer) or not normalizer > 0:
+            reject("normalizer", repr(normalizer), "a positive number, a 0-d tensor or None")
         normalizer = torch.full((), normalizer, dtype=compute_dtype(student, teacher), device=student.device)
     chosen = resolve("alignment_loss", backend, student, teacher, normalizer)
     wants = torch.is_grad_enabled()
     needs = (wants and student.requires_grad, wants and teacher.requires_grad)
-    return _alignment_loss(student, teacher, table, normalizer, weight, *needs, chosen)[0]
+    return _alignment_loss(student, teacher, table, normalizer, float(weight), *needs, chosen)[0]

@@ -5,6 +5,7 @@ The objects are built once per pack. A table's values never become constants of 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -14,13 +15,25 @@ from torch import Tensor
 from unigendet.ops._arguments import reject
 
 
-def _table(name: str, sizes: Sequence[Sequence[int]], fields: tuple[str, ...]) -> Tensor:
+def _integer(value: object) -> int:
+    if isinstance(value, bool):
+        raise TypeError("a bool is no size")
+    return operator.index(value)
+
+
+def _integers(name: str, sizes: Sequence[Sequence[int]], fields: tuple[str, ...]) -> list[tuple[int, ...]]:
+    """Return ``sizes`` in Python integers, after checking them; integers of NumPy are as good."""
     need = f"a non-empty list of ({', '.join(fields)}), all positive integers"
-    sizes = [tuple(size) for size in sizes]
-    if not sizes or any(
-        len(size) != len(fields) or not all(isinstance(n, int) and n > 0 for n in size) for size in sizes
-    ):
+    try:
+        integers = [tuple(_integer(n) for n in size) for size in sizes]
+    except TypeError:  # no list of lists, or not of integers
         reject(name, sizes, need)
+    if not integers or any(len(size) != len(fields) or min(size) < 1 for size in integers):
+        reject(name, sizes, need)
+    return integers
+
+
+def _table(sizes: list[tuple[int, ...]]) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64).flatten()
 
 
@@ -44,8 +57,8 @@ class LatentGrids:
     @classmethod
     def from_sizes(cls, sizes: Sequence[tuple[int, int]]) -> LatentGrids:
         """Build from a list of (h, w); ValueError if it is empty or a size is no positive integer."""
-        table = _table("sizes", sizes, ("h", "w"))
-        return cls(table, sum(h * w for h, w in sizes))
+        sizes = _integers("sizes", sizes, ("h", "w"))
+        return cls(_table(sizes), sum(h * w for h, w in sizes))
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,8 +76,8 @@ class ImageGrids:
     @classmethod
     def from_sizes(cls, sizes: Sequence[tuple[int, int, int, int]]) -> ImageGrids:
         """Build from a list of (h, w, teacher_h, teacher_w); ValueError if empty or a size is no positive integer."""
-        table = _table("sizes", sizes, ("h", "w", "teacher_h", "teacher_w"))
-        return cls(table, sum(size[0] * size[1] for size in sizes), sum(size[2] * size[3] for size in sizes))
+        sizes = _integers("sizes", sizes, ("h", "w", "teacher_h", "teacher_w"))
+        return cls(_table(sizes), sum(size[0] * size[1] for size in sizes), sum(size[2] * size[3] for size in sizes))
 
 
 def rows_of(table: Tensor, fields: int) -> Iterator[tuple[int, ...]]:
