@@ -434,6 +434,8 @@ def test_config_round_trip_and_unknown_settings():
         ModelConfig.from_dict({"hiden": 3})
     with pytest.raises(ValueError, match=r"unknown settings \['vision.depth'\]"):
         ModelConfig.from_dict({"vision": {"depth": 3}})
+    with pytest.raises(ValueError, match="vision is 3; it must be settings of VisionConfig"):
+        ModelConfig.from_dict({"vision": 3})
 
 
 def test_cache_errors():

@@ -324,10 +324,9 @@ def _from_dict(cls: type, values: dict[str, Any], prefix: str = "") -> Any:
     unknown = sorted(set(values) - known)
     if unknown:
         raise ValueError(f"unknown settings {[prefix + k for k in unknown]}; {cls.__name__} has {sorted(known)}")
-    nested = {
-        k: _from_dict(_NESTED[k], v, f"{prefix}{k}.") if k in _NESTED and isinstance(v, dict) else v
-        for k, v in values.items()
-    }
+    for name in _NESTED.keys() & values.keys():
+        check(isinstance(values[name], dict), prefix + name, values[name], f"settings of {_NESTED[name].__name__}")
+    nested = {k: _from_dict(_NESTED[k], v, f"{prefix}{k}.") if k in _NESTED else v for k, v in values.items()}
     return cls(**nested)
 
 
