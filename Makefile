@@ -29,7 +29,7 @@ format: $(INSTALLED)  ## Put the code in the house's format
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-quickstart: $(INSTALLED)  ## Train, generate, detect and report on handwritten digits (about three minutes)
+quickstart: $(INSTALLED)  ## Train, generate, detect and report on handwritten digits, on the CPU
 	$(BIN)/unigendet quickstart --out quickstart
 
 clean:  ## Remove the virtual environment and what the targets left

@@ -15,6 +15,7 @@ real run calls: ``unigendet.training`` with settings from ``configs/quickstart.y
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -253,8 +254,6 @@ def judge_images(
     job: _Job, data: QuickstartData, own: Sequence[dict[str, Any]]
 ) -> tuple[list[DetectionOutcome], dict[str, np.ndarray]]:
     """Verdicts and explanations for the test images and the model's own samples, by the model as it was saved."""
-    import json
-
     annotations = job.out / "samples" / "detection.json"
     annotations.write_text(json.dumps(list(own), indent=0), encoding="utf-8")
     records: list[DetectionRecord] = [*read_detection(data.test_detection), *read_detection(annotations)]
