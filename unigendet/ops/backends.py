@@ -6,6 +6,7 @@ before the call, so that traces, saved graphs and error messages say which imple
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from typing import Any
@@ -16,6 +17,9 @@ from torch import Tensor
 BACKENDS = ("reference", "torch", "triton", "cuda", "flash")
 
 _PORTABLE = ("reference", "torch")
+_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# Triton reads this when a kernel is defined; kernels then run on the CPU, slowly, for tests.
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
         "symbiotic_attention",
@@ -35,19 +39,39 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
     """Return the name of the implementation that runs this call of ``op``.
 
     ``backend`` is "auto" or one of :data:`BACKENDS`; ``tensors`` are the call's tensors, which must share one device
-    (None is skipped). Raises ValueError if the name is unknown, if ``op`` has no such implementation, or if the devices
-    differ; it never falls back.
+    (None is skipped). Raises ValueError if the name is unknown, if ``op`` has no such implementation, if that cannot
+    run on this device or dtype, or if the devices differ; it never falls back.
     """
     devices = [tensor.device for tensor in tensors if tensor is not None]
     if any(device != devices[0] for device in devices):
         raise ValueError(f"{op}: its tensors are on {', '.join(map(str, devices))}; they must be on one device")
     if backend == "auto":
-        return "torch"
+        return _automatic(op, tensors)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, BACKENDS))}")
     if backend not in _BUILT[op]:
         raise ValueError(f"backend={backend!r} cannot run {op}: no such kernel is built")
+    if backend == "triton":
+        _check_triton(op, tensors)
     return backend
+
+
+def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
+    """Triton's kernels on CUDA devices, for the dtypes they know; plain PyTorch otherwise."""
+    fits = tensors[0].device.type == "cuda" and tensors[0].dtype in _TRITON_DTYPES
+    return "triton" if fits and "triton" in _BUILT[op] else "torch"
+
+
+def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if dtype not in _TRITON_DTYPES:
+        names = ", ".join(map(str, _TRITON_DTYPES))
+        raise ValueError(f"backend='triton' cannot run {op}: the dtype is {dtype}; it must be one of {names}")
+    if device.type != "cuda" and not _INTERPRETED:
+        raise ValueError(
+            f"backend='triton' cannot run {op}: its tensors are on {device}; they must be on a CUDA device "
+            "(or, for tests, set TRITON_INTERPRET=1 before Python starts)"
+        )
 
 
 def available() -> dict[str, list[str]]:
