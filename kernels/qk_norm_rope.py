@@ -5,15 +5,14 @@ two tiles, its halves 1 and 2, since RoPE rotates column i with column i + D/2. 
 ``groups`` of H heads; a group's program also moves its share of the row's v heads.
 
 Both directions compute in float32 and round once, where they store. So do plain PyTorch's operators; the two differ in
-the order of sums, in rsqrt (correctly rounded there; within 2 roundings on a GPU) and in fused multiply-adds. With
-u = 2^-24, to first order, whatever the order:
+the order of sums, in rsqrt (off by up to 2^-22.9 on a GPU) and in fused multiply-adds, which only leave roundings out.
+Off from exact arithmetic, with u = 2^-24 and to first order, whatever the order, are at most:
 
 - A sum of D squares is off by at most D·u relatively, so rstd by (D/2 + 4) u and n = w · (x · rstd) by (D/2 + 6) u.
 - y1 = n1 cos − n2 sin: each product and the sum add a rounding. |error| ≤ (D/2 + 8) u (|n1 cos| + |n2 sin|).
 - Write G = |w| (|dy1 cos| + |dy2 sin|), which bounds |g|, and M = mean(G |h|). g is off by 3 u G, h by (D/2 + 5) u |h|,
-  mean(g · h) by (3D/2 + 10) u M, and dx = rstd (g − h · mean(g · h)) by rstd (D/2 + 9) u G + rstd |h| (5D/2 + 21) u M.
-- dw is a sum of N products dn · h. Each is off by (D/2 + 8) u |dn| |h| and the sum by N u Σ |dn| |h|, with |dn| again
-  replaced by its bound |dy1 cos| + |dy2 sin|.
+  mean(g · h) by (3D/2 + 10) u M, and dx = rstd (g − h · mean(g · h)) by rstd (D/2 + 9) u G + rstd |h| (5D/2 + 22) u M.
+- dw is a sum of N products dn · h: (D/2 + 8 + N) u Σ |dn| |h|, with |dn| replaced by its bound |dy1 cos| + |dy2 sin|.
 
 Two implementations may differ by twice that, and by one spacing of the dtype that they round to. v is exact.
 """

@@ -20,6 +20,7 @@ With a cache, the new k and v are written straight into the cache's rows (``Layo
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -230,7 +231,7 @@ def _launch_forward(
     to_sequence, _, positions = maps
     n = first_stream("qkv", qkv, lengths)
     config = configure(_capability(qkv), heads, outputs[0].shape[2], "forward")
-    inputs = (_rows(qkv), [w.contiguous() for w in norms], _rows(cos), _rows(sin), to_sequence, positions, key_rows)
+    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions, key_rows)
     _run(forward(config, *inputs, outputs, n, heads, eps), qkv)
 
 
@@ -260,7 +261,7 @@ def _triton_backward(
     if any(output_mask[1:]):
         programs = backward_programs(config, qkv.shape[0], n, heads)[1]
         partials = torch.empty((programs, 2, dq.shape[2]), dtype=torch.float32, device=qkv.device)
-    inputs = (_rows(qkv), [w.contiguous() for w in norms], _rows(cos), _rows(sin), to_sequence, positions)
+    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions)
     gradients = [_rows(x) for x in (dq, dk, dv)]
     _run(backward(config, gradients, *inputs, dqkv, dnorms, partials, n, heads, eps), qkv)
     return results
@@ -269,6 +270,12 @@ def _triton_backward(
 def _rows(tensor: Tensor) -> Tensor:
     """``tensor`` if its last dimension is contiguous, else a copy."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
+    """The norm weights, contiguous and of one dtype, since a kernel chooses among them."""
+    dtype = reduce(torch.promote_types, (w.dtype for w in norms))
+    return [w.to(dtype).contiguous() for w in norms]
 
 
 def _capability(tensor: Tensor) -> tuple[int, int]:
