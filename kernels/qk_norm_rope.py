@@ -1,8 +1,8 @@
 """Per-head RMSNorm, RoPE and the move from stream-major rows to sequence order, in one pass in each direction.
 
-Shapes in comments: H heads of a tile, C columns of half a head, D head_dim, each padded to a power of two. A head is
-two tiles, its halves 1 and 2, since RoPE rotates column i with column i + D/2. A row's q and k heads are cut into
-``groups`` of H heads; a group's program also moves its share of the row's v heads.
+Shapes in comments: H q and k heads of a tile, V v heads, C columns of half a head, D head_dim, each padded to a power
+of two. A head is two tiles, its halves 1 and 2, since RoPE rotates column i with column i + D/2. A row's q and k heads
+are cut into groups of H heads; a group's program also moves its share of the row's v heads.
 
 Both directions compute in float32 and round once, where they store. So do plain PyTorch's operators; the two differ in
 the order of sums, in rsqrt (off by up to 2^-22.9 on a GPU) and in fused multiply-adds, which only leave roundings out.

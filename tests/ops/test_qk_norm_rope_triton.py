@@ -185,11 +185,11 @@ def test_no_launch_argument_that_is_specialised_depends_on_the_pack():
     assert integers(64, 16) == integers(7, 1) == integers(33, 0)
 
 
-def on_device(layout, inputs, heads, head_dim, backend):
+def on_device(layout, inputs, heads, head_dim, backend, cache=None):
     cos, sin = (t.cuda() for t in rope_table(layout.max_position + 1, head_dim, 1e4))
 
     def call(qkv, q_und, q_gen, k_und, k_gen):
-        options = {"num_heads": heads[0], "num_kv_heads": heads[1], "backend": backend}
+        options = {"num_heads": heads[0], "num_kv_heads": heads[1], "cache": cache, "backend": backend}
         return qk_norm_rope(qkv, (q_und, q_gen), (k_und, k_gen), cos, sin, layout, **options)
 
     return call, [x.detach().cuda().requires_grad_() for x in inputs]
@@ -214,6 +214,28 @@ def test_large_packs_on_a_device(shape, dtype):
     ours, again, theirs = results
     assert_same(ours, again)
     check_distance(ours, theirs, layout, inputs, heads, head_dim)
+
+
+@pytest.mark.gpu
+def test_cached_rows_on_a_device():
+    """The kernel writes the same numbers into a cache's rows as into new tensors, and touches no other row."""
+    splits = [[(3000, "causal"), (1024, "noise")], [(47, "causal")]]
+    layout = Layout.from_splits(splits, cached=[3000, 40], capacity=[4500, 100]).to("cuda")
+    inputs = arguments(layout, heads=(28, 4), head_dim=128, dtype=torch.bfloat16)
+    cache = tuple(
+        torch.full((layout.num_keys, 4, 128), float("nan"), dtype=torch.bfloat16, device="cuda") for _ in range(2)
+    )
+    rows = layout.num_queries
+    alone = Layout.from_splits([[(rows, "causal")]], positions=layout.positions.cpu(), streams=None).to("cuda")
+    with torch.no_grad():
+        call, leaves = on_device(layout, inputs, (28, 4), 128, "triton", cache)
+        q = call(*leaves)[0]
+        call, leaves = on_device(alone, inputs, (28, 4), 128, "triton")
+        expected = call(*leaves)
+    assert torch.equal(q, expected[0])
+    for have, want in zip(cache, expected[1:], strict=True):
+        assert torch.equal(have[layout.key_rows], want)
+        assert have.isnan().all(-1).sum() == (layout.num_keys - rows) * 4
 
 
 @pytest.mark.gpu
