@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, outputs_and_gradients
+from op_checks import BACKENDS as PORTABLE
 from op_checks import (
-    BACKENDS,
     assert_same,
     check_checkpoints,
     check_compiles_once,
@@ -17,6 +17,7 @@ from op_checks import (
 from unigendet.layout import Layout
 from unigendet.ops import qk_norm_rope, rope_table
 
+BACKENDS = (*PORTABLE, "triton")
 STREAMS = ["mixed", "understanding", "generation", "one token"]
 HEADS = [(4, 2), (7, 1), (3, 3)]
 
@@ -92,7 +93,7 @@ def test_operator_contract(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("streams", STREAMS)
 def test_gradients(backend, streams):
     layout = layout_of(streams)
@@ -100,7 +101,7 @@ def test_gradients(backend, streams):
     assert torch.autograd.gradcheck(op(layout, backend, heads=(2, 1), head_dim=4), inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("streams", STREAMS)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", HEADS)
@@ -132,8 +133,9 @@ def test_torch_agrees_with_the_reference(data):
         torch.testing.assert_close(actual[name], value, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("trained", range(1, 32))
+@pytest.mark.parametrize(
+    ("backend", "trained"), [(b, t) for b in BACKENDS for t in range(1, 32) if b in PORTABLE or t in (1, 4, 22, 30)]
+)
 def test_frozen_tensors_get_no_gradient(backend, trained):
     layout = layout_of("mixed")
     inputs = [x.requires_grad_(bool(trained >> i & 1)) for i, x in enumerate(arguments(layout))]
@@ -164,15 +166,17 @@ def test_rows_of_zeros(backend):
     assert_accurate(op(layout, backend), plain(layout), plain(layout), inputs)
 
 
-@pytest.mark.parametrize("streams", STREAMS)
-def test_strided_input_and_unwritten_memory(streams, monkeypatch):
+@pytest.mark.parametrize(
+    ("backend", "streams"), [("auto", s) for s in STREAMS] + [("triton", "mixed"), ("triton", "one token")]
+)
+def test_strided_input_and_unwritten_memory(backend, streams, monkeypatch):
     layout = layout_of(streams)
     qkv, *weights = arguments(layout)
     spread = torch.stack((qkv, qkv), -1).detach()
     for x in (spread[..., 0], qkv.detach().T.contiguous().T, torch.cat((qkv, qkv), 1).detach()[:, : qkv.shape[1]]):
         inputs = [x.requires_grad_(), *weights]
-        assert_accurate(op(layout), plain(layout), plain(layout), inputs)
-        check_writes_everything(monkeypatch, op(layout), inputs)
+        assert_accurate(op(layout, backend), plain(layout), plain(layout), inputs, seeds=1)
+        check_writes_everything(monkeypatch, op(layout, backend), inputs)
 
 
 def test_tables_may_be_longer_and_of_another_dtype():

@@ -32,7 +32,7 @@ _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
         "alignment_loss",
     ),
     _PORTABLE,
-)
+) | {"qk_norm_rope": (*_PORTABLE, "triton")}
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:

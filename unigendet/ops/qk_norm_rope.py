@@ -19,7 +19,8 @@ With a cache, the new k and v are written straight into the cache's rows (``Layo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -197,6 +198,110 @@ def _torch_backward(
     return results
 
 
+def _triton(qkv: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    outputs = _allocate(qkv, inputs[-2])
+    _launch_forward(qkv, *inputs, None, outputs)
+    return outputs
+
+
+def _triton_into(qkv: Tensor, *inputs: Any) -> Tensor:
+    *inputs, key_rows, cache = inputs
+    if any(x.stride(-1) != 1 for x in cache):  # the kernel writes contiguous heads
+        return _copying(_triton)(qkv, *inputs, key_rows, cache)
+    q = _allocate(qkv, inputs[-2])[0]
+    _launch_forward(qkv, *inputs, key_rows, (q, *cache))
+    return q
+
+
+def _launch_forward(
+    qkv: Tensor,
+    norms: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    maps: Sequence[Tensor],
+    lengths: Tensor,
+    heads: Sequence[int],
+    eps: float,
+    key_rows: Tensor | None,
+    outputs: Sequence[Tensor],
+) -> None:
+    from unigendet.kernels.qk_norm_rope import configure
+    from unigendet.kernels.qk_norm_rope_forward import forward
+
+    to_sequence, _, positions = maps
+    n = first_stream("qkv", qkv, lengths)
+    config = configure(_capability(qkv), heads, outputs[0].shape[2], "forward")
+    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions, key_rows)
+    _run(forward(config, *inputs, outputs, n, heads, eps), qkv)
+
+
+def _triton_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    norms: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    maps: Sequence[Tensor],
+    lengths: Tensor,
+    heads: Sequence[int],
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    from unigendet.kernels.qk_norm_rope import configure
+    from unigendet.kernels.qk_norm_rope_backward import backward, backward_programs
+
+    to_sequence, _, positions = maps
+    n = first_stream("qkv", qkv, lengths)
+    results = _allocate_gradients(qkv, norms, output_mask)
+    dqkv, *dnorms = (r if m else None for r, m in zip(results, output_mask, strict=True))
+    config = configure(_capability(qkv), heads, dq.shape[2], "backward")
+    partials = None
+    if any(output_mask[1:]):
+        programs = backward_programs(config, qkv.shape[0], n, heads)[1]
+        partials = torch.empty((programs, 2, dq.shape[2]), dtype=torch.float32, device=qkv.device)
+    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions)
+    gradients = [_rows(x) for x in (dq, dk, dv)]
+    _run(backward(config, gradients, *inputs, dqkv, dnorms, partials, n, heads, eps), qkv)
+    return results
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """``tensor`` if its last dimension is contiguous, else a copy."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
+    """The norm weights, contiguous and of one dtype, since a kernel chooses among them."""
+    dtype = reduce(torch.promote_types, (w.dtype for w in norms))
+    return [w.to(dtype).contiguous() for w in norms]
+
+
+def _capability(tensor: Tensor) -> tuple[int, int]:
+    """The compute capability of the device; the interpreter takes any."""
+    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
+
+
+def _run(launches: Sequence[Any], tensor: Tensor) -> None:
+    with torch.cuda.device_of(tensor):
+        for launch in launches:
+            launch.run()
+
+
+def _copying(forward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Tensor]:
+    """``forward``, with its k and v copied into the rows ``key_rows`` of a cache."""
+
+    def into(*arguments: Any) -> Tensor:
+        *inputs, key_rows, cache = arguments
+        q, *new = forward(*inputs)
+        for rows, x in zip(cache, new, strict=True):
+            rows.index_copy_(0, key_rows, x)
+        return q
+
+    return into
+
+
 def _allocate(qkv: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
     head_dim = qkv.shape[1] // (heads[0] + 2 * heads[1])
     return tuple(
@@ -209,8 +314,9 @@ def _allocate_gradients(qkv: Tensor, norms: Sequence[Tensor], output_mask: Seque
     return tuple(empty_unless(m, t.shape, t.dtype, t.device) for t, m in zip((qkv, *norms), output_mask, strict=True))
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_FORWARD_INTO = {"reference": _copying(_reference), "torch": _copying(_torch), "triton": _triton_into}
+_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
 
 
 @torch.library.custom_op("unigendet::qk_norm_rope", mutates_args=())
@@ -304,10 +410,8 @@ def _qk_norm_rope_into(
     backend: str,
 ) -> Tensor:
     norms, maps = (q_und, q_gen, k_und, k_gen), (to_sequence, to_stream, positions)
-    q, k, v = run(_FORWARD, backend, qkv, norms, cos, sin, maps, stream_lengths, heads, eps)
-    k_cache.index_copy_(0, key_rows, k)
-    v_cache.index_copy_(0, key_rows, v)
-    return q
+    cache = (k_cache, v_cache)
+    return run(_FORWARD_INTO, backend, qkv, norms, cos, sin, maps, stream_lengths, heads, eps, key_rows, cache)
 
 
 @_qk_norm_rope_into.register_fake
@@ -343,7 +447,7 @@ def qk_norm_rope(
         eps: added to the mean square.
         cache: None, or (k, v), each [K, num_kv_heads, D] with K the layout's number of keys, in qkv's dtype: the new
             rows are written into them in place. Inference only: no gradient flows through a cache.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         q [T, Hq, D], k and v in qkv's dtype: k and v are [T, Hkv, D] in sequence order, or the two tensors of
