@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The GPU machine's own Python, with its own torch and triton; `make gpu` takes nothing from the network.
+# The GPU machine's own Python, with its own torch, triton, pytest and setuptools (77 or later): `make gpu` takes nothing
+# from the network. The benchmarks run even if a test fails.
 GPU_PYTHON ?= python3
 GPU_LOG := runs/gpu.log
 

@@ -78,10 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(", ".join(f"{name} {value:.4g}" for name, value in limits.items()))
     show_header()
     try:
+        run_dense(run, device, shape, (64,) if options.tiny else DENSE_LENGTHS)
         for name in ("tiny",) if options.tiny else options.traces:
             trace = traces.tiny() if options.tiny else traces.trace(name)
             run_case(run, Case(trace, device, *shape), options.backends)
-        run_dense(run, device, shape, (64,) if options.tiny else DENSE_LENGTHS)
         record.complete = True
     except KeyboardInterrupt:
         print("interrupted; what is done is kept")

@@ -103,7 +103,7 @@ def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch):
     code, result = run(tmp_path, "--backends", "torch", "flex")
     assert code == 130
     assert not result["complete"]
-    assert [r["status"] for r in result["rows"]] == ["ok"] * 3
+    assert [r["status"] for r in result["rows"] if r["trace"] == "tiny"] == ["ok"] * 3
 
 
 def test_past_the_time_limit_rows_say_so(tmp_path):
