@@ -3,8 +3,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The GPU machine's own Python, with its own torch, triton, pytest and setuptools (77 or later): `make gpu` takes nothing
+# from the network. The benchmarks run even if a test fails.
+GPU_PYTHON ?= python3
+GPU_LOG := runs/gpu.log
 
-.PHONY: help install test lint format quickstart clean
+.PHONY: help install test lint format quickstart gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -31,6 +35,16 @@ format: $(INSTALLED)  ## Put the code in the house's format
 
 quickstart: $(INSTALLED)  ## Train, generate, detect and report on handwritten digits, on the CPU
 	$(BIN)/unigendet quickstart --out quickstart
+
+gpu: SHELL := /bin/bash
+gpu: .SHELLFLAGS := -o pipefail -c
+gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results/ and runs/gpu.log
+	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps --editable .
+	mkdir -p $(dir $(GPU_LOG))
+	{ status=0; \
+	$(GPU_PYTHON) -m pytest -m gpu -q || status=$$?; \
+	$(GPU_PYTHON) -m benchmarks.attention || status=$$?; \
+	exit $$status; } 2>&1 | tee $(GPU_LOG)
 
 clean:  ## Remove the virtual environment and what the targets left
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis quickstart

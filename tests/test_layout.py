@@ -98,6 +98,19 @@ def test_mask_follows_the_rules_of_attention(pack):
     assert torch.equal(visible(rows, layout.query_begin, layout.query_end), expected)
 
 
+@given(packs(max_samples=4, max_length=9))
+def test_visible_pairs_are_those_of_the_mask(pack):
+    layout = pack.layout()
+    assert layout.visible_pairs() == int(layout.dense_mask().sum())
+    assert isinstance(layout.visible_pairs(), int)
+
+
+def test_visible_pairs_of_a_long_pack():
+    """More than 32 bits hold."""
+    n = 100_000
+    assert Layout.from_splits([[(n, "causal")], [(n, "full")]]).visible_pairs() == n * (n + 1) // 2 + n * n
+
+
 @given(packs())
 def test_positions_restart_in_every_sample(pack):
     walks = [walked_positions(splits) for splits in pack.samples]

@@ -141,6 +141,18 @@ class Layout:
         query = torch.arange(self.num_queries, device=self.device)
         return visible(query[:, None], self.query_begin[None, :], self.query_end[None, :])
 
+    def visible_pairs(self) -> int:
+        """Number of visible (query, key) pairs, from ``splits``: what an attention over this pack has to compute."""
+        mode, key_begin, key_end, sample_begin, _, first, last = (
+            self.splits.unflatten(0, (-1, len(SPLIT_FIELDS))).numpy().T
+        )
+        queries, keys = last - first, key_end - key_begin
+        visible_later = np.where(mode == NOISE, 0, keys)
+        before = _exclusive_cumsum(visible_later)
+        before = before - before[np.searchsorted(sample_begin, sample_begin)]  # in the split's own sample
+        hidden = np.where(mode == CAUSAL, queries * (queries - 1) // 2, 0)  # the triangle after each query's own key
+        return int((queries * (before + keys) - hidden).sum())
+
     @classmethod
     def from_splits(
         cls,

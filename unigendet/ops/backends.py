@@ -20,6 +20,7 @@ _PORTABLE = ("reference", "torch")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton reads this when a kernel is defined; kernels then run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
         "symbiotic_attention",
@@ -32,7 +33,9 @@ _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
         "alignment_loss",
     ),
     _PORTABLE,
-) | {"qk_norm_rope": (*_PORTABLE, "triton")}
+)
+_BUILT["symbiotic_attention"] += ("triton", "flash")
+_BUILT["qk_norm_rope"] += ("triton",)
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
@@ -53,6 +56,8 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
         raise ValueError(f"backend={backend!r} cannot run {op}: no such kernel is built")
     if backend == "triton":
         _check_triton(op, tensors)
+    if backend == "flash":
+        _check_flash(op, tensors[0])
     return backend
 
 
@@ -72,6 +77,18 @@ def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
             f"backend='triton' cannot run {op}: its tensors are on {device}; they must be on a CUDA device "
             "(or, for tests, set TRITON_INTERPRET=1 before Python starts)"
         )
+
+
+def _check_flash(op: str, q: Tensor) -> None:
+    problem = None
+    if q.device.type != "cuda":
+        problem = f"its tensors are on {q.device}; they must be on a CUDA device"
+    elif q.dtype not in _FLASH_DTYPES:
+        problem = f"the dtype is {q.dtype}; it must be one of {', '.join(map(str, _FLASH_DTYPES))}"
+    elif q.shape[-1] % 8 or q.shape[-1] > 256:
+        problem = f"head_dim is {q.shape[-1]}; it must be a multiple of 8, at most 256"
+    if problem is not None:
+        raise ValueError(f"backend='flash' cannot run {op}: {problem}")
 
 
 def available() -> dict[str, list[str]]:

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from unigendet.layout import Layout, visible
+from unigendet.ops import symbiotic_attention_flash as flash_backend
 from unigendet.ops import symbiotic_attention_torch as torch_backend
 from unigendet.ops._arguments import compute_dtype, reject
 from unigendet.ops.backends import resolve, run
@@ -42,7 +43,7 @@ def symbiotic_attention(
     backend: str = "auto",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention of a pack (paper section 3.2). Differentiable in q, k and v, also through lse.
+    """Attention of a pack (paper section 3.2). Differentiable in q, k and v, also through lse (not with ``flash``).
 
     Args:
         q: [T, Hq, D], sequence order, any strides; float32, bfloat16, float16 (float64 on ``reference`` and ``torch``).
@@ -241,5 +242,27 @@ def _torch_backward(
     return torch_backend.backward(grad_out, grad_lse, q, k, v, out, lse, splits, scale)
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
+def _flash(
+    q: Tensor, k: Tensor, v: Tensor, _: Tensor, __: Tensor, splits: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    return flash_backend.forward(q, k, v, splits, scale)
+
+
+def _flash_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    _: Tensor,
+    __: Tensor,
+    splits: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return flash_backend.backward(grad_out, grad_lse, q, k, v, out, lse, splits, scale)
+
+
+_FORWARD = {"reference": _reference, "torch": _torch, "flash": _flash}
+_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "flash": _flash_backward}

@@ -1,0 +1,171 @@
+"""The standard traces: packs as training makes them, drawn from seed 0, without any data.
+
+A trace is samples of segments with their lengths (docs/model.md §2): a text of n tokens is n + 2 long, an image of
+h × w patches h·w + 2. Detection samples are ``[clean latent image] [ViT image] [question] [answer]``, generation
+samples ``[caption] [noised latent image]``, those of DIGA's teacher ``[clean latent image] [prompt] [ViT image]``.
+Height and width of an image are drawn independently; samples are drawn until the next would pass the token limit.
+
+========================== ===========================================================================================
+``gduf_32k``, ``gduf_64k`` detection to generation 5 : 1. Detection: sides of 512, 640, 768 or 1024 pixels (the ViT
+                           sees 980 at most), question of 20 to 59 tokens, answer of 60 to 179. Generation: caption of
+                           8 to 79 tokens, sides of 768 or 1024 pixels
+``diga_23k``               the generation samples of the above
+``diga_23k_teacher``       their teacher's pack: same images, same captions inside a prompt of 35 more tokens
+``text_only_8k``           texts of 64 to 1535 tokens
+``many_small_16k``         the quickstart's 8 × 8 images: 4 × 4 patches in both views, texts of 8 to 29 tokens, 5 : 1
+========================== ===========================================================================================
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from unigendet.layout import Layout
+
+VIT_PATCH, LATENT_PATCH, VIT_LARGEST = 14, 16, 980  # pixels
+DETECTION_SIDES, GENERATION_SIDES = (512, 640, 768, 1024), (768, 1024)
+DETECTION_SHARE = 5 / 6
+TEACHER_PROMPT = 35  # words and punctuation of DataConfig's default, without the caption
+SMALL_GRID = (4, 4)
+
+Segment = tuple[int, str, bool]  # tokens, mode, whether it is a latent image
+Sample = tuple[Segment, ...]
+
+
+@dataclass(frozen=True)
+class Trace:
+    """A pack: its samples, each a tuple of (tokens, mode, whether a latent image)."""
+
+    name: str
+    samples: tuple[Sample, ...]
+
+    @property
+    def splits(self) -> list[list[tuple[int, str]]]:
+        """The argument of ``Layout.from_splits``."""
+        return [[(tokens, mode) for tokens, mode, _ in sample] for sample in self.samples]
+
+    @property
+    def streams(self) -> np.ndarray:
+        """int64 [T]: 1 for latent tokens, 0 for all others, an image's two delimiters among them."""
+        parts = []
+        for tokens, _, latent in (segment for sample in self.samples for segment in sample):
+            parts.append(np.full(tokens, int(latent)))
+            if latent:
+                parts[-1][[0, -1]] = 0
+        return np.concatenate(parts)
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The pack's layout, on the CPU."""
+        return Layout.from_splits(self.splits, streams=self.streams)
+
+
+def _text(tokens: int) -> Segment:
+    return tokens + 2, "causal", False
+
+
+def _image(grid: tuple[int, int], mode: str, *, latent: bool) -> Segment:
+    return grid[0] * grid[1] + 2, mode, latent
+
+
+@dataclass(frozen=True)
+class _Picture:
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+    @classmethod
+    def draw(cls, rng: np.random.Generator, sides: tuple[int, ...]) -> _Picture:
+        return cls(*(int(side) for side in rng.choice(sides, 2)))
+
+    def latent(self, mode: str) -> Segment:
+        return _image((self.height // LATENT_PATCH, self.width // LATENT_PATCH), mode, latent=True)
+
+    def vit(self) -> Segment:
+        height, width = (min(side, VIT_LARGEST) // VIT_PATCH for side in (self.height, self.width))
+        return _image((height, width), "full", latent=False)
+
+
+def _detection(rng: np.random.Generator) -> Sample:
+    picture = _Picture.draw(rng, DETECTION_SIDES)
+    question, answer = int(rng.integers(20, 60)), int(rng.integers(60, 180))
+    return picture.latent("full"), picture.vit(), _text(question), _text(answer)
+
+
+def _caption_and_picture(rng: np.random.Generator) -> tuple[int, _Picture]:
+    return int(rng.integers(8, 80)), _Picture.draw(rng, GENERATION_SIDES)
+
+
+def _generation(rng: np.random.Generator) -> Sample:
+    caption, picture = _caption_and_picture(rng)
+    return _text(caption), picture.latent("noise")
+
+
+def _teacher(rng: np.random.Generator) -> Sample:
+    """The teacher's sample for the generation sample that the same draws give."""
+    caption, picture = _caption_and_picture(rng)
+    return picture.latent("full"), _text(caption + TEACHER_PROMPT), picture.vit()
+
+
+def _gduf(rng: np.random.Generator) -> Sample:
+    return _detection(rng) if rng.random() < DETECTION_SHARE else _generation(rng)
+
+
+def _texts(rng: np.random.Generator) -> Sample:
+    return (_text(int(rng.integers(64, 1536))),)
+
+
+def _small(rng: np.random.Generator) -> Sample:
+    words = [int(n) for n in rng.integers(8, 30, 2)]
+    if rng.random() < DETECTION_SHARE:
+        views = [_image(SMALL_GRID, "full", latent=latent) for latent in (True, False)]
+        return *views, *(_text(n) for n in words)
+    return _text(words[0]), _image(SMALL_GRID, "noise", latent=True)
+
+
+def _fill(draw: Callable[[np.random.Generator], Sample], limit: int) -> tuple[Sample, ...]:
+    """Samples until the next would pass ``limit`` tokens."""
+    rng, samples, total = np.random.default_rng(0), [], 0
+    while True:
+        sample = draw(rng)
+        total += sum(tokens for tokens, _, _ in sample)
+        if total > limit:
+            return tuple(samples)
+        samples.append(sample)
+
+
+def _diga_teacher() -> tuple[Sample, ...]:
+    rng = np.random.default_rng(0)
+    return tuple(_teacher(rng) for _ in _fill(_generation, 23_000))
+
+
+_TRACES: dict[str, Callable[[], tuple[Sample, ...]]] = {
+    "gduf_32k": lambda: _fill(_gduf, 32_768),
+    "diga_23k": lambda: _fill(_generation, 23_000),
+    "diga_23k_teacher": _diga_teacher,
+    "gduf_64k": lambda: _fill(_gduf, 65_536),
+    "text_only_8k": lambda: _fill(_texts, 8_192),
+    "many_small_16k": lambda: _fill(_small, 16_384),
+}
+NAMES = tuple(_TRACES)
+
+
+def trace(name: str) -> Trace:
+    """The trace ``name``, one of ``NAMES``. Raises ValueError for any other name."""
+    if name not in _TRACES:
+        raise ValueError(f"trace is {name!r}; it must be one of {', '.join(NAMES)}")
+    return Trace(name, _TRACES[name]())
+
+
+def tiny() -> Trace:
+    """A pack of a few dozen tokens with every kind of sample, for machines without a GPU. Not a standard trace."""
+    samples = (
+        (_image((4, 4), "full", latent=True), _image((3, 2), "full", latent=False), _text(3), _text(6)),
+        (_text(4), _image((4, 4), "noise", latent=True)),
+    )
+    return Trace("tiny", samples)
