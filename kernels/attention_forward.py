@@ -1,67 +1,40 @@
 """Symbiotic attention, forward: flash attention over the tiles of a schedule.
 
-A program computes one tile of query rows of one head. Its keys come as tiles, in two lists of the schedule: *edge* tiles,
-where the two integers of every key decide who sees it, then ranges of *whole* tiles, without any mask arithmetic. (In
-this order ptxas keeps the matrix products of both loops asynchronous.) Online softmax in base 2: with c = scale · log2 e,
+A program computes one tile of query rows of one head. Its keys come as tiles, in two lists of the schedule: *edge*
+tiles, where the two integers of every key decide who sees it, then ranges of *whole* tiles, without any mask arithmetic.
+(In this order ptxas keeps the matrix products of both loops asynchronous.) Online softmax in base 2, c = scale · log2 e:
 
-    m' = max(m, max_j c s_j)      p_j = 2^(c s_j − m')      l ← l 2^(m − m') + Σ_j p_j      acc ← acc 2^(m − m') + p v
+    m' = max(m, max_j c s_j)      p_j = 2^(c s_j − m')      total ← total 2^(m − m') + Σ_j p_j
+         acc ← acc 2^(m − m') + p v
 
-and in the end out = acc / l, lse = (m + log2 l) ln 2. Everything but the factors of the matrix products is float32.
+and in the end out = acc / total, lse = (m + log2 total) ln 2. Everything but the factors of the matrix products is float32.
 
 head_dim is computed in one or two column blocks, D0 and D1 wide (``config.head_dim_parts``).
 """
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import triton
 import triton.language as tl
 
 from .config import AttentionConfig, head_dim_parts
-from .launch import Launch, tile_sources
-from .primitives import dot, load_rows, visible, zeros
+from .launch import Launch, head_strides, tile_sources
+from .primitives import LN_2, LOG2_E, dot, load_rows, rounded, store_rows, visible, zeros
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-LOG2_E = math.log2(math.e)
-LN_2 = tl.constexpr(math.log(2))
-
 
 @triton.jit
 def _attend_tile(
-    acc0,
-    acc1,
-    m,
-    l,
-    q0,
-    q1,
-    query,
-    k0_source,
-    k1_source,
-    v0_source,
-    v1_source,
-    begin_ptr,
-    end_ptr,
-    tile,
-    head,
-    num_keys,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    score_scale,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr,
-    HOLES: tl.constexpr,
+    acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr, tile, head,
+    num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, HOLES: tl.constexpr,
     TMA: tl.constexpr,
-):
-    """The online-softmax update with one tile of keys. acc0 [M, D0], acc1 [M, D1], m and l [M]."""
+):  # fmt: skip
+    """The online-softmax update with one tile of keys. acc0 [M, D0], acc1 [M, D1], m and total [M]."""
     first = tile * BLOCK_N
     k0 = load_rows(k0_source, first, num_keys, head, stride_k_row, stride_k_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
     s = dot(q0, k0.T)  # [M, N]
@@ -75,17 +48,17 @@ def _attend_tile(
         begin = tl.load(begin_ptr + key, key < num_keys, other=0)  # [N]
         end = tl.load(end_ptr + key, key < num_keys, other=0)
         s = tl.where(visible(query[:, None], begin[None, :], end[None, :]), s, float("-inf"))
-    m_new = tl.maximum(m, tl.max(s, 1) * score_scale)
+    m_new = tl.maximum(m, tl.max(s, 1) * scale2)
     shift = m_new
     if EDGE:
         shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # a row that has seen no key yet: −∞ − −∞ is no number
-    p = tl.exp2(s * score_scale - shift[:, None])  # [M, N]
+    p = tl.exp2(s * scale2 - shift[:, None])  # [M, N]
     alpha = tl.exp2(m - shift)
-    l = l * alpha + tl.sum(p, 1)
+    total = total * alpha + tl.sum(p, 1)
     v0 = load_rows(v0_source, first, num_keys, head, stride_v_row, stride_v_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
     if EDGE and HOLES:
         v0 = tl.where((begin < end)[:, None], v0, 0.0).to(v0.dtype)
-    p = p.to(v0.dtype)
+    p = rounded(p, v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if D1 > 0:
         v1 = load_rows(
@@ -94,45 +67,18 @@ def _attend_tile(
         if EDGE and HOLES:
             v1 = tl.where((begin < end)[:, None], v1, 0.0).to(v1.dtype)
         acc1 = dot(p, v1, acc1 * alpha[:, None])
-    return acc0, acc1, m_new, l
+    return acc0, acc1, m_new, total
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_forward_kernel(
-    q_ptr,
-    k0_source,
-    k1_source,
-    v0_source,
-    v1_source,
-    out_ptr,
-    lse_ptr,
-    begin_ptr,
-    end_ptr,
-    query_tiles_ptr,
-    whole_ranges_ptr,
-    edge_tiles_ptr,
-    out_rows_ptr,
-    scale,
-    num_queries,
-    num_keys,
-    stride_q_row,
-    stride_q_head,
-    stride_k_row,
-    stride_k_head,
-    stride_v_row,
-    stride_v_head,
-    HEADS: tl.constexpr,
-    GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr,
-    D1: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    HOLES: tl.constexpr,
-    REORDER: tl.constexpr,
-    TMA: tl.constexpr,
-):
-    """One tile of query rows of one head; see the module. ``scale`` is that of the scores times log2 e.
+    q_ptr, k0_source, k1_source, v0_source, v1_source, out_ptr, lse_ptr, begin_ptr, end_ptr, query_tiles_ptr,
+    whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row, stride_q_head,
+    stride_k_row, stride_k_head, stride_v_row, stride_v_head, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HOLES: tl.constexpr, REORDER: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """One tile of query rows of one head; see the module.
 
     HOLES: key rows that nobody sees may hold anything. REORDER: row t of the output is stored at out_rows[t].
     """
@@ -144,7 +90,7 @@ def attention_forward_kernel(
     query = first + tl.arange(0, BLOCK_M)  # [M]
     # The maximum below is taken before scaling, so the factor must not be negative; the sign goes to q.
     sign = tl.where(scale < 0, -1.0, 1.0)
-    score_scale = scale * sign
+    scale2 = scale * sign * LOG2_E
     q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, True, False)
     q0 = (q0 * sign).to(q0.dtype)
     q1 = q0
@@ -156,32 +102,29 @@ def attention_forward_kernel(
     acc0 = zeros(BLOCK_M, D0)
     acc1 = zeros(BLOCK_M, D1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l = tl.zeros([BLOCK_M], tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
     for i in range(tl.load(entry + 3), tl.load(entry + 4)):
         tile = tl.load(edge_tiles_ptr + i)
-        acc0, acc1, m, l = _attend_tile(
-            acc0, acc1, m, l, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
-            tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, score_scale,
+        acc0, acc1, m, total = _attend_tile(
+            acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
+            tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2,
             HEAD_DIM, D0, D1, BLOCK_N, True, HOLES, TMA,
         )  # fmt: skip
     for i in range(tl.load(entry + 1), tl.load(entry + 2)):
         for tile in range(tl.load(whole_ranges_ptr + 2 * i), tl.load(whole_ranges_ptr + 2 * i + 1)):
-            acc0, acc1, m, l = _attend_tile(
-                acc0, acc1, m, l, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
-                tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, score_scale,
+            acc0, acc1, m, total = _attend_tile(
+                acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
+                tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2,
                 HEAD_DIM, D0, D1, BLOCK_N, False, HOLES, TMA,
             )  # fmt: skip
     rows = query.to(tl.int64)
     is_query = query < num_queries
     if REORDER:
         rows = tl.load(out_rows_ptr + query, is_query, other=0)
-    out = out_ptr + rows[:, None] * (HEADS * HEAD_DIM) + head * HEAD_DIM
-    d0 = tl.arange(0, D0)
-    tl.store(out + d0[None, :], acc0 / l[:, None], is_query[:, None] & (d0 < HEAD_DIM)[None, :])
+    store_rows(out_ptr, rows, is_query, head, acc0 / total[:, None], HEADS, 0, D0, HEAD_DIM)
     if D1 > 0:
-        d1 = D0 + tl.arange(0, D1)
-        tl.store(out + d1[None, :], acc1 / l[:, None], is_query[:, None] & (d1 < HEAD_DIM)[None, :])
-    tl.store(lse_ptr + head.to(tl.int64) * num_queries + query, (m + tl.log2(l)) * LN_2, is_query)
+        store_rows(out_ptr, rows, is_query, head, acc1 / total[:, None], HEADS, D0, D1, HEAD_DIM)
+    tl.store(lse_ptr + head.to(tl.int64) * num_queries + query, (m + tl.log2(total)) * LN_2, is_query)
 
 
 def attention_forward(
@@ -226,15 +169,10 @@ def attention_forward(
         "whole_ranges_ptr": schedule.whole_ranges,
         "edge_tiles_ptr": schedule.edge_tiles,
         "out_rows_ptr": out_rows,
-        "scale": scale * LOG2_E,
+        "scale": scale,
         "num_queries": q.shape[0],
         "num_keys": k.shape[0],
-        "stride_q_row": q.stride(0),
-        "stride_q_head": q.stride(1),
-        "stride_k_row": k.stride(0),
-        "stride_k_head": k.stride(1),
-        "stride_v_row": v.stride(0),
-        "stride_v_head": v.stride(1),
+        **head_strides(q=q, k=k, v=v),
         "HEADS": heads,
         "GROUP": heads // k.shape[1],
         "HEAD_DIM": head_dim,

@@ -1,8 +1,8 @@
 """Launch configurations: values that can be printed and compared, chosen by a pure function.
 
 A configuration is chosen by what the compiler makes of it (no spills in a loop, asynchronous wgmma, shared memory within
-the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better. ``TUNED`` holds
-measured winners, which ``python -m benchmarks.tune_attention`` writes to ``tuned.json`` beside this file for review.
+the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better: ``tuned.json``
+beside this file holds measured winners, which ``python -m benchmarks.tune_attention`` writes there for review.
 """
 
 from __future__ import annotations
@@ -48,3 +48,46 @@ def _tuned() -> dict[str, dict[str, int]]:
 def tuned_key(capability: tuple[int, int], head_dim: int, dtype: str, direction: str) -> str:
     """The key of a configuration in ``tuned.json``."""
     return f"sm_{capability[0]}{capability[1]}/{head_dim}/{dtype}/{direction}"
+
+
+# (block_m, block_n, warps, stages) by direction, for 2-byte dtypes, by whether head_dim is over 64.
+_HOPPER = {
+    "forward": {False: (128, 128, 8, 3), True: (128, 128, 8, 2)},
+    "backward_dkdv": {False: (64, 128, 8, 2), True: (32, 128, 8, 2)},
+    "backward_dkdv_atomic": {False: (64, 128, 8, 2), True: (32, 128, 8, 2)},
+    "backward_dq": {False: (128, 64, 8, 2), True: (128, 64, 8, 2)},
+}
+_AMPERE = {
+    "forward": {False: (128, 64, 4, 3), True: (128, 64, 8, 3)},
+    "backward_dkdv": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
+    "backward_dkdv_atomic": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
+    "backward_dq": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
+}
+
+
+def attention_config(capability: tuple[int, int] | None, head_dim: int, dtype: str, direction: str) -> AttentionConfig:
+    """The launch configuration of one direction of attention.
+
+    Args:
+        capability: compute capability of the device; None for the interpreter.
+        head_dim: 1 to 128.
+        dtype: "bfloat16", "float16" or "float32".
+        direction: one of ``DIRECTIONS``.
+
+    Raises:
+        ValueError: the device is too old.
+    """
+    if capability is None:
+        return AttentionConfig(16, 16, 4, 1)
+    if capability < (8, 0):
+        raise ValueError(
+            f"backend='triton': the device has compute capability {capability[0]}.{capability[1]}; it must be at least "
+            "8.0 (backend='torch' runs anywhere)"
+        )
+    tuned = _tuned().get(tuned_key(capability, head_dim, dtype, direction))
+    if tuned is not None:
+        return AttentionConfig(**tuned)
+    if dtype == "float32":  # no tensor cores: multiplied in full precision, from tiles that fit shared memory
+        return AttentionConfig(32, 32, 4, 1)
+    hopper = capability >= (9, 0)
+    return AttentionConfig(*(_HOPPER if hopper else _AMPERE)[direction][head_dim > 64], tma=hopper)

@@ -32,9 +32,7 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def tile_sources(
-    wanted: bool, tensors: Mapping[str, tuple[Any, int]], d0: int, d1: int
-) -> tuple[bool, dict[str, Any]]:
+def tile_sources(wanted: bool, tensors: Mapping[str, tuple[Any, int]], d0: int, d1: int) -> tuple[bool, dict[str, Any]]:
     """What a kernel loads tiles from: descriptors if ``wanted`` and possible for all tensors, else the tensors.
 
     ``tensors``: by name x, a tensor [rows, heads, D] and the rows of a tile. Returned are whether descriptors are used,
@@ -65,3 +63,9 @@ def _descriptor(x: Any, rows: int, width: int) -> Any:
     from triton.tools.tensor_descriptor import TensorDescriptor
 
     return TensorDescriptor(x, [x.shape[0], x.shape[1] * x.shape[2]], [x.stride(0), 1], [rows, width])
+
+
+def head_strides(**tensors: Any) -> dict[str, int]:
+    """``stride_{name}_row`` and ``stride_{name}_head`` of tensors [rows, heads, D]."""
+    names = {f"stride_{name}_row": x.stride(0) for name, x in tensors.items()}
+    return names | {f"stride_{name}_head": x.stride(1) for name, x in tensors.items()}

@@ -3,6 +3,7 @@
 Shapes in comments: M query rows of a tile, N key rows, D0 and D1 the two parts of head_dim (D1 = 0: one part).
 """
 
+import math
 import os
 
 import triton
@@ -10,6 +11,9 @@ import triton.language as tl
 
 # Triton decides when a kernel is defined; the interpreter multiplies and adds bfloat16 wrongly.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET", "0") == "1")
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -87,3 +91,24 @@ def rounded(x, dtype: tl.constexpr):
         bits = bits + 0x7FFF + ((bits >> 16) & 1)
         x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def store_rows(
+    ptr,
+    rows,
+    is_row,
+    head,
+    x,
+    HEADS: tl.constexpr,
+    COLUMN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    """Store float32 x [ROWS, WIDTH] into rows, int64 [ROWS], of one head of a contiguous [rows, HEADS, HEAD_DIM]."""
+    columns = COLUMN + tl.arange(0, WIDTH)
+    pointers = ptr + rows[:, None] * (HEADS * HEAD_DIM) + (head * HEAD_DIM + columns)[None, :]
+    mask = is_row[:, None]
+    if COLUMN + WIDTH > HEAD_DIM:
+        mask = mask & (columns < HEAD_DIM)[None, :]
+    tl.store(pointers, rounded(x, ptr.dtype.element_ty), mask)

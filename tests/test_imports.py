@@ -17,7 +17,8 @@ MAY_IMPORT = {
     "config": set(),
     "config_file": {"config"},
     "device": set(),
-    "ops": {"layout"},
+    "schedule": {"layout"},
+    "ops": {"layout", "schedule"},
     "packing": {"config", "layout"},
     "model": {"config", "layout", "ops", "packing"},
     "data": {"config", "config_file", "layout", "packing"},
@@ -102,13 +103,13 @@ def test_arrows_go_one_way(module, path):
             assert allowed or room in KERNELS, f"{module} imports {name}: only ops may, and only when called"
         elif first == "unigendet" and room in MAY_IMPORT and room_of(name) not in ("", "__version__"):
             assert room_of(name) in MAY_IMPORT[room] | {room}, f"{module} imports {name}"
-        if room in ("layout", "config", "ops", "packing", "model"):
+        if room in ("layout", "schedule", "config", "ops", "packing", "model"):
             assert first not in HEAVY or (room == "model" and not at_module_level), f"{module} imports {name}"
         if room in ("model", "training"):
             assert first != "triton", f"{module} imports {name}"
         if room == "ops":
             assert first in {"unigendet", "torch", "numpy"} | sys.stdlib_module_names, f"{module} imports {name}"
-        if room == "layout":
+        if room in ("layout", "schedule"):
             assert first in {"torch", "numpy"} | sys.stdlib_module_names, f"{module} imports {name}"
 
 
@@ -167,7 +168,7 @@ print(*ours)
 def test_ops_compute_without_anything_but_torch():
     loaded = run_fresh(BLOCKED_OPS).split()
     assert "unigendet.ops.symbiotic_attention" in loaded
-    assert {room_of(name) for name in loaded} == {"", "layout", "ops"}
+    assert {room_of(name) for name in loaded} == {"", "layout", "schedule", "ops"}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_ops_compute_without_anything_but_torch():
         ("unigendet.layout", {"", "layout"}),
         ("unigendet.config", {"", "config"}),
         ("unigendet.packing", {"", "layout", "config", "packing"}),
-        ("unigendet.model.unigendet", {"", "layout", "config", "ops", "model"}),
+        ("unigendet.model.unigendet", {"", "layout", "schedule", "config", "ops", "model"}),
     ],
 )
 def test_what_an_import_loads(module, rooms):

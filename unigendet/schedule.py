@@ -1,12 +1,13 @@
 """Tile schedules: which tiles of queries and keys a kernel has to visit, and in which of them it needs the mask.
 
-Query rows and key rows are cut into tiles of ``block_m`` and ``block_n`` rows. A pair of tiles is *whole* if every query of
-the one sees every key of the other, so that no mask arithmetic is needed; *edge* if some do; otherwise it is not visited.
+Query rows and key rows are cut into tiles of ``block_m`` and ``block_n`` rows. A pair of tiles is *whole* if every query
+of the one sees every key of the other, so that no mask arithmetic is needed; *edge* if some do; otherwise it is not
+visited.
 
 A key is seen by one interval of queries (``Layout``), and the intervals of consecutive keys touch. So one key tile is
-visited by one interval of query tiles, its *active* interval, and is whole for one interval inside that. Both follow from
-the split lengths: a key tile meets few splits, and inside a split the intervals' ends are known at both ends of the
-piece. The work is proportional to the splits, the tiles and the length of the result.
+visited by one interval of query tiles, its *active* interval, and is whole for one interval inside that. Both follow
+from the split lengths: a key tile meets few splits, and inside a split the intervals' ends are known at both ends of
+the piece. The work is proportional to the splits, the tiles and the length of the result.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ class TileSchedule:
 
     Programs are started in the order of the entries, the longest first.
 
-    ================ ============== ==================================================================================
+    ================ ============== ===============================================================================
     attribute        shape (int32)  meaning
-    ================ ============== ==================================================================================
-    ``query_tiles``  [⌈T/m⌉, 8]     tile, first and end of its rows in whole_ranges, first and end in edge_tiles, 0, 0, 0
+    ================ ============== ===============================================================================
+    ``query_tiles``  [⌈T/m⌉, 8]     tile, its [first, end) in whole_ranges, its [first, end) in edge_tiles, 0, 0, 0
     ``whole_ranges`` [·, 2]         ranges of key tiles that are whole for a query tile: first and end
     ``edge_tiles``   [·]            key tiles that are edge tiles for a query tile
     ``key_tiles``    [⌈K/n⌉, 8]     tile, its interval of active query tiles, its interval of whole ones, 0, 0, 0
-    ================ ============== ==================================================================================
+    ================ ============== ===============================================================================
 
     ``holes``: whether key rows exist that no query sees. ``launched_pairs``: query-key pairs in all visited tiles.
     """
@@ -78,9 +79,7 @@ def _cached(table: bytes, num_keys: int, block_m: int, block_n: int, device: tor
     whole_first, edge_first = (np.searchsorted(rows, np.arange(count + 1)) for rows in (whole_rows, edge_rows))
     lengths = np.concatenate(([0], np.cumsum(whole_ranges[:, 1] - whole_ranges[:, 0])))
     work = np.diff(lengths[whole_first]) + np.diff(edge_first)
-    query_tiles = _by_work(
-        work, np.arange(count), whole_first[:-1], whole_first[1:], edge_first[:-1], edge_first[1:]
-    )
+    query_tiles = _by_work(work, np.arange(count), whole_first[:-1], whole_first[1:], edge_first[:-1], edge_first[1:])
     active = tiles.active_end - tiles.active_begin
     key_tiles = _by_work(
         active,

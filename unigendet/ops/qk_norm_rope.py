@@ -35,6 +35,7 @@ from unigendet.ops._arguments import (
     first_stream,
     reject,
 )
+from unigendet.ops._launching import capability, run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
 # Shapes: qkv [T, (Hq + 2 Hkv) D]; norm weights [D]; cos, sin [positions, D/2]; to_sequence, to_stream, positions [T].
@@ -230,9 +231,9 @@ def _launch_forward(
 
     to_sequence, _, positions = maps
     n = first_stream("qkv", qkv, lengths)
-    config = configure(_capability(qkv), heads, outputs[0].shape[2], "forward")
-    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions, key_rows)
-    _run(forward(config, *inputs, outputs, n, heads, eps), qkv)
+    config = configure(capability(qkv) or (9, 0), heads, outputs[0].shape[2], "forward")
+    inputs = (unit_stride(qkv), _weights(norms), unit_stride(cos), unit_stride(sin), to_sequence, positions, key_rows)
+    run_launches(forward(config, *inputs, outputs, n, heads, eps), qkv)
 
 
 def _triton_backward(
@@ -256,37 +257,21 @@ def _triton_backward(
     n = first_stream("qkv", qkv, lengths)
     results = _allocate_gradients(qkv, norms, output_mask)
     dqkv, *dnorms = (r if m else None for r, m in zip(results, output_mask, strict=True))
-    config = configure(_capability(qkv), heads, dq.shape[2], "backward")
+    config = configure(capability(qkv) or (9, 0), heads, dq.shape[2], "backward")
     partials = None
     if any(output_mask[1:]):
         programs = backward_programs(config, qkv.shape[0], n, heads)[1]
         partials = torch.empty((programs, 2, dq.shape[2]), dtype=torch.float32, device=qkv.device)
-    inputs = (_rows(qkv), _weights(norms), _rows(cos), _rows(sin), to_sequence, positions)
-    gradients = [_rows(x) for x in (dq, dk, dv)]
-    _run(backward(config, gradients, *inputs, dqkv, dnorms, partials, n, heads, eps), qkv)
+    inputs = (unit_stride(qkv), _weights(norms), unit_stride(cos), unit_stride(sin), to_sequence, positions)
+    gradients = [unit_stride(x) for x in (dq, dk, dv)]
+    run_launches(backward(config, gradients, *inputs, dqkv, dnorms, partials, n, heads, eps), qkv)
     return results
-
-
-def _rows(tensor: Tensor) -> Tensor:
-    """``tensor`` if its last dimension is contiguous, else a copy."""
-    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
     """The norm weights, contiguous and of one dtype, since a kernel chooses among them."""
     dtype = reduce(torch.promote_types, (w.dtype for w in norms))
     return [w.to(dtype).contiguous() for w in norms]
-
-
-def _capability(tensor: Tensor) -> tuple[int, int]:
-    """The compute capability of the device; the interpreter takes any."""
-    return torch.cuda.get_device_capability(tensor.device) if tensor.is_cuda else (9, 0)
-
-
-def _run(launches: Sequence[Any], tensor: Tensor) -> None:
-    with torch.cuda.device_of(tensor):
-        for launch in launches:
-            launch.run()
 
 
 def _copying(forward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[..., Tensor]:

@@ -20,7 +20,8 @@ that the next linear layer needs no permutation, stream-major.
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -28,8 +29,11 @@ from torch import Tensor
 from unigendet.layout import Layout, visible
 from unigendet.ops import symbiotic_attention_flash as flash_backend
 from unigendet.ops import symbiotic_attention_torch as torch_backend
+from unigendet.ops import symbiotic_attention_triton as triton_backend
 from unigendet.ops._arguments import compute_dtype, reject
 from unigendet.ops.backends import resolve, run
+
+MAX_HEAD_DIM = 128
 
 
 def symbiotic_attention(
@@ -42,6 +46,7 @@ def symbiotic_attention(
     out_order: Literal["sequence", "stream"] = "sequence",
     backend: str = "auto",
     return_lse: bool = False,
+    deterministic: bool = True,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention of a pack (paper section 3.2). Differentiable in q, k and v, also through lse (not with ``flash``).
 
@@ -54,6 +59,8 @@ def symbiotic_attention(
         out_order: order of the output's rows: ``"sequence"`` or ``"stream"`` (stream-major).
         backend: ``"auto"`` or a name of ``unigendet.ops.backends.BACKENDS``.
         return_lse: also return the log-sum-exp of each row's scores.
+        deterministic: the same bits in every run. False lets ``triton`` add up the gradient of q with atomics: fewer
+            operations, in no fixed order. The other backends pay no attention to it.
 
     Returns:
         Output [T, Hq, D] in q's dtype; with ``return_lse`` also lse [Hq, T], natural logarithm, sequence order, float32
@@ -69,7 +76,7 @@ def symbiotic_attention(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else float(scale)
     out_rows = layout.sequence_to_stream if out_order == "stream" else None
     out, lse = torch.ops.unigendet.symbiotic_attention(
-        q, k, v, layout.query_begin, layout.query_end, layout.splits, out_rows, scale, chosen
+        q, k, v, layout.query_begin, layout.query_end, layout.splits, out_rows, scale, chosen, deterministic
     )
     return (out, lse) if return_lse else out
 
@@ -80,10 +87,10 @@ def _check(q: Tensor, k: Tensor, v: Tensor, layout: Layout) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             reject(name, f"a {type(x).__name__}", "a tensor [tokens, heads, head_dim]")
-        if x.dim() != 3 or x.shape[1] == 0 or x.shape[2] == 0:
+        if x.dim() != 3 or x.shape[1] == 0 or not 1 <= x.shape[2] <= MAX_HEAD_DIM:
             raise ValueError(
                 f"{name} has shape {list(x.shape)}; it must be [tokens, heads, head_dim] with at least one head and "
-                "head_dim ≥ 1"
+                f"head_dim from 1 to {MAX_HEAD_DIM}"
             )
         if not x.dtype.is_floating_point or x.dtype != q.dtype:
             raise ValueError(f"{name} has dtype {x.dtype}; q, k and v must share one floating dtype (q has {q.dtype})")
@@ -112,15 +119,13 @@ def _op(
     out_rows: Tensor | None,
     scale: float,
     backend: str,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    out, lse = run(_FORWARD, backend, q, k, v, query_begin, query_end, splits, scale)
-    if out_rows is not None:
-        out = torch.empty_like(out).index_copy_(0, out_rows, out)
-    return out, lse
+    return run(_FORWARD, backend, q, k, v, query_begin, query_end, splits, out_rows, scale)
 
 
 @_op.register_fake
-def _(q, k, v, query_begin, query_end, splits, out_rows, scale, backend):  # noqa: ANN001, ANN202
+def _(q, k, v, query_begin, query_end, splits, out_rows, scale, backend, deterministic=True):  # noqa: ANN001, ANN202
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=compute_dtype(q))
 
 
@@ -139,12 +144,12 @@ def _backward_op(
     out_rows: Tensor | None,
     scale: float,
     backend: str,
+    deterministic: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if grad_out is None:
         grad_out = torch.zeros_like(out)
-    if out_rows is not None:
-        out, grad_out = out.index_select(0, out_rows), grad_out.index_select(0, out_rows)
-    return run(_BACKWARD, backend, grad_out, grad_lse, q, k, v, out, lse, query_begin, query_end, splits, scale)
+    inputs = (grad_out, grad_lse, q, k, v, out, lse, query_begin, query_end, splits, out_rows, scale)
+    return run(_BACKWARD, backend, *inputs, deterministic)
 
 
 @_backward_op.register_fake
@@ -153,18 +158,18 @@ def _(grad_out, grad_lse, q, k, v, *_rest):  # noqa: ANN001, ANN002, ANN202
 
 
 def _setup_context(ctx, inputs, output) -> None:  # noqa: ANN001
-    q, k, v, query_begin, query_end, splits, out_rows, ctx.scale, ctx.backend = inputs
+    q, k, v, query_begin, query_end, splits, out_rows, ctx.scale, ctx.backend, ctx.deterministic = inputs
     ctx.set_materialize_grads(False)  # an unused lse must not cost a pass with a gradient of zeros
     ctx.save_for_backward(q, k, v, *output, query_begin, query_end, splits, out_rows)
 
 
 def _autograd_backward(ctx, grad_out, grad_lse):  # noqa: ANN001, ANN202
     if grad_out is None and grad_lse is None:
-        return (None,) * 9
+        return (None,) * 10
     grads = torch.ops.unigendet.symbiotic_attention_backward(
-        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.backend
+        grad_out, grad_lse, *ctx.saved_tensors, ctx.scale, ctx.backend, ctx.deterministic
     )
-    return (*grads, *(None,) * 6)
+    return (*grads, *(None,) * 7)
 
 
 _op.register_autograd(_autograd_backward, setup_context=_setup_context)
@@ -264,5 +269,40 @@ def _flash_backward(
     return flash_backend.backward(grad_out, grad_lse, q, k, v, out, lse, splits, scale)
 
 
-_FORWARD = {"reference": _reference, "torch": _torch, "flash": _flash}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "flash": _flash_backward}
+def _storing_rows(forward: Callable[..., tuple[Tensor, Tensor]]) -> Callable[..., tuple[Tensor, Tensor]]:
+    """``forward``, with row t of its output stored at out_rows[t]."""
+
+    def call(*arguments: Any) -> tuple[Tensor, Tensor]:
+        *inputs, out_rows, scale = arguments
+        out, lse = forward(*inputs, scale)
+        return out if out_rows is None else torch.empty_like(out).index_copy_(0, out_rows, out), lse
+
+    return call
+
+
+def _loading_rows(backward: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+    """``backward`` of a ``forward`` under ``_storing_rows``; always deterministic."""
+
+    def call(
+        grad_out: Tensor, grad_lse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *rest: Any
+    ) -> Any:
+        *rest, out_rows, scale, _ = rest
+        if out_rows is not None:
+            out, grad_out = out.index_select(0, out_rows), grad_out.index_select(0, out_rows)
+        return backward(grad_out, grad_lse, q, k, v, out, *rest, scale)
+
+    return call
+
+
+_FORWARD = {
+    "reference": _storing_rows(_reference),
+    "torch": _storing_rows(_torch),
+    "flash": _storing_rows(_flash),
+    "triton": triton_backend.forward,
+}
+_BACKWARD = {
+    "reference": _loading_rows(_reference_backward),
+    "torch": _loading_rows(_torch_backward),
+    "flash": _loading_rows(_flash_backward),
+    "triton": triton_backend.backward,
+}
