@@ -54,6 +54,15 @@ def _dkdv_tile(
             q1_source, first, num_queries, head, stride_q_row, stride_q_head, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
         )
         st = dot(k1, q1.T, st)
+    do0 = load_rows(
+        do0_source, first, num_queries, head, stride_do_row, stride_do_head, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
+    )
+    dpt = dot(v0, do0.T)
+    if D1 > 0:
+        do1 = load_rows(
+            do1_source, first, num_queries, head, stride_do_row, stride_do_head, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
+        )
+        dpt = dot(v1, do1.T, dpt)
     per_head = head.to(tl.int64) * num_queries
     if EDGE:
         lse2 = tl.load(lse_ptr + per_head + query, is_query, other=0.0) * LOG2_E  # [M]
@@ -64,18 +73,10 @@ def _dkdv_tile(
     pt = tl.exp2(st * scale2 - lse2[None, :])
     if EDGE:
         pt = tl.where(visible(query[None, :], begin[:, None], end[:, None]), pt, 0.0)
-    do0 = load_rows(
-        do0_source, first, num_queries, head, stride_do_row, stride_do_head, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
-    )
     p = rounded(pt, k0.dtype)
     dv0 = dot(p, do0, dv0)
-    dpt = dot(v0, do0.T)
     if D1 > 0:
-        do1 = load_rows(
-            do1_source, first, num_queries, head, stride_do_row, stride_do_head, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
-        )
         dv1 = dot(p, do1, dv1)
-        dpt = dot(v1, do1.T, dpt)
     ds = rounded(pt * (dpt - delta[None, :]), k0.dtype)  # [N, M]
     dk0 = dot(ds, q0, dk0)
     if D1 > 0:
@@ -92,7 +93,8 @@ def attention_dkdv_kernel(
     q0_source, q1_source, k_ptr, v_ptr, do0_source, do1_source, dk_ptr, dv_ptr, dq_ptr, lse_ptr, delta_ptr,
     begin_ptr, end_ptr, key_tiles_ptr, scale, num_queries, num_keys,
     stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
-    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of key rows of one key/value head; see the module."""
@@ -178,7 +180,7 @@ def attention_dkdv(
     """
     heads, kv_heads, head_dim = q.shape[1], k.shape[1], q.shape[2]
     d0, d1 = head_dim_parts(head_dim)
-    tma, sources = tile_sources(config.tma, {"q": (q, config.block_m), "do": (grad_out, config.block_m)}, d0, d1)
+    sources = tile_sources(config.tma, {"q": (q, config.block_m), "do": (grad_out, config.block_m)}, d0, d1)
     arguments = {
         "k_ptr": k,
         "v_ptr": v,
@@ -203,7 +205,7 @@ def attention_dkdv(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "ATOMIC_DQ": dq_sum is not None,
-        "TMA": tma,
+        "TMA": config.tma,
     }
     grid = (schedule.key_tiles.shape[0] * kv_heads,)
     return (Launch(attention_dkdv_kernel, grid, arguments, config.num_warps, config.num_stages),)

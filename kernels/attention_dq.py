@@ -67,7 +67,8 @@ def attention_dq_kernel(
     q_ptr, k0_source, k1_source, v0_source, v1_source, do_ptr, dq_ptr, lse_ptr, delta_ptr, begin_ptr, end_ptr,
     query_tiles_ptr, whole_ranges_ptr, edge_tiles_ptr, scale, num_queries, num_keys,
     stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
-    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head; see the module."""
@@ -138,7 +139,7 @@ def attention_dq(
     """
     heads, head_dim = q.shape[1], q.shape[2]
     d0, d1 = head_dim_parts(head_dim)
-    tma, sources = tile_sources(config.tma, {"k": (k, config.block_n), "v": (v, config.block_n)}, d0, d1)
+    sources = tile_sources(config.tma, {"k": (k, config.block_n), "v": (v, config.block_n)}, d0, d1)
     arguments = {
         "q_ptr": q,
         **sources,
@@ -163,7 +164,7 @@ def attention_dq(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "HOLES": schedule.holes,
-        "TMA": tma,
+        "TMA": config.tma,
     }
     grid = (schedule.query_tiles.shape[0] * heads,)
     return (Launch(attention_dq_kernel, grid, arguments, config.num_warps, config.num_stages),)

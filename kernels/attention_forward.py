@@ -1,13 +1,15 @@
 """Symbiotic attention, forward: flash attention over the tiles of a schedule.
 
 A program computes one tile of query rows of one head. Its keys come as tiles, in two lists of the schedule: *edge*
-tiles, where the two integers of every key decide who sees it, then ranges of *whole* tiles, without any mask arithmetic.
-(In this order ptxas keeps the matrix products of both loops asynchronous.) Online softmax in base 2, c = scale · log2 e:
+tiles, where the two integers of every key decide who sees it, then ranges of *whole* tiles, without any mask
+arithmetic. (In this order ptxas keeps the matrix products of both loops asynchronous.) Online softmax in base 2, with
+c = scale · log2 e:
 
-    m' = max(m, max_j c s_j)      p_j = 2^(c s_j − m')      total ← total 2^(m − m') + Σ_j p_j
-         acc ← acc 2^(m − m') + p v
+    m' = max(m, max_j c s_j)                      p_j = 2^(c s_j − m')
+    total ← total 2^(m − m') + Σ_j p_j            acc ← acc 2^(m − m') + Σ_j p_j v_j            m ← m'
 
-and in the end out = acc / total, lse = (m + log2 total) ln 2. Everything but the factors of the matrix products is float32.
+and in the end out = acc / total, lse = (m + log2 total) ln 2. All of it is float32, but for the factors of the matrix
+products, which have the inputs' dtype.
 
 head_dim is computed in one or two column blocks, D0 and D1 wide (``config.head_dim_parts``).
 """
@@ -76,11 +78,12 @@ def attention_forward_kernel(
     whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row, stride_q_head,
     stride_k_row, stride_k_head, stride_v_row, stride_v_head, HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HOLES: tl.constexpr, REORDER: tl.constexpr, TMA: tl.constexpr,
+    HOLES: tl.constexpr, NEGATE: tl.constexpr, REORDER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head; see the module.
 
     HOLES: key rows that nobody sees may hold anything. REORDER: row t of the output is stored at out_rows[t].
+    NEGATE: scale is negative. The maximum is taken before scaling, by |scale|, so the sign goes to q.
     """
     program = tl.program_id(0)
     head = program % HEADS
@@ -88,17 +91,16 @@ def attention_forward_kernel(
     entry = query_tiles_ptr + (program // HEADS) * 8
     first = tl.load(entry) * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)  # [M]
-    # The maximum below is taken before scaling, so the factor must not be negative; the sign goes to q.
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    scale2 = scale * sign * LOG2_E
+    scale2 = tl.abs(scale) * LOG2_E
     q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, True, False)
-    q0 = (q0 * sign).to(q0.dtype)
     q1 = q0
     if D1 > 0:
         q1 = load_rows(
             q_ptr, first, num_queries, head, stride_q_row, stride_q_head, D0, D1, HEAD_DIM, BLOCK_M, True, False
         )
-        q1 = (q1 * sign).to(q1.dtype)
+    if NEGATE:
+        q0 = -q0
+        q1 = -q1
     acc0 = zeros(BLOCK_M, D0)
     acc1 = zeros(BLOCK_M, D1)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -157,7 +159,7 @@ def attention_forward(
     """
     heads, head_dim = q.shape[1], q.shape[2]
     d0, d1 = head_dim_parts(head_dim)
-    tma, sources = tile_sources(config.tma, {"k": (k, config.block_n), "v": (v, config.block_n)}, d0, d1)
+    sources = tile_sources(config.tma, {"k": (k, config.block_n), "v": (v, config.block_n)}, d0, d1)
     arguments = {
         "q_ptr": q,
         **sources,
@@ -181,8 +183,9 @@ def attention_forward(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "HOLES": schedule.holes,
+        "NEGATE": scale < 0,
         "REORDER": out_rows is not None,
-        "TMA": tma,
+        "TMA": config.tma,
     }
     grid = (schedule.query_tiles.shape[0] * heads,)
     return (Launch(attention_forward_kernel, grid, arguments, config.num_warps, config.num_stages),)

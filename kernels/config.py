@@ -1,13 +1,15 @@
 """Launch configurations: values that can be printed and compared, chosen by a pure function.
 
-A configuration is chosen by what the compiler makes of it (no spills in a loop, asynchronous wgmma, shared memory within
-the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better: ``tuned.json``
-beside this file holds measured winners, which ``python -m benchmarks.tune_attention`` writes there for review.
+A configuration is chosen by what the compiler makes of it (no spills in a loop, asynchronous wgmma, shared memory
+within the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better:
+``tuned.json`` beside this file holds measured winners, which ``python -m benchmarks.tune_attention`` writes there for
+review.
 """
 
 from __future__ import annotations
 
 import json
+from bisect import bisect_left
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,7 @@ MAX_HEAD_DIM = 128
 class AttentionConfig:
     """Tile of ``block_m`` queries × ``block_n`` keys, warps of a program, stages of its load pipeline.
 
-    ``tma``: load tiles through tensor descriptors where the tensors' strides allow it (sm_90 and later).
+    ``tma``: load tiles through tensor descriptors (sm_90 and later), which the tensors' strides must allow.
     """
 
     block_m: int
@@ -50,22 +52,31 @@ def tuned_key(capability: tuple[int, int], head_dim: int, dtype: str, direction:
     return f"sm_{capability[0]}{capability[1]}/{head_dim}/{dtype}/{direction}"
 
 
-# (block_m, block_n, warps, stages) by direction, for 2-byte dtypes, by whether head_dim is over 64.
-_HOPPER = {
-    "forward": {False: (128, 128, 8, 3), True: (128, 128, 8, 2)},
-    "backward_dkdv": {False: (64, 128, 8, 2), True: (32, 128, 8, 2)},
-    "backward_dkdv_atomic": {False: (64, 128, 8, 2), True: (32, 128, 8, 2)},
-    "backward_dq": {False: (128, 64, 8, 2), True: (128, 64, 8, 2)},
+# (block_m, block_n, warps, stages) for 2-byte dtypes and head_dim up to 64, 96 and 128.
+_HEAD_DIMS = (64, 96, 128)
+_HOPPER_DESCRIPTORS = {
+    "forward": ((128, 128, 8, 3), (128, 128, 8, 2), (128, 128, 8, 2)),
+    "backward_dkdv": ((128, 64, 8, 2), (64, 128, 8, 2), (64, 128, 8, 2)),
+    "backward_dkdv_atomic": ((64, 128, 8, 2), (64, 128, 8, 2), (64, 64, 8, 2)),
+    "backward_dq": ((128, 64, 8, 2),) * 3,
+}
+_HOPPER_POINTERS = {
+    "forward": ((128, 64, 8, 2),) * 3,
+    "backward_dkdv": ((64, 64, 8, 2),) * 3,
+    "backward_dkdv_atomic": ((64, 64, 8, 2),) * 3,
+    "backward_dq": ((128, 64, 8, 2),) * 3,
 }
 _AMPERE = {
-    "forward": {False: (128, 64, 4, 3), True: (128, 64, 8, 3)},
-    "backward_dkdv": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
-    "backward_dkdv_atomic": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
-    "backward_dq": {False: (64, 64, 4, 2), True: (64, 64, 8, 2)},
+    "forward": ((128, 64, 8, 3), (64, 64, 4, 2), (64, 64, 4, 2)),
+    "backward_dkdv": ((64, 64, 4, 2), (64, 64, 8, 2), (64, 64, 8, 2)),
+    "backward_dkdv_atomic": ((64, 64, 8, 2), (32, 64, 4, 2), (64, 64, 8, 2)),
+    "backward_dq": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 8, 2)),
 }
 
 
-def attention_config(capability: tuple[int, int] | None, head_dim: int, dtype: str, direction: str) -> AttentionConfig:
+def attention_config(
+    capability: tuple[int, int] | None, head_dim: int, dtype: str, direction: str, *, describable: bool = True
+) -> AttentionConfig:
     """The launch configuration of one direction of attention.
 
     Args:
@@ -73,6 +84,7 @@ def attention_config(capability: tuple[int, int] | None, head_dim: int, dtype: s
         head_dim: 1 to 128.
         dtype: "bfloat16", "float16" or "float32".
         direction: one of ``DIRECTIONS``.
+        describable: whether tensor descriptors can describe the tensors (``launch.describable``).
 
     Raises:
         ValueError: the device is too old.
@@ -85,9 +97,11 @@ def attention_config(capability: tuple[int, int] | None, head_dim: int, dtype: s
             "8.0 (backend='torch' runs anywhere)"
         )
     tuned = _tuned().get(tuned_key(capability, head_dim, dtype, direction))
-    if tuned is not None:
+    if tuned is not None and describable:
         return AttentionConfig(**tuned)
-    if dtype == "float32":  # no tensor cores: multiplied in full precision, from tiles that fit shared memory
-        return AttentionConfig(32, 32, 4, 1)
-    hopper = capability >= (9, 0)
-    return AttentionConfig(*(_HOPPER if hopper else _AMPERE)[direction][head_dim > 64], tma=hopper)
+    if dtype == "float32":  # multiplied in full precision, without tensor cores, from registers
+        block = 16 if "dkdv" in direction else 32
+        return AttentionConfig(block, block, 8, 1)
+    tma = capability >= (9, 0) and describable
+    table = _HOPPER_DESCRIPTORS if tma else _HOPPER_POINTERS if capability >= (9, 0) else _AMPERE
+    return AttentionConfig(*table[direction][bisect_left(_HEAD_DIMS, head_dim)], tma=tma)

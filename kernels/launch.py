@@ -32,30 +32,32 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def tile_sources(wanted: bool, tensors: Mapping[str, tuple[Any, int]], d0: int, d1: int) -> tuple[bool, dict[str, Any]]:
-    """What a kernel loads tiles from: descriptors if ``wanted`` and possible for all tensors, else the tensors.
+def tile_sources(use_descriptors: bool, tensors: Mapping[str, tuple[Any, int]], d0: int, d1: int) -> dict[str, Any]:
+    """What a kernel loads tiles from: descriptors or the tensors themselves.
 
-    ``tensors``: by name x, a tensor [rows, heads, D] and the rows of a tile. Returned are whether descriptors are used,
-    and the arguments x0_source and x1_source for the two column blocks of D, ``d0`` and ``d1`` wide (None if d1 is 0).
+    ``tensors``: by name x, a tensor [rows, heads, D] and the rows of a tile. Returned are the arguments x0_source and
+    x1_source for the two column blocks of D, ``d0`` and ``d1`` wide (None if d1 is 0).
     """
-    use = wanted and all(_describable(x) for x, _ in tensors.values())
     sources = {}
     for name, (x, rows) in tensors.items():
         for part, width in enumerate((d0, d1)):
-            source = None if width == 0 else _descriptor(x, rows, width) if use else x
+            source = None if width == 0 else _descriptor(x, rows, width) if use_descriptors else x
             sources[f"{name}{part}_source"] = source
-    return use, sources
+    return sources
 
 
-def _describable(x: Any) -> bool:
-    """Whether x [rows, heads, D] is a matrix [rows, heads · D] that the copy engine can read: multiples of 16 bytes."""
-    bytes_ = x.element_size()
-    return (
+def describable(*tensors: Any) -> bool:
+    """Whether each [rows, heads, D] is a matrix [rows, heads · D] that the copy engine can read.
+
+    It wants rows at multiples of 16 bytes; heads must be side by side.
+    """
+    return all(
         x.stride(2) == 1
         and x.stride(1) == x.shape[2]
-        and x.stride(0) * bytes_ % 16 == 0
-        and x.shape[2] * bytes_ % 16 == 0
+        and x.stride(0) * x.element_size() % 16 == 0
+        and x.shape[2] * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0
+        for x in tensors
     )
 
 

@@ -1,8 +1,8 @@
 """Tile schedules: which tiles of queries and keys a kernel has to visit, and in which of them it needs the mask.
 
-Query rows and key rows are cut into tiles of ``block_m`` and ``block_n`` rows. A pair of tiles is *whole* if every query
-of the one sees every key of the other, so that no mask arithmetic is needed; *edge* if some do; otherwise it is not
-visited.
+Query rows and key rows are cut into tiles of ``block_m`` and ``block_n`` rows. A pair of tiles is *whole* if every
+query of the one sees every key of the other, so that no mask arithmetic is needed; *edge* if some do; otherwise it is
+not visited.
 
 A key is seen by one interval of queries (``Layout``), and the intervals of consecutive keys touch. So one key tile is
 visited by one interval of query tiles, its *active* interval, and is whole for one interval inside that. Both follow

@@ -20,10 +20,16 @@ if TYPE_CHECKING:
     from unigendet.kernels.config import AttentionConfig
 
 
-def _configure(q: Tensor, k: Tensor, splits: Tensor, direction: str) -> tuple[AttentionConfig, TileSchedule]:
+def _configure(
+    q: Tensor, k: Tensor, splits: Tensor, direction: str, *tiled: Tensor
+) -> tuple[AttentionConfig, TileSchedule]:
+    """Configuration and schedule of a kernel that loads tiles of the tensors ``tiled``."""
     from unigendet.kernels import config as configs
+    from unigendet.kernels.launch import describable, dtype_name
 
-    config = configs.attention_config(capability(q), q.shape[2], str(q.dtype).removeprefix("torch."), direction)
+    config = configs.attention_config(
+        capability(q), q.shape[2], dtype_name(q), direction, describable=describable(*tiled)
+    )
     return config, tile_schedule(splits, k.shape[0], config.block_m, config.block_n, q.device)
 
 
@@ -48,7 +54,7 @@ def forward(
     q, k, v = (unit_stride(x) for x in (q, k, v))
     out = _empty(q)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
-    config, schedule = _configure(q, k, splits, "forward")
+    config, schedule = _configure(q, k, splits, "forward", k, v)
     run_launches(attention_forward(q, k, v, out, lse, query_begin, query_end, schedule, out_rows, scale, config), q)
     return out, lse
 
@@ -83,10 +89,11 @@ def backward(
     dq, dk, dv = _empty(q), _empty(k), _empty(v)
     inputs, mask = (q, k, v, in_sequence, lse, delta), (query_begin, query_end)
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
-    config, schedule = _configure(q, k, splits, "backward_dkdv" if deterministic else "backward_dkdv_atomic")
+    direction = "backward_dkdv" if deterministic else "backward_dkdv_atomic"
+    config, schedule = _configure(q, k, splits, direction, q, in_sequence)
     run_launches(attention_dkdv(*inputs, dk, dv, dq_sum, *mask, schedule, scale, config), q)
     if dq_sum is None:
-        config, schedule = _configure(q, k, splits, "backward_dq")
+        config, schedule = _configure(q, k, splits, "backward_dq", k, v)
         run_launches(attention_dq(*inputs, dq, *mask, schedule, scale, config), q)
     else:
         run_launches(scaled_copy(dq_sum, dq, scale), q)
