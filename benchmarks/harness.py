@@ -174,9 +174,12 @@ def device_name(device: torch.device) -> str:
 
 
 def kernels_hash(folder: Path = ROOT / "kernels") -> str:
-    """sha256 over the names and contents of the kernel sources: results of other kernels are stale."""
+    """sha256 over the names and contents of the kernels' sources and tuned configurations.
+
+    Results of other kernels are stale.
+    """
     digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.py")):
+    for path in sorted((*folder.glob("*.py"), *folder.glob("*.json"))):
         for part in (path.name.encode(), path.read_bytes()):
             digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()

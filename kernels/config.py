@@ -15,7 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 
 DIRECTIONS = ("forward", "backward_dkdv", "backward_dkdv_atomic", "backward_dq")
-MAX_HEAD_DIM = 128
+TUNED_PATH = Path(__file__).parent / "tuned.json"
 
 
 @dataclass(frozen=True)
@@ -43,8 +43,9 @@ def head_dim_parts(head_dim: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=1)
-def _tuned() -> dict[str, dict[str, int]]:
-    return json.loads((Path(__file__).parent / "tuned.json").read_text())
+def tuned() -> dict[str, dict[str, int | bool]]:
+    """The fields of measured configurations, by ``tuned_key``: what ``TUNED_PATH`` holds, read once."""
+    return json.loads(TUNED_PATH.read_text())
 
 
 def tuned_key(capability: tuple[int, int], head_dim: int, dtype: str, direction: str) -> str:
@@ -96,9 +97,9 @@ def attention_config(
             f"backend='triton': the device has compute capability {capability[0]}.{capability[1]}; it must be at least "
             "8.0 (backend='torch' runs anywhere)"
         )
-    tuned = _tuned().get(tuned_key(capability, head_dim, dtype, direction))
-    if tuned is not None and describable:
-        return AttentionConfig(**tuned)
+    measured = tuned().get(tuned_key(capability, head_dim, dtype, direction))
+    if measured is not None and (describable or not measured["tma"]):
+        return AttentionConfig(**measured)
     if dtype == "float32":  # multiplied in full precision, without tensor cores, from registers
         block = 16 if "dkdv" in direction else 32
         return AttentionConfig(block, block, 8, 1)
