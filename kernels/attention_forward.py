@@ -121,6 +121,7 @@ def attention_forward_kernel(
             )  # fmt: skip
     rows = query.to(tl.int64)
     is_query = query < num_queries
+    total = tl.where(is_query, total, 1.0)  # rows past the end have seen nothing; they are not stored
     if REORDER:
         rows = tl.load(out_rows_ptr + query, is_query, other=0)
     store_rows(out_ptr, rows, is_query, head, acc0 / total[:, None], HEADS, 0, D0, HEAD_DIM)

@@ -22,7 +22,7 @@ def test_the_fastest_wins_unless_its_lead_is_noise():
 def test_what_cannot_run_is_skipped():
     unable = AttentionConfig(256, 256, 4, 2)
     assert choose(CURRENT, [unable, FASTER], TIMES.get, [].append) == FASTER
-    with pytest.raises(RuntimeError, match="block_m=256.* cannot run"):
+    with pytest.raises(RuntimeError, match=r"block_m=256.* cannot run"):
         choose(unable, [FASTER], TIMES.get, [].append)
 
 
