@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+# The oldest Triton that the package allows, without torch: the tests compile the kernels with it.
+OLDEST_TRITON := $(VENV)/triton-oldest
 # The GPU machine's own Python, with its own torch, triton, pytest and setuptools (77 or later): `make gpu` takes nothing
 # from the network. The benchmarks run even if a test fails.
 GPU_PYTHON ?= python3
@@ -18,9 +20,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
 
+$(OLDEST_TRITON)/.installed: $(INSTALLED) constraints-triton-oldest.txt
+	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-triton-oldest.txt triton
+	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
 install: $(INSTALLED)  ## Create .venv and install the package with all extras
 
-test: $(INSTALLED)  ## Run the tests that need no GPU
+test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
+test: $(INSTALLED) $(OLDEST_TRITON)/.installed  ## Run the tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist worksteal

@@ -11,6 +11,7 @@ launched (``ahead_of_time``). Columns of the table:
 ``CTAs``    programs that fit on a multiprocessor at a time, by registers, shared memory and threads
 ``matrix``  tensor core instructions; ``serial`` if ptxas waits for each (C7510 and its like)
 ``wide``    loads and stores of 16 bytes per thread, and copies of memory to shared memory: by threads, by TMA
+``narrow``  loads, stores and copies of less than 4 bytes per thread: the compiler did not see an alignment
 =========== ==================================================================================================
 """
 
@@ -61,6 +62,7 @@ class Resources:
     wide_stores: int
     wide_copies: int
     tma_copies: int
+    narrow: int
     warnings: tuple[str, ...]
 
 
@@ -109,13 +111,14 @@ def resources(name: str, launch: Launch, arch: int, head_dim: int, dtype: str) -
         wide_stores=wide("STG"),
         wide_copies=wide("LDGSTS"),
         tma_copies=sum(x.name.startswith("UTMALDG") for x in code),
+        narrow=sum(x.name in ("LDG", "STG", "LDGSTS") and x.bytes_ < 4 for x in code),
         warnings=warnings,
     )
 
 
 _HEADER = (
     f"{'kernel':<30}{'sm':>3}{'D':>5} {'dtype':<9}{'tile':>9}{'warps':>6}{'stages':>7}{'regs':>6}{'spill':>7}"
-    f"{'in loop':>9}{'smem':>8}{'CTAs':>6}  {'matrix':<18}{'wide (load store copy TMA)'}"
+    f"{'in loop':>9}{'smem':>8}{'CTAs':>6}  {'matrix':<18}{'wide: load store copy TMA; narrow'}"
 )
 
 
@@ -126,7 +129,7 @@ def line(row: Resources) -> str:
     text = (
         f"{row.kernel:<30}{row.arch:>3}{row.head_dim:>5} {row.dtype:<9}{row.tile:>9}{row.num_warps:>6}"
         f"{row.num_stages:>7}{row.registers:>6}{row.spill_stores:>7}{row.loop_spills:>9}{row.shared:>8}{row.ctas:>6}  "
-        f"{matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}"
+        f"{matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
     )
     return "\n".join((text, *(f"    {warning}" for warning in row.warnings)))
 
