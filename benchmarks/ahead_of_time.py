@@ -20,13 +20,12 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
-
 from unigendet.kernels import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward
 from unigendet.kernels.attention_delta import attention_delta, scaled_copy
 from unigendet.kernels.attention_dkdv import attention_dkdv
 from unigendet.kernels.attention_dq import attention_dq
 from unigendet.kernels.attention_forward import attention_forward
-from unigendet.kernels.config import AttentionConfig, attention_config
+from unigendet.kernels.config import DIRECTIONS, AttentionConfig, attention_config
 from unigendet.kernels.launch import Launch
 
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}
@@ -182,8 +181,13 @@ def rope_launches(
 def launches(
     capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
 ) -> Iterator[tuple[str, Launch]]:
-    """Every kernel by name, as configured."""
+    """Every kernel by name, as configured; where tensor descriptors are used, also without them."""
     yield from attention_launches(capability, head_dim, dtype, pack=pack)
+    if capability >= (9, 0):
+        configs = {d: attention_config(capability, head_dim, dtype, d, describable=False) for d in DIRECTIONS}
+        for name, launch in attention_launches(capability, head_dim, dtype, configs, pack):
+            if name in DIRECTIONS:
+                yield f"{name}_pointers", launch
     yield from rope_launches(capability, head_dim, dtype, pack)
 
 

@@ -20,15 +20,16 @@ from __future__ import annotations
 import argparse
 import json
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import triton
-
-from benchmarks import ahead_of_time, sass
 from unigendet.kernels.config import DIRECTIONS, AttentionConfig
 from unigendet.kernels.launch import Launch
+
+from benchmarks import ahead_of_time, sass
 
 REGISTERS, THREADS, MAX_CTAS, WARP_REGISTERS, PARTITIONS = 65536, 2048, 32, 256, 4  # of sm_80 and sm_90
 RESERVED = 1024  # bytes of shared memory that the system takes per program
@@ -123,7 +124,7 @@ _HEADER = (
 
 
 def line(row: Resources) -> str:
-    """The table's line, and ptxas's warnings below."""
+    """The table's line, and ptxas's warnings below, those that differ in a line number once."""
     matrix = f"wgmma {row.wgmma}" if row.wgmma else f"mma {row.mma}" if row.mma else "-"
     matrix += " serial" if row.serialized else ""
     text = (
@@ -131,7 +132,8 @@ def line(row: Resources) -> str:
         f"{row.num_stages:>7}{row.registers:>6}{row.spill_stores:>7}{row.loop_spills:>9}{row.shared:>8}{row.ctas:>6}  "
         f"{matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
     )
-    return "\n".join((text, *(f"    {warning}" for warning in row.warnings)))
+    warnings = Counter(re.sub(r" in around line \d+", "", warning) for warning in row.warnings)
+    return "\n".join((text, *(f"    {count} x {warning}" for warning, count in warnings.items())))
 
 
 def _config(text: str) -> AttentionConfig:

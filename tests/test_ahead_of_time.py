@@ -14,15 +14,15 @@ from pathlib import Path
 
 import pytest
 from triton.runtime.jit import JITFunction
+from unigendet.kernels.config import AttentionConfig
 
 from benchmarks import ahead_of_time, resources, sass
-from unigendet.kernels.config import AttentionConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 OLDEST = "3.6.0"
 OLDEST_PYTHON = "UNIGENDET_OLDEST_TRITON_PYTHON"
 TRITONS = ("installed", "oldest")
-ATTENTION = {"forward", "forward_cached", "backward_dkdv", "backward_dkdv_atomic", "backward_dq"}
+ATTENTION = ("forward", "backward")  # how the kernels with matrix products are called
 REDUCTIONS = {"qk_norm_rope_weight_gradients"}  # store a few numbers per program
 MAX_SPILL = 128  # bytes outside loops
 MAX_SHARED = {80: 163 * 1024, 90: 227 * 1024}
@@ -63,7 +63,7 @@ def complaints(row):
         f"{row['spill_stores']} bytes of spills": row["spill_stores"] > MAX_SPILL,
         f"{row['shared']} bytes of shared memory": row["shared"] > MAX_SHARED[row["arch"]],
         "serialized wgmma": row["serialized"],
-        f"no {matrix}": row["kernel"] in ATTENTION and row[matrix] == 0,
+        f"no {matrix}": row["kernel"].startswith(ATTENTION) and row[matrix] == 0,
         "no loads of 16 bytes": wide_reads == 0,
         "no stores of 16 bytes": row["kernel"] not in REDUCTIONS and row["wide_stores"] == 0,
         f"{row['narrow']} loads or stores of less than 4 bytes": row["narrow"] > 0,
@@ -130,8 +130,8 @@ def test_no_pack_makes_a_kernel_compile_again(triton):
     done = run(python_of(triton)[0], "-c", SPECIALIZATIONS)
     assert done.returncode == 0, done.stderr
     keys = json.loads(done.stdout)
-    names = [name for name, _ in ahead_of_time.launches((9, 0), 128, "bfloat16")]
-    assert len(keys) == len(names) * 2 * len(ahead_of_time.HEADS)
+    names = [name for major in (8, 9) for name, _ in ahead_of_time.launches((major, 0), 128, "bfloat16")]
+    assert len(keys) == len(names) * len(ahead_of_time.HEADS)
     assert all(len(each) == 5 for each in keys.values())
     assert [name for name, each in keys.items() if len(set(each)) > 1] == []
     assert keys["forward (9, 0) 64"] != keys["forward (9, 0) 128"]
