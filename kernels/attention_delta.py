@@ -26,8 +26,8 @@ _NUMBERS = 4096  # of a program
 
 @triton.jit(do_not_specialize=["num_queries"])
 def attention_delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr, do_sequence_ptr, out_rows_ptr, num_queries, stride_out_row, stride_out_head,
-    stride_do_row, stride_do_head, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
+    out_ptr, do_ptr, dlse_ptr, delta_ptr, do_sequence_ptr, out_rows_ptr, num_queries, stride_out_row, STRIDE_OUT_HEAD: tl.constexpr,
+    stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
     ROWS: tl.constexpr, HAS_DLSE: tl.constexpr, REORDER: tl.constexpr, COPY: tl.constexpr,
 ):  # fmt: skip
     """delta of some rows of one head. REORDER: row t of out and dO is out_rows[t]. COPY: also write dO's rows."""
@@ -41,8 +41,8 @@ def attention_delta_kernel(
     columns = tl.arange(0, COLUMNS)
     mask = is_query[:, None] & (columns < HEAD_DIM)[None, :]
     wide_head = head.to(tl.int64)
-    out = tl.load(out_ptr + rows[:, None] * stride_out_row + wide_head * stride_out_head + columns, mask, other=0.0)
-    do = tl.load(do_ptr + rows[:, None] * stride_do_row + wide_head * stride_do_head + columns, mask, other=0.0)
+    out = tl.load(out_ptr + rows[:, None] * stride_out_row + wide_head * STRIDE_OUT_HEAD + columns, mask, other=0.0)
+    do = tl.load(do_ptr + rows[:, None] * stride_do_row + wide_head * STRIDE_DO_HEAD + columns, mask, other=0.0)
     delta = tl.sum(out.to(tl.float32) * do.to(tl.float32), 1)  # [ROWS]
     per_head = wide_head * num_queries
     if HAS_DLSE:
@@ -93,16 +93,24 @@ def attention_delta(
     return (Launch(attention_delta_kernel, (triton.cdiv(queries, rows) * heads,), arguments, 4, 1),)
 
 
-@triton.jit(do_not_specialize=["numbers"])
-def scaled_copy_kernel(source_ptr, target_ptr, scale, numbers, BLOCK: tl.constexpr):
-    """target = scale · source, rounded to target's dtype, over flat memory."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(source_ptr + i, i < numbers, other=0.0)
-    tl.store(target_ptr + i, rounded(x * scale, target_ptr.dtype.element_ty), i < numbers)
+@triton.jit(do_not_specialize=["rows"])
+def scaled_copy_kernel(
+    source_ptr, target_ptr, scale, rows, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """target = scale · source, rounded to target's dtype, both [rows, WIDTH]: a tile of ROWS × COLUMNS."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    offsets = row[:, None] * WIDTH + column[None, :]
+    mask = (row < rows)[:, None] & (column < WIDTH)[None, :]
+    x = tl.load(source_ptr + offsets, mask, other=0.0)
+    tl.store(target_ptr + offsets, rounded(x * scale, target_ptr.dtype.element_ty), mask)
 
 
 def scaled_copy(source: Tensor, target: Tensor, scale: float) -> tuple[Launch, ...]:
-    """The launch for target = scale · source; float32 into any dtype, same shape, both contiguous."""
-    numbers = source.numel()
-    arguments = {"source_ptr": source, "target_ptr": target, "scale": scale, "numbers": numbers, "BLOCK": _NUMBERS}
-    return (Launch(scaled_copy_kernel, (triton.cdiv(numbers, _NUMBERS),), arguments, 8, 1),)
+    """The launch for target = scale · source; float32 into any dtype, both [T, Hq, D], contiguous."""
+    rows, width = source.shape[0], source.shape[1] * source.shape[2]
+    columns = min(512, triton.next_power_of_2(width))
+    tile = _NUMBERS // columns
+    arguments = {"source_ptr": source, "target_ptr": target, "scale": scale, "rows": rows}
+    arguments |= {"WIDTH": width, "ROWS": tile, "COLUMNS": columns}
+    return (Launch(scaled_copy_kernel, (triton.cdiv(rows, tile), triton.cdiv(width, columns)), arguments, 8, 1),)

@@ -37,7 +37,7 @@ def _add_rows(ptr, rows, is_row, head, x, HEADS: tl.constexpr, COLUMN: tl.conste
 @triton.jit
 def _dkdv_tile(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, begin, end, q0_source, q1_source, do0_source, do1_source, lse_ptr, delta_ptr,
-    dq_ptr, tile, head, num_queries, stride_q_row, stride_q_head, stride_do_row, stride_do_head, scale2,
+    dq_ptr, tile, head, num_queries, stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_do_row, STRIDE_DO_HEAD: tl.constexpr, scale2,
     HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
     EDGE: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -46,21 +46,21 @@ def _dkdv_tile(
     query = first + tl.arange(0, BLOCK_M)  # [M]
     is_query = query < num_queries
     q0 = load_rows(
-        q0_source, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
+        q0_source, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
     )
     st = dot(k0, q0.T)  # [N, M]
     if D1 > 0:
         q1 = load_rows(
-            q1_source, first, num_queries, head, stride_q_row, stride_q_head, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
+            q1_source, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
         )
         st = dot(k1, q1.T, st)
     do0 = load_rows(
-        do0_source, first, num_queries, head, stride_do_row, stride_do_head, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
+        do0_source, first, num_queries, head, stride_do_row, STRIDE_DO_HEAD, 0, D0, HEAD_DIM, BLOCK_M, EDGE, TMA
     )
     dpt = dot(v0, do0.T)
     if D1 > 0:
         do1 = load_rows(
-            do1_source, first, num_queries, head, stride_do_row, stride_do_head, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
+            do1_source, first, num_queries, head, stride_do_row, STRIDE_DO_HEAD, D0, D1, HEAD_DIM, BLOCK_M, EDGE, TMA
         )
         dpt = dot(v1, do1.T, dpt)
     per_head = head.to(tl.int64) * num_queries
@@ -92,8 +92,8 @@ def _dkdv_tile(
 def attention_dkdv_kernel(
     q0_source, q1_source, k_ptr, v_ptr, do0_source, do1_source, dk_ptr, dv_ptr, dq_ptr, lse_ptr, delta_ptr,
     begin_ptr, end_ptr, key_tiles_ptr, scale, num_queries, num_keys,
-    stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
-    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
+    stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -112,18 +112,18 @@ def attention_dkdv_kernel(
     end = tl.load(end_ptr + key, is_key, other=0)
     # A row that nobody sees may hold anything; its gradient is zero.
     seen = (begin < end)[:, None]
-    k0 = load_rows(k_ptr, first, num_keys, kv_head, stride_k_row, stride_k_head, 0, D0, HEAD_DIM, BLOCK_N, True, False)
-    v0 = load_rows(v_ptr, first, num_keys, kv_head, stride_v_row, stride_v_head, 0, D0, HEAD_DIM, BLOCK_N, True, False)
+    k0 = load_rows(k_ptr, first, num_keys, kv_head, stride_k_row, STRIDE_K_HEAD, 0, D0, HEAD_DIM, BLOCK_N, True, False)
+    v0 = load_rows(v_ptr, first, num_keys, kv_head, stride_v_row, STRIDE_V_HEAD, 0, D0, HEAD_DIM, BLOCK_N, True, False)
     k0 = tl.where(seen, k0, 0.0).to(k0.dtype)
     v0 = tl.where(seen, v0, 0.0).to(v0.dtype)
     k1 = k0
     v1 = v0
     if D1 > 0:
         k1 = load_rows(
-            k_ptr, first, num_keys, kv_head, stride_k_row, stride_k_head, D0, D1, HEAD_DIM, BLOCK_N, True, False
+            k_ptr, first, num_keys, kv_head, stride_k_row, STRIDE_K_HEAD, D0, D1, HEAD_DIM, BLOCK_N, True, False
         )
         v1 = load_rows(
-            v_ptr, first, num_keys, kv_head, stride_v_row, stride_v_head, D0, D1, HEAD_DIM, BLOCK_N, True, False
+            v_ptr, first, num_keys, kv_head, stride_v_row, STRIDE_V_HEAD, D0, D1, HEAD_DIM, BLOCK_N, True, False
         )
         k1 = tl.where(seen, k1, 0.0).to(k1.dtype)
         v1 = tl.where(seen, v1, 0.0).to(v1.dtype)
@@ -139,14 +139,14 @@ def attention_dkdv_kernel(
         tile = tl.where(nth < before, active_begin + nth, whole_end + nth - before)
         dk0, dk1, dv0, dv1 = _dkdv_tile(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, begin, end, q0_source, q1_source, do0_source, do1_source, lse_ptr,
-            delta_ptr, dq_ptr, tile, kv_head * GROUP + i % GROUP, num_queries, stride_q_row, stride_q_head,
-            stride_do_row, stride_do_head, scale2, HEADS, HEAD_DIM, D0, D1, BLOCK_M, True, ATOMIC_DQ, TMA,
+            delta_ptr, dq_ptr, tile, kv_head * GROUP + i % GROUP, num_queries, stride_q_row, STRIDE_Q_HEAD,
+            stride_do_row, STRIDE_DO_HEAD, scale2, HEADS, HEAD_DIM, D0, D1, BLOCK_M, True, ATOMIC_DQ, TMA,
         )  # fmt: skip
     for i in range((whole_end - whole_begin) * GROUP):
         dk0, dk1, dv0, dv1 = _dkdv_tile(
             dk0, dk1, dv0, dv1, k0, k1, v0, v1, begin, end, q0_source, q1_source, do0_source, do1_source, lse_ptr,
             delta_ptr, dq_ptr, whole_begin + i // GROUP, kv_head * GROUP + i % GROUP, num_queries, stride_q_row,
-            stride_q_head, stride_do_row, stride_do_head, scale2, HEADS, HEAD_DIM, D0, D1, BLOCK_M, False, ATOMIC_DQ,
+            STRIDE_Q_HEAD, stride_do_row, STRIDE_DO_HEAD, scale2, HEADS, HEAD_DIM, D0, D1, BLOCK_M, False, ATOMIC_DQ,
             TMA,
         )  # fmt: skip
     rows = key.to(tl.int64)

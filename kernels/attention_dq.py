@@ -23,14 +23,14 @@ if TYPE_CHECKING:
 @triton.jit
 def _dq_tile(
     dq0, dq1, q0, q1, do0, do1, lse2, delta, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
-    tile, head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2,
+    tile, head, num_keys, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, scale2,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
     EDGE: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dq0 [M, D0], dq1 [M, D1]. ``lse2``: lse in base 2 [M]; ``scale2``: scale · log2 e."""
     first = tile * BLOCK_N
-    k0 = load_rows(k0_source, first, num_keys, head, stride_k_row, stride_k_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
-    v0 = load_rows(v0_source, first, num_keys, head, stride_v_row, stride_v_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
+    k0 = load_rows(k0_source, first, num_keys, head, stride_k_row, STRIDE_K_HEAD, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
+    v0 = load_rows(v0_source, first, num_keys, head, stride_v_row, STRIDE_V_HEAD, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
     if EDGE:
         key = first + tl.arange(0, BLOCK_N)
         begin = tl.load(begin_ptr + key, key < num_keys, other=0)  # [N]
@@ -42,10 +42,10 @@ def _dq_tile(
     dp = dot(do0, v0.T)
     if D1 > 0:
         k1 = load_rows(
-            k1_source, first, num_keys, head, stride_k_row, stride_k_head, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
+            k1_source, first, num_keys, head, stride_k_row, STRIDE_K_HEAD, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
         )
         v1 = load_rows(
-            v1_source, first, num_keys, head, stride_v_row, stride_v_head, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
+            v1_source, first, num_keys, head, stride_v_row, STRIDE_V_HEAD, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
         )
         if EDGE and HOLES:
             k1 = tl.where((begin < end)[:, None], k1, 0.0).to(k1.dtype)
@@ -66,8 +66,8 @@ def _dq_tile(
 def attention_dq_kernel(
     q_ptr, k0_source, k1_source, v0_source, v1_source, do_ptr, dq_ptr, lse_ptr, delta_ptr, begin_ptr, end_ptr,
     query_tiles_ptr, whole_ranges_ptr, edge_tiles_ptr, scale, num_queries, num_keys,
-    stride_q_row, stride_q_head, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
-    stride_do_row, stride_do_head, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
+    stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
+    stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -79,18 +79,18 @@ def attention_dq_kernel(
     first = tl.load(entry) * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)  # [M]
     is_query = query < num_queries
-    q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, True, False)
+    q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, 0, D0, HEAD_DIM, BLOCK_M, True, False)
     do0 = load_rows(
-        do_ptr, first, num_queries, head, stride_do_row, stride_do_head, 0, D0, HEAD_DIM, BLOCK_M, True, False
+        do_ptr, first, num_queries, head, stride_do_row, STRIDE_DO_HEAD, 0, D0, HEAD_DIM, BLOCK_M, True, False
     )
     q1 = q0
     do1 = do0
     if D1 > 0:
         q1 = load_rows(
-            q_ptr, first, num_queries, head, stride_q_row, stride_q_head, D0, D1, HEAD_DIM, BLOCK_M, True, False
+            q_ptr, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, D0, D1, HEAD_DIM, BLOCK_M, True, False
         )
         do1 = load_rows(
-            do_ptr, first, num_queries, head, stride_do_row, stride_do_head, D0, D1, HEAD_DIM, BLOCK_M, True, False
+            do_ptr, first, num_queries, head, stride_do_row, STRIDE_DO_HEAD, D0, D1, HEAD_DIM, BLOCK_M, True, False
         )
     per_head = head.to(tl.int64) * num_queries
     lse2 = tl.load(lse_ptr + per_head + query, is_query, other=0.0) * LOG2_E  # [M]
@@ -102,14 +102,14 @@ def attention_dq_kernel(
         tile = tl.load(edge_tiles_ptr + i)
         dq0, dq1 = _dq_tile(
             dq0, dq1, q0, q1, do0, do1, lse2, delta, query, k0_source, k1_source, v0_source, v1_source,
-            begin_ptr, end_ptr, tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
+            begin_ptr, end_ptr, tile, kv_head, num_keys, stride_k_row, STRIDE_K_HEAD, stride_v_row, STRIDE_V_HEAD,
             scale2, HEAD_DIM, D0, D1, BLOCK_N, True, HOLES, TMA,
         )  # fmt: skip
     for i in range(tl.load(entry + 1), tl.load(entry + 2)):
         for tile in range(tl.load(whole_ranges_ptr + 2 * i), tl.load(whole_ranges_ptr + 2 * i + 1)):
             dq0, dq1 = _dq_tile(
                 dq0, dq1, q0, q1, do0, do1, lse2, delta, query, k0_source, k1_source, v0_source, v1_source,
-                begin_ptr, end_ptr, tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head,
+                begin_ptr, end_ptr, tile, kv_head, num_keys, stride_k_row, STRIDE_K_HEAD, stride_v_row, STRIDE_V_HEAD,
                 scale2, HEAD_DIM, D0, D1, BLOCK_N, False, HOLES, TMA,
             )  # fmt: skip
     rows = query.to(tl.int64)

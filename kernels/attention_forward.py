@@ -32,17 +32,17 @@ if TYPE_CHECKING:
 @triton.jit
 def _attend_tile(
     acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr, tile, head,
-    num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2, HEAD_DIM: tl.constexpr,
+    num_keys, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, scale2, HEAD_DIM: tl.constexpr,
     D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, HOLES: tl.constexpr,
     TMA: tl.constexpr,
 ):  # fmt: skip
     """The online-softmax update with one tile of keys. acc0 [M, D0], acc1 [M, D1], m and total [M]."""
     first = tile * BLOCK_N
-    k0 = load_rows(k0_source, first, num_keys, head, stride_k_row, stride_k_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
+    k0 = load_rows(k0_source, first, num_keys, head, stride_k_row, STRIDE_K_HEAD, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
     s = dot(q0, k0.T)  # [M, N]
     if D1 > 0:
         k1 = load_rows(
-            k1_source, first, num_keys, head, stride_k_row, stride_k_head, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
+            k1_source, first, num_keys, head, stride_k_row, STRIDE_K_HEAD, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
         )
         s = dot(q1, k1.T, s)
     if EDGE:
@@ -57,14 +57,14 @@ def _attend_tile(
     p = tl.exp2(s * scale2 - shift[:, None])  # [M, N]
     alpha = tl.exp2(m - shift)
     total = total * alpha + tl.sum(p, 1)
-    v0 = load_rows(v0_source, first, num_keys, head, stride_v_row, stride_v_head, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
+    v0 = load_rows(v0_source, first, num_keys, head, stride_v_row, STRIDE_V_HEAD, 0, D0, HEAD_DIM, BLOCK_N, EDGE, TMA)
     if EDGE and HOLES:
         v0 = tl.where((begin < end)[:, None], v0, 0.0).to(v0.dtype)
     p = rounded(p, v0.dtype)
     acc0 = dot(p, v0, acc0 * alpha[:, None])
     if D1 > 0:
         v1 = load_rows(
-            v1_source, first, num_keys, head, stride_v_row, stride_v_head, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
+            v1_source, first, num_keys, head, stride_v_row, STRIDE_V_HEAD, D0, D1, HEAD_DIM, BLOCK_N, EDGE, TMA
         )
         if EDGE and HOLES:
             v1 = tl.where((begin < end)[:, None], v1, 0.0).to(v1.dtype)
@@ -75,8 +75,8 @@ def _attend_tile(
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_forward_kernel(
     q_ptr, k0_source, k1_source, v0_source, v1_source, out_ptr, lse_ptr, begin_ptr, end_ptr, query_tiles_ptr,
-    whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row, stride_q_head,
-    stride_k_row, stride_k_head, stride_v_row, stride_v_head, HEADS: tl.constexpr, GROUP: tl.constexpr,
+    whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row, STRIDE_Q_HEAD: tl.constexpr,
+    stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     HOLES: tl.constexpr, NEGATE: tl.constexpr, REORDER: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -92,11 +92,11 @@ def attention_forward_kernel(
     first = tl.load(entry) * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)  # [M]
     scale2 = tl.abs(scale) * LOG2_E
-    q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, True, False)
+    q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, 0, D0, HEAD_DIM, BLOCK_M, True, False)
     q1 = q0
     if D1 > 0:
         q1 = load_rows(
-            q_ptr, first, num_queries, head, stride_q_row, stride_q_head, D0, D1, HEAD_DIM, BLOCK_M, True, False
+            q_ptr, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, D0, D1, HEAD_DIM, BLOCK_M, True, False
         )
     if NEGATE:
         q0 = -q0
@@ -109,14 +109,14 @@ def attention_forward_kernel(
         tile = tl.load(edge_tiles_ptr + i)
         acc0, acc1, m, total = _attend_tile(
             acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
-            tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2,
+            tile, kv_head, num_keys, stride_k_row, STRIDE_K_HEAD, stride_v_row, STRIDE_V_HEAD, scale2,
             HEAD_DIM, D0, D1, BLOCK_N, True, HOLES, TMA,
         )  # fmt: skip
     for i in range(tl.load(entry + 1), tl.load(entry + 2)):
         for tile in range(tl.load(whole_ranges_ptr + 2 * i), tl.load(whole_ranges_ptr + 2 * i + 1)):
             acc0, acc1, m, total = _attend_tile(
                 acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
-                tile, kv_head, num_keys, stride_k_row, stride_k_head, stride_v_row, stride_v_head, scale2,
+                tile, kv_head, num_keys, stride_k_row, STRIDE_K_HEAD, stride_v_row, STRIDE_V_HEAD, scale2,
                 HEAD_DIM, D0, D1, BLOCK_N, False, HOLES, TMA,
             )  # fmt: skip
     rows = query.to(tl.int64)

@@ -68,6 +68,10 @@ def _descriptor(x: Any, rows: int, width: int) -> Any:
 
 
 def head_strides(**tensors: Any) -> dict[str, int]:
-    """``stride_{name}_row`` and ``stride_{name}_head`` of tensors [rows, heads, D]."""
+    """``stride_{name}_row`` and ``STRIDE_{NAME}_HEAD`` of tensors [rows, heads, D].
+
+    Strides of heads are constants: Triton looks for multiples of 16 in run-time integers only, and a head of 72 numbers
+    begins at a multiple of 8, which still allows for loads of 16 bytes.
+    """
     names = {f"stride_{name}_row": x.stride(0) for name, x in tensors.items()}
-    return names | {f"stride_{name}_head": x.stride(1) for name, x in tensors.items()}
+    return names | {f"STRIDE_{name.upper()}_HEAD": x.stride(1) for name, x in tensors.items()}
