@@ -88,9 +88,9 @@ def attention_forward_kernel(
     entry = query_tiles_ptr + (program // HEADS) * 8
     first = tl.load(entry) * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)  # [M]
-    # The maximum below is taken before scaling, so the factor must not be negative; the sign goes to q.
-    sign = tl.where(scale < 0, -1.0, 1.0)
-    scale2 = scale * sign * LOG2_E
+    # The maximum below is taken before scaling, and −∞ is scaled, so the factor must be positive; the sign goes to q.
+    sign = tl.where(scale < 0, -1.0, tl.where(scale == 0, 0.0, 1.0))
+    scale2 = tl.where(scale == 0, 1.0, scale * sign) * LOG2_E
     q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, stride_q_head, 0, D0, HEAD_DIM, BLOCK_M, True, False)
     q0 = (q0 * sign).to(q0.dtype)
     q1 = q0
