@@ -46,6 +46,15 @@ TILE_PACKS = {
 }
 
 
+def factor_of(backend, dtype):
+    """How many times the error of plain PyTorch is allowed.
+
+    The gradient recomputes the probabilities from lse and takes delta from the output, where plain PyTorch keeps both.
+    Beside what plain PyTorch loses by keeping scores in 2 bytes, that is nothing for kernels with float32 sums.
+    """
+    return 2 if backend == "triton" and dtype.itemsize == 2 else 4
+
+
 def layout_of(name):
     """The layout of a pack, with every third query in the generation stream."""
     pack = (PACKS | TILE_PACKS)[name]

@@ -22,7 +22,7 @@ from unigendet.model.losses import (
     noise_latents,
     shift_timesteps,
 )
-from unigendet.ops import ImageGrids
+from unigendet.ops import ImageGrids, backends
 from unigendet.packing import LatentImage, Text, VitImage, pack
 
 LOSS, STATE, FLOOR = 1e-5, 1e-4, 1e-6  # relative; relative; absolute (gradients that are truly zero)
@@ -174,8 +174,24 @@ def run_inference(golden, model):
 RUN = {"gduf": run_gduf, "diga": run_diga, "inference": run_inference}
 
 
-@pytest.mark.parametrize("backend", ["reference", "torch"])
-def test_golden(golden_file, backend, tmp_path):
+def prefer_triton(monkeypatch):
+    """As "auto" chooses on a GPU: Triton's kernels (here in its interpreter) where they exist, else plain PyTorch."""
+    chosen = []
+
+    def automatic(op, tensors):
+        fits = tensors[0].dtype in backends._TRITON_DTYPES and "triton" in backends._BUILT[op]
+        chosen.append((op, "triton" if fits else "torch"))
+        return chosen[-1][1]
+
+    monkeypatch.setattr(backends, "_automatic", automatic)
+    return chosen
+
+
+@pytest.mark.parametrize("backend", ["reference", "torch", "triton"])
+def test_golden(golden_file, backend, tmp_path, monkeypatch):
     golden = Golden.read(golden_file)
     torch.manual_seed(0)
-    RUN[golden.metadata["kind"]](golden, golden.model(tmp_path, backend))
+    chosen = prefer_triton(monkeypatch) if backend == "triton" else None
+    RUN[golden.metadata["kind"]](golden, golden.model(tmp_path, "auto" if backend == "triton" else backend))
+    if chosen is not None:
+        assert {("symbiotic_attention", "triton"), ("qk_norm_rope", "triton")} <= set(chosen)

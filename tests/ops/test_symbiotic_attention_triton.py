@@ -1,13 +1,13 @@
 """The Triton kernels of attention in Triton's interpreter: accuracy over packs, shapes, tiles and strides.
 
-Accuracy is twice that of plain PyTorch (tests/numerics.py). What holds for every backend is in test_symbiotic_attention.
+What holds for every backend is in test_symbiotic_attention.
 """
 
 import itertools
 
 import pytest
 import torch
-from attention_cases import DTYPES, PACKS, TILE_PACKS, arguments, layout_of, plain
+from attention_cases import DTYPES, PACKS, TILE_PACKS, arguments, factor_of, layout_of, plain
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, outputs_and_gradients
@@ -37,11 +37,14 @@ def triton(layout, **options):
 
 
 def check(layout, *, inputs=None, scale=None, out_order="sequence", deterministic=True, **shape):
-    """Output, lse and the gradients of both."""
+    """Output and lse are as accurate as a kernel can be; their gradients as ``factor_of`` says."""
     inputs = arguments(layout, **{"heads": (2, 1), "head_dim": 16, **shape}) if inputs is None else inputs
     expected = plain(layout, scale, out_order)
     candidate = triton(layout, scale=scale, out_order=out_order, deterministic=deterministic)
-    assert_accurate(candidate, expected, expected, inputs, seeds=1)
+    factor = factor_of("triton", inputs[0].dtype)
+    if factor > 2:
+        assert_accurate(candidate, expected, expected, [x.detach() for x in inputs], factor=2, seeds=1)
+    assert_accurate(candidate, expected, expected, inputs, factor=factor, seeds=1)
 
 
 @every_pack
@@ -137,7 +140,7 @@ def test_views_of_one_projection(tma, monkeypatch):
         return (*attend(q, k, v), *attend(q, k.expand(-1, 2, -1), v.expand(-1, 2, -1)))
 
     expected = lambda x: call(plain(layout), x)  # noqa: E731
-    assert_accurate(lambda x: call(triton(layout), x), expected, expected, [fused], seeds=1)
+    assert_accurate(lambda x: call(triton(layout), x), expected, expected, [fused], factor=4, seeds=1)
 
 
 @pytest.mark.parametrize("out_order", ["sequence", "stream"])
@@ -208,7 +211,8 @@ def test_results_over_disjoint_keys_merge(dtype):
     first = Layout.from_splits([[(18, "full"), text]], cached=[18])
     second = Layout.from_splits([[(length, "full")]])
     inputs = arguments(whole, heads=(2, 1), dtype=dtype)
-    assert_accurate(merging(first, second, length), plain(whole), plain(whole), inputs, seeds=2)
+    factor = factor_of("triton", dtype)
+    assert_accurate(merging(first, second, length), plain(whole), plain(whole), inputs, factor=factor, seeds=2)
 
 
 def test_descriptors_are_used_where_they_can_be(monkeypatch):
