@@ -35,8 +35,8 @@ PACKS = {
 # several noised images in a row; cached prefixes of whole tiles, with spare rows, and samples without queries.
 TILE_PACKS = {
     "one token": {"samples": [[(1, "causal")]]},
-    "image over tiles": {"samples": [[(3, "causal"), (70, "full"), (20, "noise")]]},
-    "text over tiles": {"samples": [[(75, "causal"), (9, "full")], [(7, "causal")]]},
+    "image over tiles": {"samples": [[(3, "causal"), (50, "full"), (20, "noise")]]},
+    "text over tiles": {"samples": [[(51, "causal"), (9, "full")], [(7, "causal")]]},
     "noised images": {"samples": [[(5, "causal"), (40, "noise"), (33, "noise"), (17, "full"), (1, "noise")]]},
     "cached tiles": {
         "samples": [[(40, "full"), (30, "causal")], [(5, "noise"), (20, "full")], [(33, "causal"), (34, "noise")]],
