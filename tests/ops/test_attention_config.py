@@ -89,7 +89,6 @@ def test_measured_winners_come_first(monkeypatch):
     usual = attention_config((9, 0), 128, "bfloat16", "backward_dq")
     monkeypatch.setattr(configs, "_tuned", lambda: {"sm_90/128/bfloat16/forward": winner})
     assert attention_config((9, 0), 128, "bfloat16", "forward") == AttentionConfig(64, 32, 2, 5, tma=True)
-    monkeypatch.setattr(configs, "_tuned", lambda: {"sm_90/128/bfloat16/forward": winner})
     for other in (((8, 0), 128, "bfloat16"), ((9, 0), 64, "bfloat16"), ((9, 0), 128, "float16")):
         assert attention_config(*other, "forward") != AttentionConfig(**winner)
     assert attention_config((9, 0), 128, "bfloat16", "backward_dq") == usual
