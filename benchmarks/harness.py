@@ -201,10 +201,11 @@ def default_path(op: str, device: torch.device) -> Path:
 
 
 class Record:
-    """The rows of a run, shown as they come and kept in a file (``path`` None: shown only)."""
+    """The rows of a run, shown (``columns`` of them) as they come and kept in a file (``path`` None: shown only)."""
 
-    def __init__(self, path: Path | None, header: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path | None, header: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
         self.path = path
+        self.columns = columns
         self.header = {"schema": SCHEMA, **header}
         self.rows: list[dict[str, Any]] = []
         self.complete = False
@@ -212,7 +213,7 @@ class Record:
     def add(self, **row: Any) -> None:
         """Add a row, show it, and write the file anew: what is done stays, whatever comes."""
         self.rows.append(row)
-        print("  ".join(_cell(name, row.get(name)) for name in COLUMNS), flush=True)
+        print("  ".join(_cell(name, row.get(name)) for name in self.columns), flush=True)
         self.write()
 
     def write(self) -> None:
@@ -225,9 +226,9 @@ class Record:
             temporary.replace(self.path)
 
 
-def show_header() -> None:
+def show_header(columns: Sequence[str] = COLUMNS) -> None:
     """Print the table's first line."""
-    print("  ".join(_cell(name, name) for name in COLUMNS))
+    print("  ".join(_cell(name, name) for name in columns))
 
 
 def _cell(name: str, value: Any) -> str:

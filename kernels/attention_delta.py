@@ -21,14 +21,15 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _ROWS = 32  # rows of a program: every row of a head is one contiguous piece, so more would only mean more registers
-_NUMBERS = 4096  # of a program
+_COPIED = 4096  # numbers that a program of the copy takes
 
 
 @triton.jit(do_not_specialize=["num_queries"])
 def attention_delta_kernel(
-    out_ptr, do_ptr, dlse_ptr, delta_ptr, do_sequence_ptr, out_rows_ptr, num_queries, stride_out_row, STRIDE_OUT_HEAD: tl.constexpr,
-    stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr, HAS_DLSE: tl.constexpr, REORDER: tl.constexpr, COPY: tl.constexpr,
+    out_ptr, do_ptr, dlse_ptr, delta_ptr, do_sequence_ptr, out_rows_ptr, num_queries, stride_out_row,
+    STRIDE_OUT_HEAD: tl.constexpr, stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr, HAS_DLSE: tl.constexpr, REORDER: tl.constexpr,
+    COPY: tl.constexpr,
 ):  # fmt: skip
     """delta of some rows of one head. REORDER: row t of out and dO is out_rows[t]. COPY: also write dO's rows."""
     program = tl.program_id(0)
@@ -71,8 +72,6 @@ def attention_delta(
         out_rows: int64 [T], the row of out and grad_out for each query row; None: the same.
     """
     queries, heads, head_dim = out.shape
-    columns = triton.next_power_of_2(head_dim)
-    rows = min(_ROWS, _NUMBERS // columns)
     arguments = {
         "out_ptr": out,
         "do_ptr": grad_out,
@@ -84,13 +83,13 @@ def attention_delta(
         **head_strides(out=out, do=grad_out),
         "HEADS": heads,
         "HEAD_DIM": head_dim,
-        "COLUMNS": columns,
-        "ROWS": rows,
+        "COLUMNS": triton.next_power_of_2(head_dim),
+        "ROWS": _ROWS,
         "HAS_DLSE": grad_lse is not None,
         "REORDER": out_rows is not None,
         "COPY": grad_sequence is not None,
     }
-    return (Launch(attention_delta_kernel, (triton.cdiv(queries, rows) * heads,), arguments, 4, 1),)
+    return (Launch(attention_delta_kernel, (triton.cdiv(queries, _ROWS) * heads,), arguments, 4, 1),)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -110,7 +109,7 @@ def scaled_copy(source: Tensor, target: Tensor, scale: float) -> tuple[Launch, .
     """The launch for target = scale · source; float32 into any dtype, both [T, Hq, D], contiguous."""
     rows, width = source.shape[0], source.shape[1] * source.shape[2]
     columns = min(512, triton.next_power_of_2(width))
-    tile = _NUMBERS // columns
+    tile = _COPIED // columns
     arguments = {"source_ptr": source, "target_ptr": target, "scale": scale, "rows": rows}
     arguments |= {"WIDTH": width, "ROWS": tile, "COLUMNS": columns}
     return (Launch(scaled_copy_kernel, (triton.cdiv(rows, tile), triton.cdiv(width, columns)), arguments, 8, 1),)

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
 
 @triton.jit
-def _add_rows(ptr, rows, is_row, head, x, HEADS: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr,
-              HEAD_DIM: tl.constexpr):  # fmt: skip
+def _add_rows(
+    ptr, rows, is_row, head, x, HEADS: tl.constexpr, COLUMN: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
     """Atomically add x [ROWS, WIDTH] to some columns of one head of a contiguous float32 [rows, HEADS, HEAD_DIM]."""
     columns = COLUMN + tl.arange(0, WIDTH)
     pointers = ptr + rows.to(tl.int64)[:, None] * (HEADS * HEAD_DIM) + (head * HEAD_DIM + columns)[None, :]
@@ -37,9 +38,9 @@ def _add_rows(ptr, rows, is_row, head, x, HEADS: tl.constexpr, COLUMN: tl.conste
 @triton.jit
 def _dkdv_tile(
     dk0, dk1, dv0, dv1, k0, k1, v0, v1, begin, end, q0_source, q1_source, do0_source, do1_source, lse_ptr, delta_ptr,
-    dq_ptr, tile, head, num_queries, stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_do_row, STRIDE_DO_HEAD: tl.constexpr, scale2,
-    HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr,
-    EDGE: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
+    dq_ptr, tile, head, num_queries, stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_do_row,
+    STRIDE_DO_HEAD: tl.constexpr, scale2, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK_M: tl.constexpr, EDGE: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of queries of one head to dk0, dv0 [N, D0] and dk1, dv1 [N, D1]."""
     first = tile * BLOCK_M
@@ -90,12 +91,11 @@ def _dkdv_tile(
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_dkdv_kernel(
-    q0_source, q1_source, k_ptr, v_ptr, do0_source, do1_source, dk_ptr, dv_ptr, dq_ptr, lse_ptr, delta_ptr,
-    begin_ptr, end_ptr, key_tiles_ptr, scale, num_queries, num_keys,
-    stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
-    stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
+    q0_source, q1_source, k_ptr, v_ptr, do0_source, do1_source, dk_ptr, dv_ptr, dq_ptr, lse_ptr, delta_ptr, begin_ptr,
+    end_ptr, key_tiles_ptr, scale, num_queries, num_keys, stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_k_row,
+    STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, stride_do_row,
+    STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr,
+    D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, ATOMIC_DQ: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of key rows of one key/value head; see the module."""
     program = tl.program_id(0)

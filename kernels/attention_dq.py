@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def _dq_tile(
     dq0, dq1, q0, q1, do0, do1, lse2, delta, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr,
     tile, head, num_keys, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, scale2,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr,
-    EDGE: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    HOLES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add one tile of keys to dq0 [M, D0], dq1 [M, D1]. ``lse2``: lse in base 2 [M]; ``scale2``: scale · log2 e."""
     first = tile * BLOCK_N
@@ -65,11 +65,11 @@ def _dq_tile(
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_dq_kernel(
     q_ptr, k0_source, k1_source, v0_source, v1_source, do_ptr, dq_ptr, lse_ptr, delta_ptr, begin_ptr, end_ptr,
-    query_tiles_ptr, whole_ranges_ptr, edge_tiles_ptr, scale, num_queries, num_keys,
-    stride_q_row, STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
+    query_tiles_ptr, whole_ranges_ptr, edge_tiles_ptr, scale, num_queries, num_keys, stride_q_row,
+    STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
     stride_do_row, STRIDE_DO_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr, TMA: tl.constexpr,
+    D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head; see the module."""
     program = tl.program_id(0)

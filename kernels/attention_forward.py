@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 @triton.jit
 def _attend_tile(
     acc0, acc1, m, total, q0, q1, query, k0_source, k1_source, v0_source, v1_source, begin_ptr, end_ptr, tile, head,
-    num_keys, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, scale2, HEAD_DIM: tl.constexpr,
-    D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr, HOLES: tl.constexpr,
-    TMA: tl.constexpr,
+    num_keys, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, scale2,
+    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_N: tl.constexpr, EDGE: tl.constexpr,
+    HOLES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """The online-softmax update with one tile of keys. acc0 [M, D0], acc1 [M, D1], m and total [M]."""
     first = tile * BLOCK_N
@@ -75,10 +75,11 @@ def _attend_tile(
 @triton.jit(do_not_specialize=["num_queries", "num_keys"])
 def attention_forward_kernel(
     q_ptr, k0_source, k1_source, v0_source, v1_source, out_ptr, lse_ptr, begin_ptr, end_ptr, query_tiles_ptr,
-    whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row, STRIDE_Q_HEAD: tl.constexpr,
-    stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr,
-    HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    HOLES: tl.constexpr, NEGATE: tl.constexpr, REORDER: tl.constexpr, TMA: tl.constexpr,
+    whole_ranges_ptr, edge_tiles_ptr, out_rows_ptr, scale, num_queries, num_keys, stride_q_row,
+    STRIDE_Q_HEAD: tl.constexpr, stride_k_row, STRIDE_K_HEAD: tl.constexpr, stride_v_row, STRIDE_V_HEAD: tl.constexpr,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, HEAD_DIM: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HOLES: tl.constexpr, NEGATE: tl.constexpr, REORDER: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of query rows of one head; see the module.
 
@@ -92,6 +93,7 @@ def attention_forward_kernel(
     first = tl.load(entry) * BLOCK_M
     query = first + tl.arange(0, BLOCK_M)  # [M]
     scale2 = tl.abs(scale) * LOG2_E
+    scale2 = tl.where(scale2 == 0, 1e-37, scale2)  # the scores come to nothing either way, but −∞ · 0 is no number
     q0 = load_rows(q_ptr, first, num_queries, head, stride_q_row, STRIDE_Q_HEAD, 0, D0, HEAD_DIM, BLOCK_M, True, False)
     q1 = q0
     if D1 > 0:

@@ -103,6 +103,7 @@ def attention_config(
     if dtype == "float32":  # multiplied in full precision, without tensor cores, from registers
         block = 16 if "dkdv" in direction else 32
         return AttentionConfig(block, block, 8, 1)
-    tma = capability >= (9, 0) and describable
-    table = _HOPPER_DESCRIPTORS if tma else _HOPPER_POINTERS if capability >= (9, 0) else _AMPERE
+    large = capability[0] in (9, 10)  # 227 KiB of shared memory per program; 8.x and 12.x have less
+    tma = large and describable
+    table = _HOPPER_DESCRIPTORS if tma else _HOPPER_POINTERS if large else _AMPERE
     return AttentionConfig(*table[direction][bisect_left(_HEAD_DIMS, head_dim)], tma=tma)

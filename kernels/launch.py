@@ -49,11 +49,12 @@ def tile_sources(use_descriptors: bool, tensors: Mapping[str, tuple[Any, int]], 
 def describable(*tensors: Any) -> bool:
     """Whether each [rows, heads, D] is a matrix [rows, heads · D] that the copy engine can read.
 
-    It wants rows at multiples of 16 bytes; heads must be side by side.
+    It wants rows at multiples of 16 bytes that do not overlap; heads must be side by side.
     """
     return all(
         x.stride(2) == 1
         and x.stride(1) == x.shape[2]
+        and x.stride(0) >= x.shape[1] * x.shape[2]
         and x.stride(0) * x.element_size() % 16 == 0
         and x.shape[2] * x.element_size() % 16 == 0
         and x.data_ptr() % 16 == 0

@@ -62,7 +62,8 @@ def load_rows(
 
     ``source`` is a pointer, or a descriptor of a [rows, heads · HEAD_DIM] matrix with ROWS × WIDTH blocks. Rows from
     ``end`` on are zeros; without MASKED there must be none. Columns from HEAD_DIM on are zeros from a pointer; a
-    descriptor may give the next head's, so that the other factor of a product has to have the zeros.
+    descriptor gives the next head's, so the other factor of a product has to have the zeros. (An infinity or NaN in
+    that head then reaches this one, too; only for a HEAD_DIM that is not its blocks' width, such as 72.)
     """
     if TMA:
         x = source.load([first, head * HEAD_DIM + COLUMN])

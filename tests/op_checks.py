@@ -62,13 +62,16 @@ def check_writes_everything(
 ) -> None:
     """With uninitialised memory full of NaN, the results must be the same as without."""
     clean = outputs_and_gradients(function, inputs)
-    empty = torch.empty
 
-    def poisoned(*args: Any, **kwargs: Any) -> Tensor:
-        tensor = empty(*args, **kwargs)
-        return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+    def poisoned(empty: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def call(*args: Any, **kwargs: Any) -> Tensor:
+            tensor = empty(*args, **kwargs)
+            return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
+
+        return call
 
     with monkeypatch.context() as patch:
-        patch.setattr(torch, "empty", poisoned)
+        for name in ("empty", "empty_like"):
+            patch.setattr(torch, name, poisoned(getattr(torch, name)))
         dirty = outputs_and_gradients(function, inputs)
     assert_same(dirty, clean)

@@ -10,6 +10,7 @@ import dataclasses
 import pytest
 import torch
 from golden import Golden, relative_error
+from unigendet.kernels import config as configs
 
 from unigendet.config import GuidanceConfig
 from unigendet.inference.detect import DetectionRequest, detect_packed
@@ -22,7 +23,7 @@ from unigendet.model.losses import (
     noise_latents,
     shift_timesteps,
 )
-from unigendet.ops import ImageGrids
+from unigendet.ops import ImageGrids, backends
 from unigendet.packing import LatentImage, Text, VitImage, pack
 
 LOSS, STATE, FLOOR = 1e-5, 1e-4, 1e-6  # relative; relative; absolute (gradients that are truly zero)
@@ -174,8 +175,34 @@ def run_inference(golden, model):
 RUN = {"gduf": run_gduf, "diga": run_diga, "inference": run_inference}
 
 
+def prefer_triton(monkeypatch, ops):
+    """As "auto" chooses on a GPU: Triton's kernels (here in its interpreter) for ``ops``, else plain PyTorch."""
+
+    def automatic(op, tensors):
+        fits = tensors[0].dtype in backends._TRITON_DTYPES
+        ran.add((op, "triton" if op in ops and fits else "torch"))
+        return "triton" if op in ops and fits else "torch"
+
+    ran = set()
+    monkeypatch.setattr(backends, "_automatic", automatic)
+    large = configs.AttentionConfig(64, 64, 4, 1)  # fewer programs to interpret
+    monkeypatch.setattr(configs, "attention_config", lambda *_, **__: large)
+    return ran
+
+
 @pytest.mark.parametrize("backend", ["reference", "torch"])
 def test_golden(golden_file, backend, tmp_path):
     golden = Golden.read(golden_file)
     torch.manual_seed(0)
     RUN[golden.metadata["kind"]](golden, golden.model(tmp_path, backend))
+
+
+def test_golden_with_triton(golden_file, tmp_path, monkeypatch):
+    golden = Golden.read(golden_file)
+    kind = golden.metadata["kind"]
+    ops = {op for op, names in backends.available().items() if "triton" in names}
+    if kind == "inference":  # hundreds of passes, and a program for every row: minutes in the interpreter
+        ops -= {"qk_norm_rope"}
+    ran = prefer_triton(monkeypatch, ops)
+    RUN[kind](golden, golden.model(tmp_path, "auto"))
+    assert {(op, "triton") for op in {"symbiotic_attention", "qk_norm_rope"} & ops} <= ran

@@ -64,12 +64,23 @@ def tile_schedule(splits: Tensor, num_keys: int, block_m: int, block_n: int, dev
         block_m: query rows per tile, at least 1.
         block_n: key rows per tile, at least 1.
         device: where the kernels run. The tables go there in one copy that the host does not wait for.
+
+    Raises:
+        ValueError: a CUDA graph is being captured. It would keep addresses of tables that the cache lets go.
     """
-    return _cached(splits.numpy().tobytes(), num_keys, block_m, block_n, device)
+    stream = 0
+    if device.type == "cuda":
+        if torch.cuda.is_current_stream_capturing():
+            raise ValueError(
+                "a tile schedule cannot be part of a CUDA graph; run attention with backend='triton' outside"
+            )
+        # Tables belong to the stream that copies them: another one would not wait for the copy.
+        stream = torch.cuda.current_stream(device).cuda_stream
+    return _cached(splits.numpy().tobytes(), num_keys, block_m, block_n, device, stream)
 
 
 @functools.lru_cache(maxsize=64)
-def _cached(table: bytes, num_keys: int, block_m: int, block_n: int, device: torch.device) -> TileSchedule:
+def _cached(table: bytes, num_keys: int, block_m: int, block_n: int, device: torch.device, stream: int) -> TileSchedule:
     splits = np.frombuffer(table, np.int64).reshape(-1, len(SPLIT_FIELDS))
     num_queries = int(splits[-1, 6])
     tiles = _key_tiles(splits, num_queries, num_keys, block_m, block_n)
@@ -192,7 +203,7 @@ def _by_work(work: np.ndarray, *columns: np.ndarray) -> np.ndarray:
 def _to_device(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
     """The tables as int32 parts of one buffer, each at a multiple of 16 bytes, as kernels assume of their pointers."""
     sizes = [-(-a.size // 4) * 4 for a in arrays]
-    buffer = torch.zeros(sum(sizes), dtype=torch.int32, pin_memory=device.type == "cuda")
+    buffer = torch.zeros(sum(sizes), dtype=torch.int32, device="cpu", pin_memory=device.type == "cuda")
     host = buffer.numpy()
     starts = np.cumsum([0, *sizes[:-1]])
     for array, start in zip(arrays, starts, strict=True):

@@ -6,9 +6,11 @@ before the call, so that traces, saved graphs and error messages say which imple
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -62,9 +64,18 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
 
 
 def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
-    """Triton's kernels on CUDA devices, for the dtypes they know; plain PyTorch otherwise."""
-    fits = tensors[0].device.type == "cuda" and tensors[0].dtype in _TRITON_DTYPES
+    """Triton's kernels on the CUDA devices and for the dtypes they know; plain PyTorch otherwise."""
+    fits = tensors[0].dtype in _TRITON_DTYPES and _compiles_triton(tensors[0].device)
     return "triton" if fits and "triton" in _BUILT[op] else "torch"
+
+
+@torch.compiler.assume_constant_result
+@functools.cache
+def _compiles_triton(device: torch.device) -> bool:
+    """Whether Triton is installed and compiles for ``device``."""
+    if device.type != "cuda" or find_spec("triton") is None:
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:

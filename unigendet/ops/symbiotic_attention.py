@@ -60,7 +60,8 @@ def symbiotic_attention(
         backend: ``"auto"`` or a name of ``unigendet.ops.backends.BACKENDS``.
         return_lse: also return the log-sum-exp of each row's scores.
         deterministic: the same bits in every run. False lets ``triton`` add up the gradient of q with atomics: fewer
-            operations, in no fixed order. The other backends pay no attention to it.
+            operations, in no fixed order, unless ``torch.use_deterministic_algorithms`` forbids it. The other backends
+            pay no attention to it.
 
     Returns:
         Output [T, Hq, D] in q's dtype; with ``return_lse`` also lse [Hq, T], natural logarithm, sequence order, float32

@@ -79,7 +79,9 @@ def backward(
     from unigendet.kernels.attention_dkdv import attention_dkdv
     from unigendet.kernels.attention_dq import attention_dq
 
-    q, k, v, grad_out = (unit_stride(x) for x in (q, k, v, grad_out))
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
+    q, k, v, out, grad_out = (unit_stride(x) for x in (q, k, v, out, grad_out))
+    lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
     in_sequence = grad_out if out_rows is None else _empty(grad_out)
