@@ -7,6 +7,8 @@ launched (``ahead_of_time``). Columns of the table:
 ``regs``    registers of a thread
 ``spill``   bytes that ptxas stores to local memory for want of registers, by its own count
 ``in loop`` bytes of local loads and stores inside loops, from the machine code's control flow
+``hot``     the same in the hot loop: the last one with tensor core instructions (whole tiles come after edge tiles), or
+            all if there is none
 ``smem``    bytes of shared memory of a program
 ``CTAs``    programs that fit on a multiprocessor at a time, by registers, shared memory and threads
 ``matrix``  tensor core instructions; ``serial`` if ptxas waits for each (C7510 and its like)
@@ -54,6 +56,7 @@ class Resources:
     registers: int
     spill_stores: int
     loop_spills: int
+    hot_spills: int
     shared: int
     ctas: int
     wgmma: int
@@ -65,6 +68,11 @@ class Resources:
     tma_copies: int
     narrow: int
     warnings: tuple[str, ...]
+
+
+def _spilled(loops: Sequence[Sequence[sass.Instruction]]) -> int:
+    """Bytes per thread that the instructions of ``loops`` move from and to local memory."""
+    return sum(x.bytes_ for loop in loops for x in loop if x.name in ("LDL", "STL"))
 
 
 def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
@@ -88,7 +96,8 @@ def resources(name: str, launch: Launch, arch: int, head_dim: int, dtype: str) -
     compiled = ahead_of_time.compile_launch(launch, arch)
     code = sass.instructions(compiled.sass)
     registers = int(re.search(r"Used (\d+) registers", compiled.log)[1])
-    local = [x.bytes_ for x, loop in zip(code, sass.in_loops(code), strict=True) if loop and x.name in ("LDL", "STL")]
+    loops = [[code[i] for i in loop] for loop in sass.loops(code)]
+    hot = [loop for loop in loops if any(x.name in ("HGMMA", "HMMA") for x in loop)][-1:] or loops
     warnings = tuple(_WARNING.findall(compiled.log))
     wide = lambda name: sum(x.name == name and x.bytes_ == 16 for x in code)  # noqa: E731
     return Resources(
@@ -102,7 +111,8 @@ def resources(name: str, launch: Launch, arch: int, head_dim: int, dtype: str) -
         tma=launch.arguments.get("TMA", False),
         registers=registers,
         spill_stores=int(re.search(r"(\d+) bytes spill stores", compiled.log)[1]),
-        loop_spills=sum(local),
+        loop_spills=_spilled(loops),
+        hot_spills=_spilled(hot),
         shared=compiled.shared,
         ctas=occupancy(arch, registers, compiled.shared, launch.num_warps),
         wgmma=sum(x.name == "HGMMA" for x in code),
@@ -119,7 +129,7 @@ def resources(name: str, launch: Launch, arch: int, head_dim: int, dtype: str) -
 
 _HEADER = (
     f"{'kernel':<30}{'sm':>3}{'D':>5} {'dtype':<9}{'tile':>9}{'warps':>6}{'stages':>7}{'regs':>6}{'spill':>7}"
-    f"{'in loop':>9}{'smem':>8}{'CTAs':>6}  {'matrix':<18}{'wide: load store copy TMA; narrow'}"
+    f"{'in loop':>9}{'hot':>5}{'smem':>8}{'CTAs':>6}  {'matrix':<18}{'wide: load store copy TMA; narrow'}"
 )
 
 
@@ -129,8 +139,8 @@ def line(row: Resources) -> str:
     matrix += " serial" if row.serialized else ""
     text = (
         f"{row.kernel:<30}{row.arch:>3}{row.head_dim:>5} {row.dtype:<9}{row.tile:>9}{row.num_warps:>6}"
-        f"{row.num_stages:>7}{row.registers:>6}{row.spill_stores:>7}{row.loop_spills:>9}{row.shared:>8}{row.ctas:>6}  "
-        f"{matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
+        f"{row.num_stages:>7}{row.registers:>6}{row.spill_stores:>7}{row.loop_spills:>9}"
+        f"{row.hot_spills:>5}{row.shared:>8}{row.ctas:>6}  {matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
     )
     warnings = Counter(re.sub(r" in around line \d+", "", warning) for warning in row.warnings)
     return "\n".join((text, *(f"    {count} x {warning}" for warning, count in warnings.items())))

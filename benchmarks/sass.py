@@ -1,4 +1,4 @@
-"""Reading machine code, as cuobjdump -sass prints it: instructions, and which of them lie in loops."""
+"""Reading machine code, as cuobjdump -sass prints it: instructions and loops."""
 
 from __future__ import annotations
 
@@ -55,8 +55,8 @@ def _successors(code: Sequence[Instruction]) -> list[list[int]]:
     return following
 
 
-def in_loops(code: Sequence[Instruction]) -> list[bool]:
-    """For each instruction, whether it can be run again: whether the control flow has a cycle through it.
+def loops(code: Sequence[Instruction]) -> list[list[int]]:
+    """The outermost loops: the indices of their instructions, loops and indices in the order of the code.
 
     Addresses alone do not tell: ptxas moves rarely taken parts of a loop behind the end of the kernel. So these are the
     strongly connected components of the flow graph, found by Tarjan's algorithm (without recursion).
@@ -66,7 +66,7 @@ def in_loops(code: Sequence[Instruction]) -> list[bool]:
     low: dict[int, int] = {}
     stack: list[int] = []
     on_stack = [False] * len(code)
-    result = [i in edges for i, edges in enumerate(following)]
+    result = []
     for root in range(len(code)):
         if root in order:
             continue
@@ -89,9 +89,10 @@ def in_loops(code: Sequence[Instruction]) -> list[bool]:
                 low[work[-1][0]] = min(low[work[-1][0]], low[node])
             if low[node] == order[node]:
                 start = stack.index(node)
-                component = stack[start:]
+                component = sorted(stack[start:])
                 del stack[start:]
                 for member in component:
                     on_stack[member] = False
-                    result[member] |= len(component) > 1
-    return result
+                if len(component) > 1 or node in following[node]:
+                    result.append(component)
+    return sorted(result)

@@ -57,16 +57,18 @@ def compiled(python, path, *options):
 def complaints(row):
     """What is wrong with a kernel as it was compiled."""
     matrix = "wgmma" if row["arch"] == 90 else "mma"
+    # RoPE pairs the halves of a head. One of 36 numbers is no multiple of 16 bytes.
+    narrow_heads = row["kernel"].startswith("qk_norm_rope") and row["head_dim"] % 16 > 0
     wide_reads = row["wide_loads"] + row["wide_copies"] + row["tma_copies"]
     wrong = {
-        f"{row['loop_spills']} bytes of spills in a loop": row["loop_spills"] > 0,
+        f"{row['hot_spills']} bytes of spills in the hot loop": row["hot_spills"] > 0,
         f"{row['spill_stores']} bytes of spills": row["spill_stores"] > MAX_SPILL,
         f"{row['shared']} bytes of shared memory": row["shared"] > MAX_SHARED[row["arch"]],
         "serialized wgmma": row["serialized"],
         f"no {matrix}": row["kernel"].startswith(ATTENTION) and row[matrix] == 0,
         "no loads of 16 bytes": wide_reads == 0,
-        "no stores of 16 bytes": row["kernel"] not in REDUCTIONS and row["wide_stores"] == 0,
-        f"{row['narrow']} loads or stores of less than 4 bytes": row["narrow"] > 0,
+        "no stores of 16 bytes": not narrow_heads and row["kernel"] not in REDUCTIONS and row["wide_stores"] == 0,
+        f"{row['narrow']} loads or stores of less than 4 bytes": not narrow_heads and row["narrow"] > 0,
     }
     return [complaint for complaint, holds in wrong.items() if holds]
 
@@ -92,7 +94,7 @@ def test_a_bad_configuration_is_noticed(tmp_path):
     (row,) = compiled(sys.executable, tmp_path / "rows.json", *options)["rows"]
     assert row["registers"] == 255
     assert row["spill_stores"] > MAX_SPILL
-    assert row["loop_spills"] > 0
+    assert row["loop_spills"] >= row["hot_spills"] > 0
     assert {"spills", "loop"} <= {complaint.split()[-1] for complaint in complaints(row)}
 
 
@@ -185,8 +187,8 @@ def test_loops_of_machine_code():
     """A loop's part behind the end of the kernel is in the loop; a subroutine that returns is none."""
     code = sass.instructions(SASS)
     assert [x.address for x in code] == list(range(0, 0xC0, 0x10))
-    looping = {x.address for x, loop in zip(code, sass.in_loops(code), strict=True) if loop}
-    assert looping == {0x20, 0x30, 0x40, 0x80, 0x90, 0xA0}
+    loops = [[code[i].address for i in loop] for loop in sass.loops(code)]
+    assert loops == [[0x20, 0x30, 0x40, 0x80, 0x90], [0xA0]]
     assert [x.bytes_ for x in code if x.name in ("LDG", "STL", "LDL", "STG")] == [16, 8, 4, 2, 16]
 
 
