@@ -140,7 +140,8 @@ def line(row: Resources) -> str:
     text = (
         f"{row.kernel:<30}{row.arch:>3}{row.head_dim:>5} {row.dtype:<9}{row.tile:>9}{row.num_warps:>6}"
         f"{row.num_stages:>7}{row.registers:>6}{row.spill_stores:>7}{row.loop_spills:>9}"
-        f"{row.hot_spills:>5}{row.shared:>8}{row.ctas:>6}  {matrix:<18}{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
+        f"{row.hot_spills:>5}{row.shared:>8}{row.ctas:>6}  {matrix:<18}"
+        f"{row.wide_loads} {row.wide_stores} {row.wide_copies} {row.tma_copies}; {row.narrow}"
     )
     warnings = Counter(re.sub(r" in around line \d+", "", warning) for warning in row.warnings)
     return "\n".join((text, *(f"    {count} x {warning}" for warning, count in warnings.items())))
