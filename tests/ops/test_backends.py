@@ -4,7 +4,7 @@ import pytest
 import torch
 from op_checks import BACKENDS, randn
 
-from unigendet.ops import swiglu
+from unigendet.ops import backends, swiglu
 from unigendet.ops.backends import BACKENDS as NAMES
 from unigendet.ops.backends import resolve
 
@@ -29,3 +29,27 @@ def test_a_backend_that_is_not_built_says_so(backend):
 def test_tensors_must_share_a_device():
     with pytest.raises(ValueError, match="rms_norm: its tensors are on cpu, meta; they must be on one device"):
         resolve("rms_norm", "auto", randn(2, 4), None, torch.empty(4, device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("device", "capability", "installed", "expected"),
+    [
+        ("cuda:0", (9, 0), True, True),
+        ("cuda:0", (8, 0), True, True),
+        ("cuda:0", (7, 5), True, False),
+        ("cuda:0", (9, 0), False, False),
+        ("cpu", None, True, False),
+    ],
+)
+def test_where_auto_takes_triton(device, capability, installed, expected, monkeypatch):
+    """On devices that Triton compiles for; a graph holds the answer, not the question."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(backends, "_HAS_TRITON", installed)
+    assert backends._compiles_triton(torch.device(device)) == expected
+
+    def call(x):
+        return x + 1 if backends._compiles_triton(torch.device(device)) else x - 1
+
+    compiled = torch.compile(call, fullgraph=True, backend="eager")
+    assert compiled(torch.zeros(())).item() == (1 if expected else -1)
+    torch._dynamo.reset()

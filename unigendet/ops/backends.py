@@ -6,7 +6,6 @@ before the call, so that traces, saved graphs and error messages say which imple
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -22,6 +21,7 @@ _PORTABLE = ("reference", "torch")
 _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton reads this when a kernel is defined; kernels then run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_HAS_TRITON = find_spec("triton") is not None
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
@@ -70,12 +70,9 @@ def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
 
 
 @torch.compiler.assume_constant_result
-@functools.cache
 def _compiles_triton(device: torch.device) -> bool:
     """Whether Triton is installed and compiles for ``device``."""
-    if device.type != "cuda" or find_spec("triton") is None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cuda" and _HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
