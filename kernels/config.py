@@ -1,7 +1,7 @@
 """Launch configurations: values that can be printed and compared, chosen by a pure function.
 
-A configuration is chosen by what the compiler makes of it (no spills in a loop, asynchronous wgmma, shared memory
-within the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better:
+A configuration is chosen by what the compiler makes of it (no spills in the hot loop, asynchronous wgmma, shared
+memory within the chip's limit; ``python -m benchmarks.resources`` prints the table) until a measurement says better:
 ``tuned.json`` beside this file holds measured winners, which ``python -m benchmarks.tune_attention`` writes there for
 review.
 """
