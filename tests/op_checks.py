@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from numerics import outputs_and_gradients
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 BACKENDS = ("reference", "torch")
@@ -55,6 +57,22 @@ def check_checkpoints(function: Callable[..., Any], inputs: Sequence[Any]) -> No
     """Activation checkpointing, which runs the forward pass twice, must not change a bit."""
     again = outputs_and_gradients(lambda *args: checkpoint(function, *args, use_reentrant=False), inputs)
     assert_same(again, outputs_and_gradients(function, inputs))
+
+
+@contextmanager
+def record_operators() -> Iterator[list[str]]:
+    """The names, as ``namespace::name``, of the operators that are called inside."""
+    called: list[str] = []
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+        ) -> Any:
+            called.append(func.name().split(".")[0])
+            return func(*args, **(kwargs or {}))
+
+    with Recorder():
+        yield called
 
 
 def check_writes_everything(

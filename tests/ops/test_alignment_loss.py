@@ -5,7 +5,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from numerics import assert_accurate, outputs_and_gradients
-from op_checks import BACKENDS, assert_same, check_checkpoints, check_compiles_once, check_writes_everything, randn
+from op_checks import (
+    BACKENDS,
+    assert_same,
+    check_checkpoints,
+    check_compiles_once,
+    check_writes_everything,
+    randn,
+    record_operators,
+)
 
 from unigendet.ops import ImageGrids, alignment_loss
 
@@ -26,18 +34,22 @@ def op(sizes=SIZES, **options):
     return lambda student, teacher: alignment_loss(student, teacher, grids, **options)
 
 
-def plain(sizes=SIZES, weight=1.0, normalizer=None):
+def plain(sizes=SIZES, weight=1.0, normalizer=None, token_weights=None, means=False):
     def call(student, teacher):
         wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-        total, start, teacher_start = 0.0, 0, 0
+        u = torch.ones(len(student)) if token_weights is None else token_weights
+        total, start, teacher_start, each = 0.0, 0, 0, []
         for h, w, th, tw in sizes:
             grid = teacher[teacher_start : teacher_start + th * tw].to(wide).view(1, th, tw, -1).permute(0, 3, 1, 2)
             resized = F.interpolate(grid, (h, w), mode="bilinear", align_corners=False, antialias=False)
             resized = resized.flatten(2)[0].T
             cos = F.cosine_similarity(resized, student[start : start + h * w].to(wide), dim=-1, eps=1e-8)
-            total = total + (1 - cos).sum()
+            own = u[start : start + h * w].to(wide)
+            total = total + (own * (1 - cos)).sum()
+            each.append((own * (1 - cos)).sum().detach() / own.sum())
             start, teacher_start = start + h * w, teacher_start + th * tw
-        return weight * total / (start if normalizer is None else normalizer)
+        loss = weight * total / (u.to(wide).sum() if normalizer is None else normalizer)
+        return (loss, torch.stack(each)) if means else loss
 
     return call
 
@@ -47,11 +59,12 @@ def plain(sizes=SIZES, weight=1.0, normalizer=None):
 def test_operator_contract(backend, needs):
     student, teacher = (t.detach().requires_grad_(n) for t, n in zip(arguments(), needs, strict=True))
     table = ImageGrids.from_sizes(SIZES).table
-    for normalizer in (None, torch.tensor(9.0)):
-        arguments_ = (student, teacher, table, normalizer, 0.5, *needs, backend)
+    for normalizer, token_weights in ((None, None), (torch.tensor(9.0), torch.rand(len(student)))):
+        arguments_ = (student, teacher, table, normalizer, token_weights, 0.5, *needs, backend)
         torch.library.opcheck(torch.ops.unigendet.alignment_loss.default, arguments_)
-    backward = torch.ops.unigendet.alignment_loss_backward.default
-    torch.library.opcheck(backward, (student.detach(), torch.tensor(0.5), backend))
+    for backward in ("alignment_loss_backward", "alignment_loss_backward_"):
+        operator = getattr(torch.ops.unigendet, backward).default
+        torch.library.opcheck(operator, (student.detach().clone(), torch.tensor(0.5), backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -78,6 +91,48 @@ def test_weight_and_normalizer(backend):
     for normalizer in (torch.tensor(12.5), torch.tensor(12)):
         expected = plain(weight=0.5, normalizer=float(normalizer))
         assert_accurate(op(backend=backend, weight=0.5, normalizer=normalizer), expected, expected, inputs)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_token_weights_and_image_means(backend, dtype):
+    """Some tokens weigh nothing, one image has one token that counts; the means know no weight of the loss."""
+    u = randn(ImageGrids.from_sizes(SIZES).student_rows, grad=False).abs().to(dtype)
+    u[:5] = 0
+    for options in ({}, {"weight": 0.5, "normalizer": 7}, {"token_weights": u}, {"token_weights": u, "normalizer": 7}):
+        ours = op(backend=backend, return_image_means=True, **options)
+        theirs = plain(means=True, **options)
+        assert_accurate(ours, theirs, theirs, arguments(dtype=dtype))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_token_weights_that_are_all_zero(backend):
+    """The mean of nothing is NaN, as in PyTorch's losses; with a normalizer there is a sum, and that is zero."""
+    sizes = [(1, 2, 1, 1), (2, 2, 2, 2)]
+    student, teacher = arguments(sizes)
+    u = torch.zeros(6)
+    loss, means = op(sizes, backend=backend, token_weights=u, return_image_means=True)(student, teacher)
+    assert loss.isnan()
+    assert means.isnan().all()
+    loss = op(sizes, backend=backend, token_weights=u, normalizer=1)(student, teacher)
+    assert loss == 0
+    assert all((g == 0).all() for g in torch.autograd.grad(loss, (student, teacher)))
+    u[0] = 1
+    means = op(sizes, backend=backend, token_weights=u, return_image_means=True)(student, teacher)[1]
+    assert means.isnan().tolist() == [False, True]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float16_gradients_survive_until_the_loss_scale_comes(backend):
+    """κ = 1e-7 would round every element to zero; the scale of the loss brings them back into float16's range."""
+    inputs = arguments(dtype=torch.float16, columns=64)
+    kappa = {"weight": 0.5, "normalizer": torch.tensor(5e6)}
+    scaled = torch.autograd.grad(65536.0 * op(backend=backend, **kappa)(*inputs), inputs)
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    for have, want in zip(scaled, torch.autograd.grad(65536.0 * plain(**kappa)(*exact), exact), strict=True):
+        largest = want.abs().max().item()
+        assert largest > 1e-4
+        assert (have.double() - want).abs().max() <= torch.finfo(torch.float16).eps * largest
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -122,6 +177,21 @@ def test_incoming_scalar_and_second_backward(backend):
     for a, b, c in zip(once, scaled, again, strict=True):
         assert torch.equal(4 * a, b)
         assert torch.equal(a, c)
+    loss = op(backend=backend)(student, teacher)
+    for a, b in zip(scaled, torch.autograd.grad(4 * loss, (student, teacher)), strict=True):
+        assert torch.equal(a, b)  # in place: nobody will walk this graph again
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_last_backward_pass_needs_no_memory(backend):
+    """The gradient that forward computed is the result, scaled or not; only a graph that is kept needs a copy."""
+    student, teacher = (x.detach().requires_grad_() for x in arguments())
+    for factor, keep, copies in ((1, False, 0), (4, False, 0), (1, True, 2)):
+        loss = factor * op(backend=backend)(student, teacher)
+        with record_operators() as called:
+            torch.autograd.grad(loss, (student, teacher), retain_graph=keep)
+        assert called.count("unigendet::alignment_loss_backward") == copies
+        assert called.count("unigendet::alignment_loss_backward_") == 2 - copies
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -130,7 +200,7 @@ def test_gradients_that_nobody_needs_are_not_computed(backend, needs):
     inputs = [t.detach().requires_grad_(n) for t, n in zip(arguments(), needs, strict=True)]
     assert_accurate(op(backend=backend), plain(), plain(), inputs)
     table = ImageGrids.from_sizes(SIZES).table
-    _, *gradients = torch.ops.unigendet.alignment_loss.default(*inputs, table, None, 1.0, *needs, backend)
+    _, _, *gradients = torch.ops.unigendet.alignment_loss.default(*inputs, table, None, None, 1.0, *needs, backend)
     assert [g.numel() > 0 for g in gradients] == list(needs)
     with torch.no_grad():
         assert not op(backend=backend)(*inputs).requires_grad
@@ -201,6 +271,7 @@ def test_bad_grids(sizes):
     ("index", "value", "message"),
     [
         (0, torch.zeros(7), r"student is .*\[N, D\]"),
+        (0, torch.zeros(6, 0), r"student is .*\[6, 0\].* with D at least 1"),
         (0, torch.zeros(5, 6), "student has 5 rows; it must have 6, the student tokens of grids"),
         (1, torch.zeros(15, 7), r"teacher is .*\[M, 6\]"),
         (1, torch.zeros(14, 6), "teacher has 14 rows; it must have 15, the teacher tokens of grids"),
@@ -222,6 +293,22 @@ def test_bad_inputs(index, value, message, backend):
 def test_bad_normalizer(normalizer):
     with pytest.raises(ValueError, match="normalizer is"):
         op(normalizer=normalizer)(*arguments())
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.ones(3), r"token_weights is .*\[3\]"),
+        ([1.0] * 55, r"token_weights is \[1.0"),
+        (torch.ones(55).long(), "token_weights is a torch.int64"),
+        (torch.ones(55, requires_grad=True), "token_weights is a tensor that requires a gradient"),
+        (torch.ones(55, device="meta"), "alignment_loss: its tensors are on cpu, cpu, cpu, meta"),
+    ],
+)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_token_weights(value, message, backend):
+    with pytest.raises(ValueError, match=message):
+        op(backend=backend, token_weights=value, normalizer=3)(*arguments())
 
 
 @pytest.mark.parametrize("weight", ["0.5", True, None, torch.ones(())])

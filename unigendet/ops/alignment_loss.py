@@ -6,14 +6,16 @@ four weights per row, from the sample positions x(i) = max(0, (i + 1/2) · h'/h 
 ε = 1e-8,
 
     n_s = max(‖s‖, ε)    n_r = max(‖r‖, ε)    c = s · r / (n_s n_r)                       (as F.cosine_similarity)
-    loss = κ Σ_rows (1 − c),    κ = weight / normalizer
+    loss = κ Σ_rows u (1 − c),    κ = weight / normalizer,    u the token's weight, or 1
 
-    ds = −κ (r / (n_s n_r) − [‖s‖ > ε] c s / n_s²)
-    dr = −κ (s / (n_s n_r) − [‖r‖ > ε] c r / n_r²)        dT = Aᵀ dR
+    ds = −κ u (r / (n_s n_r) − [‖s‖ > ε] c s / n_s²)
+    dr = −κ u (s / (n_s n_r) − [‖r‖ > ε] c r / n_r²)        dT = Aᵀ dR
 
-The operator computes the loss and these gradients together, so S is read once; the backward pass only multiplies them
-by the incoming scalar. Arithmetic is in float32 (float64 if an input is). Where 0 < ‖s‖ < ε, PyTorch's cosine lets the
-gradient through its clamp; here it is the derivative of the formula above.
+The operator computes the loss and these gradients together, so S is read once. The backward pass multiplies them by the
+incoming scalar, in place where nobody can see it; where the scalar is 1 there is nothing to do. float16 gradients are
+kept without κ, which may be 1e-5, until the scalar brings the loss scale. Arithmetic is in float32 (float64 if an input
+is). Where 0 < ‖s‖ < ε, PyTorch's cosine lets the gradient through its clamp; here it is the derivative of the formula
+above.
 """
 
 from __future__ import annotations
@@ -35,15 +37,20 @@ _EPS = 1e-8
 # Shapes: student [N, D], teacher [M, D]; per image s, r [h·w, D], t [th·tw, D], cos and norms [h·w, 1].
 
 
-def _images(student: Tensor, teacher: Tensor, table: Tensor) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
-    """Yield (student rows, teacher rows, (h, w, teacher h, teacher w)) of each image; ValueError on other sizes."""
+def check_rows(student: Tensor, teacher: Tensor, table: Tensor) -> list[tuple[int, ...]]:
+    """Return (h, w, teacher h, teacher w) of each image; ValueError unless the tensors have as many rows."""
     sizes = list(rows_of(table, 4))
     for name, tensor, i in (("student", student, 0), ("teacher", teacher, 2)):
         rows = sum(size[i] * size[i + 1] for size in sizes)
         if tensor.shape[0] != rows:
             raise ValueError(f"{name} has {tensor.shape[0]} rows; it must have {rows}, the {name} tokens of grids")
+    return sizes
+
+
+def images(student: Tensor, teacher: Tensor, table: Tensor) -> Iterator[tuple[slice, slice, tuple[int, ...]]]:
+    """Yield (student rows, teacher rows, (h, w, teacher h, teacher w)) of each image."""
     start = teacher_start = 0
-    for h, w, th, tw in sizes:
+    for h, w, th, tw in check_rows(student, teacher, table):
         yield slice(start, start + h * w), slice(teacher_start, teacher_start + th * tw), (h, w, th, tw)
         start += h * w
         teacher_start += th * tw
@@ -89,25 +96,33 @@ def _reference(
     teacher: Tensor,
     table: Tensor,
     normalizer: Tensor | None,
+    token_weights: Tensor | None,
     weight: float,
     needs_student: bool,
     needs_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     dtype = compute_dtype(student, teacher)
     kappa = _scale(student.shape[0], normalizer, weight, dtype)
-    loss, dstudent, dteacher = torch.zeros((), dtype=dtype, device=student.device), [], []
-    for rows, teacher_rows, (h, w, th, tw) in _images(student, teacher, table):
+    distances, counts, dstudent, dteacher = [], [], [], []
+    for rows, teacher_rows, (h, w, th, tw) in images(student, teacher, table):
         s, t = student[rows].to(dtype), teacher[teacher_rows].to(dtype)
+        u = torch.ones(h * w, 1, dtype=dtype, device=s.device) if token_weights is None else token_weights[rows, None]
+        u = u.to(dtype)
         resize = torch.kron(_interpolation(h, th, t), _interpolation(w, tw, t))  # A [h·w, th·tw]
         r = resize @ t
         s_length, r_length = s.norm(dim=1, keepdim=True), r.norm(dim=1, keepdim=True)
         s_norm, r_norm = s_length.clamp_min(_EPS), r_length.clamp_min(_EPS)
         cos = ((s / s_norm) * (r / r_norm)).sum(1, keepdim=True)
-        loss = loss + kappa * (1 - cos).sum()
-        dstudent.append(-kappa * (r / r_norm - (s_length > _EPS) * cos * s / s_norm) / s_norm)
-        dteacher.append(resize.T @ (-kappa * (s / s_norm - (r_length > _EPS) * cos * r / r_norm) / r_norm))
-    gradients = ((needs_student, torch.cat(dstudent)), (needs_teacher, torch.cat(dteacher)))
-    return loss, *(g if needed else torch.empty(0, dtype=dtype, device=g.device) for needed, g in gradients)
+        distances.append((u * (1 - cos)).sum())
+        counts.append(u.sum())
+        dstudent.append(-u * (r / r_norm - (s_length > _EPS) * cos * s / s_norm) / s_norm)
+        dteacher.append(resize.T @ (-u * (s / s_norm - (r_length > _EPS) * cos * r / r_norm) / r_norm))
+    gradients = []
+    for needed, like, gradient in ((needs_student, student, dstudent), (needs_teacher, teacher, dteacher)):
+        factor = 1 if keeps_unit_gradient(like.dtype) else kappa
+        gradients.append(factor * torch.cat(gradient) if needed else torch.empty(0, dtype=dtype, device=like.device))
+    distances = torch.stack(distances)
+    return kappa * distances.sum(), distances / torch.stack(counts), *gradients
 
 
 def _torch(
@@ -115,51 +130,66 @@ def _torch(
     teacher: Tensor,
     table: Tensor,
     normalizer: Tensor | None,
+    token_weights: Tensor | None,
     weight: float,
     needs_student: bool,
     needs_teacher: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _, dstudent, dteacher = outputs = _allocate(student, teacher, needs_student, needs_teacher)
+) -> tuple[Tensor, ...]:
+    loss, means, dstudent, dteacher = outputs = allocate(student, teacher, table, needs_student, needs_teacher)
     dtype = compute_dtype(student, teacher)
     kappa = _scale(student.shape[0], normalizer, weight, dtype)
     total = torch.zeros((), dtype=dtype, device=student.device)
-    for rows, teacher_rows, size in _images(student, teacher, table):
+    for i, (rows, teacher_rows, size) in enumerate(images(student, teacher, table)):
         s = student[rows].to(dtype)
         r = _resize(teacher[teacher_rows].to(dtype).contiguous(), size)
+        u = 1.0 if token_weights is None else token_weights[rows, None].to(dtype)
         s_norm, r_norm = (torch.linalg.vector_norm(x, dim=1, keepdim=True) for x in (s, r))
         s_free, r_free = s_norm > _EPS, r_norm > _EPS  # not clamped
         s_norm, r_norm = s_norm.clamp_min_(_EPS), r_norm.clamp_min_(_EPS)
         cos = torch.linalg.vecdot(s, r)[:, None] / (s_norm * r_norm)
-        total += (1 - cos).sum()
-        cross = -kappa / (s_norm * r_norm)
+        distance = (u * (1 - cos)).sum()
+        total += distance
+        torch.div(distance, len(s) if token_weights is None else u.sum(), out=means[i])
+        cross = -u / (s_norm * r_norm)
         if needs_student:
-            gradient = (cross * r).addcmul_(kappa * cos * s_free / s_norm.square(), s)
+            factor = 1 if keeps_unit_gradient(student.dtype) else kappa
+            gradient = (factor * cross * r).addcmul_(factor * u * cos * s_free / s_norm.square(), s)
             dstudent[rows] = gradient
         if needs_teacher:
-            gradient = (cross * s).addcmul_(kappa * cos * r_free / r_norm.square(), r)
+            factor = 1 if keeps_unit_gradient(teacher.dtype) else kappa
+            gradient = (factor * cross * s).addcmul_(factor * u * cos * r_free / r_norm.square(), r)
             dteacher[teacher_rows] = _resize_transposed(gradient, size)
-    torch.mul(total, kappa, out=outputs[0])
+    torch.mul(total, kappa, out=loss)
     return outputs
 
 
-def _allocate(
-    student: Tensor, teacher: Tensor, needs_student: bool, needs_teacher: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def keeps_unit_gradient(dtype: torch.dtype) -> bool:
+    """Whether a gradient of ``dtype`` is kept without κ between the passes: with it, float16 would round it to zero."""
+    return dtype == torch.float16
+
+
+def allocate(
+    student: Tensor, teacher: Tensor, table: Tensor, needs_student: bool, needs_teacher: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Uninitialised outputs of the operator: loss, image means, dstudent, dteacher."""
+    dtype, device = compute_dtype(student, teacher), student.device
     return (
-        torch.empty((), dtype=compute_dtype(student, teacher), device=student.device),
-        empty_unless(needs_student, student.shape, student.dtype, student.device),
-        empty_unless(needs_teacher, teacher.shape, teacher.dtype, teacher.device),
+        torch.empty((), dtype=dtype, device=device),
+        torch.empty(table.shape[0] // 4, dtype=dtype, device=device),
+        empty_unless(needs_student, student.shape, student.dtype, device),
+        empty_unless(needs_teacher, teacher.shape, teacher.dtype, device),
     )
 
 
-def _scaled(gradient: Tensor, dloss: Tensor) -> Tensor:
-    """Both backends' backward pass. A 0-d ``dloss`` would be rounded to gradient's dtype before the product."""
-    scaled = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
-    return torch.mul(gradient, dloss.view(1, 1), out=scaled)
+def _scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
+    """out = factor · gradient, rounded once; nothing to do for a factor of 1 in place, where reading it is free."""
+    if out is gradient and not factor.is_cuda and factor.item() == 1:
+        return
+    torch.mul(gradient, factor.view(1, 1), out=out)  # a 0-d factor would be rounded to gradient's dtype first
 
 
 _FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _scaled, "torch": _scaled}
+_SCALE = {"reference": _scale_into, "torch": _scale_into}
 
 
 @torch.library.custom_op("unigendet::alignment_loss", mutates_args=())
@@ -168,14 +198,15 @@ def _alignment_loss(
     teacher: Tensor,
     table: Tensor,
     normalizer: Tensor | None,
+    token_weights: Tensor | None,
     weight: float,
     needs_student: bool,
     needs_teacher: bool,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    results = run(_FORWARD, backend, student, teacher, table, normalizer, weight, needs_student, needs_teacher)
-    loss, dstudent, dteacher = results
-    return loss, dstudent.to(student.dtype), dteacher.to(teacher.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options = (normalizer, token_weights, weight, needs_student, needs_teacher)
+    loss, means, dstudent, dteacher = run(_FORWARD, backend, student, teacher, table, *options)
+    return loss, means, dstudent.to(student.dtype), dteacher.to(teacher.dtype)
 
 
 @_alignment_loss.register_fake
@@ -184,17 +215,20 @@ def _(
     teacher: Tensor,
     table: Tensor,
     normalizer: Any,
+    token_weights: Any,
     weight: Any,
     needs_student: bool,
     needs_teacher: bool,
     _: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(student, teacher, needs_student, needs_teacher)
+) -> tuple[Tensor, ...]:
+    return allocate(student, teacher, table, needs_student, needs_teacher)
 
 
 @torch.library.custom_op("unigendet::alignment_loss_backward", mutates_args=())
-def _alignment_loss_backward(gradient: Tensor, dloss: Tensor, backend: str) -> Tensor:
-    return run(_BACKWARD, backend, gradient, dloss)
+def _alignment_loss_backward(gradient: Tensor, factor: Tensor, backend: str) -> Tensor:
+    scaled = torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
+    run(_SCALE, backend, gradient, factor, scaled)
+    return scaled
 
 
 @_alignment_loss_backward.register_fake
@@ -202,20 +236,46 @@ def _(gradient: Tensor, *_: Any) -> Tensor:
     return torch.empty(gradient.shape, dtype=gradient.dtype, device=gradient.device)
 
 
-def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
-    _, _, _, _, _, *ctx.needs, ctx.backend = inputs
-    _, dstudent, dteacher = output
-    ctx.set_materialize_grads(False)  # the other two outputs' would be tensors of zeros
-    ctx.mark_non_differentiable(dstudent, dteacher)
-    ctx.save_for_backward(dstudent, dteacher)
+@torch.library.custom_op("unigendet::alignment_loss_backward_", mutates_args=("gradient",))
+def _alignment_loss_backward_(gradient: Tensor, factor: Tensor, backend: str) -> None:
+    run(_SCALE, backend, gradient, factor, gradient)
+
+
+@_alignment_loss_backward_.register_fake
+def _(*_: Any) -> None:
+    return None
+
+
+def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+    student, _, _, normalizer, _, ctx.weight, *ctx.needs, ctx.backend = inputs
+    ctx.rows = student.shape[0]
+    ctx.set_materialize_grads(False)  # the other outputs' would be tensors of zeros
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(normalizer, *output[2:])
 
 
 def _autograd(ctx: Any, dloss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    gradients = [
-        _alignment_loss_backward(gradient, dloss, ctx.backend) if needed and dloss is not None else None
-        for gradient, needed in zip(ctx.saved_tensors, ctx.needs, strict=True)
-    ]
-    return *gradients, None, None, None, None, None, None
+    normalizer, *gradients = ctx.saved_tensors
+    results: list[Tensor | None] = [None, None]
+    for i, gradient in enumerate(gradients):
+        if ctx.needs[i] and dloss is not None:
+            factor = dloss
+            if keeps_unit_gradient(gradient.dtype):
+                factor = dloss * _scale(ctx.rows, normalizer, ctx.weight, dloss.dtype)
+            if _is_last_use(gradient):
+                _alignment_loss_backward_(gradient, factor, ctx.backend)
+                results[i] = gradient
+            else:
+                results[i] = _alignment_loss_backward(gradient, factor, ctx.backend)
+    return *results, None, None, None, None, None, None, None
+
+
+def _is_last_use(saved: Tensor) -> bool:
+    """Whether nobody will read ``saved`` after this backward pass, so that it may become the result.
+
+    A graph that is kept may be walked again, and graphs that are being traced take no in-place work on saved tensors.
+    """
+    return type(saved) is Tensor and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 _alignment_loss.register_autograd(_autograd, setup_context=_setup_context)
@@ -232,39 +292,56 @@ def alignment_loss(
     *,
     weight: float = 1.0,
     normalizer: float | Tensor | None = None,
+    token_weights: Tensor | None = None,
+    return_image_means: bool = False,
     backend: str = "auto",
-) -> Tensor:
-    """Return weight · Σ (1 − cos(resized teacher, student)) / normalizer (docs/model.md §7).
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Return weight · Σ u (1 − cos(resized teacher, student)) / normalizer (docs/model.md §7).
 
     Args:
         student: [Σ h·w, D], the images' grids row by row, one after another; any floating dtype, any strides.
         teacher: [Σ h'·w', D], likewise; its dtype may be another. It gets a gradient only if it requires one.
         grids: the sizes of both grids of each image.
         weight: factor of the loss.
-        normalizer: what the sum is divided by: None for the number of student tokens, a positive number, or a 0-d
-            tensor on student's device (all ranks' number of tokens; the host does not read it, it gets no gradient).
-            In a compiled graph a number is a constant, a tensor is not.
+        normalizer: what the sum is divided by: None for the number of student tokens (with ``token_weights``: their
+            sum, NaN if that is zero), a positive number, or a 0-d tensor on student's device (all ranks' number of
+            tokens; the host does not read it, it gets no gradient). In a compiled graph a number is a constant, a
+            tensor is not.
+        token_weights: None for ones, or u [Σ h·w], any floating dtype; they get no gradient.
+        return_image_means: whether to return each image's own mean distance, too.
         backend: "auto", "reference" or "torch".
 
     Returns:
-        0-d tensor, float32 (float64 if an input is).
+        0-d tensor, float32 (float64 if an input is). With ``return_image_means`` (loss, means): means [images] of
+        loss's dtype, Σ u (1 − cos) / Σ u over the image's tokens, without ``weight`` and without a gradient.
 
     Raises:
         ValueError: a shape, dtype, device or type does not fit, or ``backend`` cannot run this.
     """
     check_floating("student", student, ("N", "D"))
+    if student.shape[1] == 0:
+        reject("student", student, "of shape [N, D] with D at least 1")
     check_floating("teacher", teacher, ("M", student.shape[1]))
     table = check_table(grids, ImageGrids)
     if not _is_number(weight):
         reject("weight", repr(weight), "a number")
+    if token_weights is not None:
+        check_floating("token_weights", token_weights, (student.shape[0],))
+        if token_weights.requires_grad:
+            reject("token_weights", "a tensor that requires a gradient", "one that does not: it gets none")
+    dtype = compute_dtype(student, teacher)
     if isinstance(normalizer, Tensor):
         if normalizer.dim() != 0 or normalizer.requires_grad:
             reject("normalizer", normalizer, "a number or a 0-d tensor that requires no gradient")
     elif normalizer is not None:
         if not _is_number(normalizer) or not normalizer > 0:
             reject("normalizer", repr(normalizer), "a positive number, a 0-d tensor or None")
-        normalizer = torch.full((), normalizer, dtype=compute_dtype(student, teacher), device=student.device)
-    chosen = resolve("alignment_loss", backend, student, teacher, normalizer)
+        normalizer = torch.full((), normalizer, dtype=dtype, device=student.device)
+    elif token_weights is not None:
+        normalizer = token_weights.sum(dtype=dtype)
+    widest_first = sorted((student, teacher), key=lambda x: -x.dtype.itemsize)  # kernels know no float64
+    chosen = resolve("alignment_loss", backend, *widest_first, normalizer, token_weights)
     wants = torch.is_grad_enabled()
     needs = (wants and student.requires_grad, wants and teacher.requires_grad)
-    return _alignment_loss(student, teacher, table, normalizer, float(weight), *needs, chosen)[0]
+    loss, means, *_ = _alignment_loss(student, teacher, table, normalizer, token_weights, float(weight), *needs, chosen)
+    return (loss, means) if return_image_means else loss
