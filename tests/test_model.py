@@ -8,8 +8,7 @@ import torch
 from golden import relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from op_checks import check_compiles_once, randn
-from torch.utils._python_dispatch import TorchDispatchMode
+from op_checks import Recorder, check_compiles_once, randn
 
 from unigendet.config import ModelConfig, bagel_7b, quickstart
 from unigendet.layout import Layout
@@ -23,22 +22,6 @@ from unigendet.packing import LatentImage, Sample, Text, VitImage, pack, sample_
 
 BACKENDS = ("reference", "torch")
 STATE = 1e-10  # relative; the models here are float64, their position tables float32
-
-
-class Recorder(TorchDispatchMode):
-    """Counts what is dispatched; the inside of a custom operator is its own business and is not."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls = Counter()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.calls[str(function).removesuffix(".default")] += 1
-        return function(*args, **(kwargs or {}))
-
-    def work(self):
-        """Without what neither reads nor writes memory."""
-        return {k: n for k, n in self.calls.items() if k not in ("aten.detach", "aten.view", "aten.promote_types")}
 
 
 FORWARD = {

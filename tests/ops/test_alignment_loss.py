@@ -7,12 +7,12 @@ import torch.nn.functional as F
 from numerics import assert_accurate, outputs_and_gradients
 from op_checks import (
     BACKENDS,
+    Recorder,
     assert_same,
     check_checkpoints,
     check_compiles_once,
     check_writes_everything,
     randn,
-    record_operators,
 )
 
 from unigendet.ops import ImageGrids, alignment_loss
@@ -188,10 +188,10 @@ def test_the_last_backward_pass_needs_no_memory(backend):
     student, teacher = (x.detach().requires_grad_() for x in arguments())
     for factor, keep, copies in ((1, False, 0), (4, False, 0), (1, True, 2)):
         loss = factor * op(backend=backend)(student, teacher)
-        with record_operators() as called:
+        with Recorder() as backward:
             torch.autograd.grad(loss, (student, teacher), retain_graph=keep)
-        assert called.count("unigendet::alignment_loss_backward") == copies
-        assert called.count("unigendet::alignment_loss_backward_") == 2 - copies
+        assert backward.calls["unigendet.alignment_loss_backward"] == copies
+        assert backward.calls["unigendet.alignment_loss_backward_"] == 2 - copies
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
