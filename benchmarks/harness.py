@@ -8,6 +8,7 @@ never left out, and an interrupted run keeps those it has.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import importlib.metadata
 import json
@@ -28,7 +29,8 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1  # of the JSON; rises when a key changes its meaning or goes
-PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")
+PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "liger-kernel",
+            "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
 COLUMNS = ("trace", "direction", "backend", "ms", "tflops", "of_matmul", "peak_mib", "correct", "status")
 
 
@@ -67,6 +69,28 @@ def measure(calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds
     return Timing.of(_with_events(turns) if device.type == "cuda" else _with_clock(turns))
 
 
+def measure_paired(
+    calls: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, *, seconds: float = 0.5
+) -> dict[str, Timing]:
+    """Time what competes in turns, so that whatever else the machine does meets all alike.
+
+    ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (5 to 200 calls).
+    """
+    estimates = {}
+    for name, own in calls.items():
+        for call in own:  # warm-up
+            call()
+        synchronize(device)
+        begin = time.monotonic()
+        own[0]()
+        synchronize(device)
+        estimates[name] = max(time.monotonic() - begin, 1e-6)
+    rounds = min(200, max(5, int(seconds * len(calls) / sum(estimates.values()))))
+    turns = [own[i % len(own)] for i in range(rounds) for own in calls.values()]
+    milliseconds = _with_events(turns) if device.type == "cuda" else _with_clock(turns)
+    return {name: Timing.of(milliseconds[i :: len(calls)]) for i, name in enumerate(calls)}
+
+
 def _with_events(turns: Sequence[Callable[[], Any]]) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in turns]
     torch.cuda._sleep(2_000_000)  # cycles: about 1 ms in which the host gets ahead, so that launches are not timed
@@ -103,15 +127,33 @@ def first_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 
 
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
-    """MiB that a call has at its peak beyond what was there before, its results included; None off CUDA devices."""
+    """MiB that a call has at its peak beyond what was there before, its results included.
+
+    On a CPU it is the process's resident memory, by Linux's high-water mark; None where that cannot be reset.
+    """
     if device.type != "cuda":
-        return None
+        return _peak_resident_mib(call)
     synchronize(device)
     before = torch.cuda.memory_allocated(device)
     torch.cuda.reset_peak_memory_stats(device)
     call()
     synchronize(device)
     return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+def _peak_resident_mib(call: Callable[[], Any]) -> float | None:
+    gc.collect()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+        before = _resident_kib("VmRSS")
+        call()
+        return (_resident_kib("VmHWM") - before) / 2**10
+    except OSError:
+        return None
+
+
+def _resident_kib(field: str) -> int:
+    return int(re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1])
 
 
 def buffer_sets(num_bytes: int, device: torch.device) -> int:
@@ -125,9 +167,11 @@ def buffer_sets(num_bytes: int, device: torch.device) -> int:
 def ceilings(device: torch.device, *, tiny: bool = False, seconds: float = 0.5) -> dict[str, float]:
     """What the device itself reaches: ``matmul_tflops``, n³ in bfloat16, and ``copy_gbs``, bytes read plus written.
 
-    n is 8192 and the copy 2 GiB; ``tiny``: 128 in float32, and 1 MiB.
+    n is 8192 and the copy 2 GiB; on a CPU 2048 in float32, and 256 MiB; ``tiny``: 128 in float32, and 1 MiB.
     """
-    n, dtype, size = (128, torch.float32, 2**20) if tiny else (8192, torch.bfloat16, 2**31)
+    n, dtype, size = (8192, torch.bfloat16, 2**31) if device.type == "cuda" else (2048, torch.float32, 2**28)
+    if tiny:
+        n, dtype, size = 128, torch.float32, 2**20
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     matmul = measure([lambda: a @ b], device, seconds=seconds)
     source = torch.ones(size, dtype=torch.uint8, device=device)
@@ -138,7 +182,7 @@ def ceilings(device: torch.device, *, tiny: bool = False, seconds: float = 0.5) 
 
 def environment(device: torch.device) -> dict[str, Any]:
     """Device, versions, git commit ("+changes" if tracked files differ) and a hash of the kernel sources."""
-    found = {"python": platform.python_version()}
+    found: dict[str, Any] = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
@@ -232,7 +276,7 @@ def show_header(columns: Sequence[str] = COLUMNS) -> None:
 
 
 def _cell(name: str, value: Any) -> str:
-    width = {"trace": 16, "direction": 9, "backend": 20, "status": 0}.get(name, 10)
+    width = {"trace": 16, "op": 18, "shape": 38, "direction": 9, "backend": 20, "status": 0}.get(name, 10)
     if isinstance(value, float):
         value = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
     return f"{'' if value is None else value!s:<{width}}"
