@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1  # of the JSON; rises when a key changes its meaning or goes
 PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "liger-kernel",
             "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
+KERNEL_SUFFIXES = (".py", ".json", ".h", ".cuh", ".cu", ".cpp")
 COLUMNS = ("trace", "direction", "backend", "ms", "tflops", "of_matmul", "peak_mib", "correct", "status")
 
 
@@ -217,15 +218,16 @@ def device_name(device: torch.device) -> str:
     )
 
 
-def kernels_hash(folder: Path = ROOT / "kernels") -> str:
-    """sha256 over the names and contents of the kernels' sources and tuned configurations.
+def kernels_hash(*folders: Path) -> str:
+    """sha256 over the names and contents of the kernels' sources and tuned configurations (default: all of them).
 
     Results of other kernels are stale.
     """
     digest = hashlib.sha256()
-    for path in sorted((*folder.glob("*.py"), *folder.glob("*.json"))):
-        for part in (path.name.encode(), path.read_bytes()):
-            digest.update(len(part).to_bytes(8, "big") + part)
+    for folder in folders or (ROOT / "kernels", ROOT / "csrc"):
+        for path in sorted(path for path in folder.iterdir() if path.suffix in KERNEL_SUFFIXES):
+            for part in (path.name.encode(), path.read_bytes()):
+                digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
 
 
