@@ -52,7 +52,9 @@ gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results
 	mkdir -p $(dir $(GPU_LOG))
 	{ status=0; \
 	$(GPU_PYTHON) -m pytest -m gpu -q || status=$$?; \
-	$(GPU_PYTHON) -m benchmarks.attention || status=$$?; \
+	for benchmark in alignment_loss stream_ops attention; do \
+	$(GPU_PYTHON) -m benchmarks.$$benchmark || status=$$?; \
+	done; \
 	exit $$status; } 2>&1 | tee $(GPU_LOG)
 
 clean:  ## Remove the virtual environment and what the targets left
