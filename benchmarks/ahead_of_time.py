@@ -20,7 +20,7 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
-from unigendet.kernels import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward
+from unigendet.kernels import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward, rms_norm
 from unigendet.kernels.attention_delta import attention_delta, scaled_copy
 from unigendet.kernels.attention_dkdv import attention_dkdv
 from unigendet.kernels.attention_dq import attention_dq
@@ -31,6 +31,8 @@ from unigendet.kernels.launch import Launch
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}
 # (Hq, Hkv) by head_dim: BAGEL's language model, its vision transformer, and a small model.
 HEADS = {64: (16, 4), 72: (16, 16), 128: (28, 4)}
+WIDTHS = {64: 1024, 72: 1152, 128: 3584}
+INTERMEDIATE = {64: 2816, 72: 4304, 128: 18944}
 EPS = 1e-6
 
 
@@ -178,6 +180,27 @@ def rope_launches(
         yield name, launch
 
 
+def row_launches(head_dim: int, dtype: str, pack: Pack | None = None) -> Iterator[tuple[str, Launch]]:
+    """Every kernel of the ops that work row by row, by name. Norm weights are float32."""
+    pack = pack or Pack()
+    yield from _rms_norm_launches(WIDTHS[head_dim], dtype, pack)
+
+
+def _rms_norm_launches(width: int, dtype: str, pack: Pack) -> Iterator[tuple[str, Launch]]:
+    rows, n = pack.queries, pack.understanding
+    x, residual, summed, normed = (Tensor(dtype, rows, width) for _ in range(4))
+    weights, dweights = ([Tensor("float32", width) for _ in range(2)] for _ in range(2))
+    rstd = Tensor("float32", rows)
+    yield "rms_norm_forward", *rms_norm.forward(x, residual, weights, summed, rstd, normed, n, EPS)
+    yield "rms_norm_forward_alone", *rms_norm.forward(x, None, weights, None, rstd, normed, n, EPS)
+    partials = Tensor("float32", rms_norm.backward_programs(rows, n, width)[2], width)
+    inputs = (normed, residual, summed, rstd, weights, x)
+    backward, sums = rms_norm.backward(*inputs, dweights, partials, n)
+    yield "rms_norm_backward", backward
+    yield "rms_norm_weight_gradients", sums
+    yield "rms_norm_backward_frozen", *rms_norm.backward(*inputs, (None, None), None, n)
+
+
 def launches(
     capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
 ) -> Iterator[tuple[str, Launch]]:
@@ -189,6 +212,7 @@ def launches(
             if name in DIRECTIONS:
                 yield f"{name}_pointers", launch
     yield from rope_launches(capability, head_dim, dtype, pack)
+    yield from row_launches(head_dim, dtype, pack)
 
 
 def _specialize(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, Any], list[Any], dict[str, Any]]:
