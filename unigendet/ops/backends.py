@@ -43,6 +43,9 @@ _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
 _BUILT["symbiotic_attention"] += ("triton", "flash")
 _BUILT["qk_norm_rope"] += ("triton",)
 _BUILT["rms_norm"] += ("triton",)
+_BUILT["swiglu"] += ("triton",)
+_BUILT["flow_matching"] += ("triton",)
+_BUILT["flow_matching_loss"] += ("triton",)
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
