@@ -229,6 +229,8 @@ def _rms_norm_launches(width: int, dtype: str, pack: Pack) -> Iterator[tuple[str
     yield "rms_norm_backward", backward
     yield "rms_norm_weight_gradients", sums
     yield "rms_norm_backward_frozen", *rms_norm.backward(*inputs, (None, None), None, n)
+    alone = (normed, None, summed, rstd, weights, None)
+    yield "rms_norm_backward_weight", rms_norm.backward(*alone, (None, dweights[1]), partials, n)[0]
 
 
 def launches(

@@ -81,25 +81,28 @@ def flow_matching_loss_backward(
         tl.store(dtarget_ptr + out, rounded(-gradient, dtarget_ptr.dtype.element_ty), mask)
 
 
-def _launch(kernel: Any, prediction: Any, target: Any, arguments: dict[str, Any]) -> tuple[Launch, ...]:
-    """Tiles of 4096 numbers or one row, 32 numbers of each tensor per thread."""
+def _rows(prediction: Any, target: Any) -> tuple[tuple[int], dict[str, Any], int]:
+    """Grid, shared arguments and warps: tiles of 4096 numbers or one row, 32 numbers of each tensor per thread."""
     total, features = prediction.shape
     columns = triton.next_power_of_2(features)
     rows = max(1, 4096 // columns)
-    arguments = arguments | {"prediction_ptr": prediction, "target_ptr": target, "total": total}
+    arguments = {"prediction_ptr": prediction, "target_ptr": target, "total": total}
     arguments |= {"STRIDE_PREDICTION": prediction.stride(0), "STRIDE_TARGET": target.stride(0)}
     arguments |= {"K": features, "ROWS": rows, "COLUMNS": columns}
-    return (Launch(kernel, (triton.cdiv(total, rows),), arguments, max(1, rows * columns // 1024), 1),)
+    return (triton.cdiv(total, rows),), arguments, rows * columns // 1024
 
 
 def forward(prediction: Any, target: Any, loss: Any) -> tuple[Launch, ...]:
     """The launch that fills ``loss`` [M]. Rows of prediction and target [M, K] may have any stride."""
-    return _launch(flow_matching_loss_forward, prediction, target, {"loss_ptr": loss})
+    grid, arguments, num_warps = _rows(prediction, target)
+    return (Launch(flow_matching_loss_forward, grid, arguments | {"loss_ptr": loss}, num_warps, 1),)
 
 
 def backward(
     dloss: Any, prediction: Any, target: Any, dprediction: Any | None, dtarget: Any | None
 ) -> tuple[Launch, ...]:
     """The launch that fills ``dprediction`` and ``dtarget``; what is None is left out. dloss may have any stride."""
-    arguments = {"dloss_ptr": dloss, "dprediction_ptr": dprediction, "dtarget_ptr": dtarget}
-    return _launch(flow_matching_loss_backward, prediction, target, arguments | {"STRIDE_DLOSS": dloss.stride(0)})
+    grid, arguments, num_warps = _rows(prediction, target)
+    arguments |= {"dloss_ptr": dloss, "dprediction_ptr": dprediction, "dtarget_ptr": dtarget}
+    arguments |= {"STRIDE_DLOSS": dloss.stride(0)}
+    return (Launch(flow_matching_loss_backward, grid, arguments, num_warps, 1),)

@@ -196,7 +196,7 @@ def forward(
     arguments |= {"total": total, "eps": eps, "STRIDE_X": x.stride(0)}
     arguments |= {"STRIDE_RESIDUAL": 0 if residual is None else residual.stride(0)} | tile
     programs = triton.cdiv(understanding, tile["ROWS"]) + triton.cdiv(total - understanding, tile["ROWS"])
-    num_warps = max(1, tile["ROWS"] * tile["COLUMNS"] // 1024)  # 32 numbers per thread
+    num_warps = tile["ROWS"] * tile["COLUMNS"] // 1024  # 32 numbers per thread
     return (Launch(rms_norm_forward, (programs,), arguments, num_warps, 1),)
 
 
@@ -236,7 +236,7 @@ def backward(
     arguments |= {"understanding": understanding, "total": total, "chunk": chunk, "STRIDE_DY": dy.stride(0)}
     arguments |= {"STRIDE_DSUMMED": 0 if dsummed is None else dsummed.stride(0), "STRIDE_SUMMED": summed.stride(0)}
     arguments |= {"UNDERSTANDING": dweights[0] is not None, "GENERATION": dweights[1] is not None}
-    num_warps = max(1, tile["ROWS"] * tile["COLUMNS"] // 512)  # 16 numbers of each tensor per thread
+    num_warps = tile["ROWS"] * tile["COLUMNS"] // 512  # 16 numbers of each tensor per thread
     launches = [Launch(rms_norm_backward, (programs,), arguments | tile | {"STAGES": stages}, num_warps, stages)]
     if partials is not None:
         arguments = {"partials_ptr": partials, "und_ptr": dweights[0], "gen_ptr": dweights[1]}

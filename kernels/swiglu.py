@@ -70,23 +70,27 @@ def swiglu_backward(
     tl.store(out + INTERMEDIATE, rounded(dup, dtype), mask)
 
 
-def _launch(kernel: Any, arguments: dict[str, Any], total: int, intermediate: int) -> tuple[Launch, ...]:
-    """Tiles of 2048 numbers, 16 of each tensor per thread. 512 divides the width of BAGEL's MLP, 37 · 512."""
+def _tiles(total: int, intermediate: int) -> tuple[tuple[int], dict[str, int]]:
+    """The grid and the sizes: tiles of 2048 numbers, 16 of each tensor per thread of 4 warps.
+
+    512 columns divide the width of BAGEL's MLP, 37 · 512.
+    """
     columns = min(512, triton.next_power_of_2(max(1, intermediate)))
     rows = 2048 // columns
-    arguments = arguments | {"total": total, "INTERMEDIATE": intermediate, "ROWS": rows, "COLUMNS": columns}
-    programs = triton.cdiv(total, rows) * triton.cdiv(intermediate, columns)
-    return (Launch(kernel, (programs,), arguments, num_warps=4, num_stages=1),)
+    sizes = {"total": total, "INTERMEDIATE": intermediate, "ROWS": rows, "COLUMNS": columns}
+    return (triton.cdiv(total, rows) * triton.cdiv(intermediate, columns),), sizes
 
 
 def forward(gate_up: Any, y: Any) -> tuple[Launch, ...]:
     """The launch that fills ``y`` [T, I] from ``gate_up`` [T, 2·I], whose rows may have any stride."""
-    arguments = {"gate_up_ptr": gate_up, "y_ptr": y, "STRIDE_GATE_UP": gate_up.stride(0)}
-    return _launch(swiglu_forward, arguments, *y.shape)
+    grid, sizes = _tiles(*y.shape)
+    arguments = {"gate_up_ptr": gate_up, "y_ptr": y, "STRIDE_GATE_UP": gate_up.stride(0)} | sizes
+    return (Launch(swiglu_forward, grid, arguments, num_warps=4, num_stages=1),)
 
 
 def backward(dy: Any, gate_up: Any, gradient: Any) -> tuple[Launch, ...]:
     """The launch that fills ``gradient`` [T, 2·I]. Rows of ``dy`` and ``gate_up`` may have any stride."""
+    grid, sizes = _tiles(*dy.shape)
     arguments = {"dy_ptr": dy, "gate_up_ptr": gate_up, "gradient_ptr": gradient}
-    arguments |= {"STRIDE_DY": dy.stride(0), "STRIDE_GATE_UP": gate_up.stride(0)}
-    return _launch(swiglu_backward, arguments, *dy.shape)
+    arguments |= {"STRIDE_DY": dy.stride(0), "STRIDE_GATE_UP": gate_up.stride(0)} | sizes
+    return (Launch(swiglu_backward, grid, arguments, num_warps=4, num_stages=1),)
