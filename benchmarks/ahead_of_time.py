@@ -20,7 +20,15 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
-from unigendet.kernels import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward
+from unigendet.kernels import (
+    flow_matching,
+    flow_matching_loss,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    qk_norm_rope_forward,
+    rms_norm,
+    swiglu,
+)
 from unigendet.kernels.attention_delta import attention_delta, scaled_copy
 from unigendet.kernels.attention_dkdv import attention_dkdv
 from unigendet.kernels.attention_dq import attention_dq
@@ -31,7 +39,10 @@ from unigendet.kernels.launch import Launch
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}
 # (Hq, Hkv) by head_dim: BAGEL's language model, its vision transformer, and a small model.
 HEADS = {64: (16, 4), 72: (16, 16), 128: (28, 4)}
+WIDTHS = {64: 1024, 72: 1152, 128: 3584}
+INTERMEDIATE = {64: 2816, 72: 4304, 128: 18944}
 EPS = 1e-6
+PATCH, CHANNELS = 2, 16  # of BAGEL's latents
 
 
 @dataclass(frozen=True)
@@ -178,6 +189,50 @@ def rope_launches(
         yield name, launch
 
 
+def row_launches(head_dim: int, dtype: str, pack: Pack | None = None) -> Iterator[tuple[str, Launch]]:
+    """Every kernel of the ops that work row by row, by name. Norm weights are float32."""
+    pack = pack or Pack()
+    yield from _rms_norm_launches(WIDTHS[head_dim], dtype, pack)
+    intermediate = INTERMEDIATE[head_dim]
+    gate_up, gradient = (Tensor(dtype, pack.queries, 2 * intermediate) for _ in range(2))
+    y = Tensor(dtype, pack.queries, intermediate)
+    yield "swiglu_forward", *swiglu.forward(gate_up, y)
+    yield "swiglu_backward", *swiglu.backward(y, gate_up, gradient)
+    yield from _flow_matching_launches(dtype, pack)
+
+
+def _flow_matching_launches(dtype: str, pack: Pack) -> Iterator[tuple[str, Launch]]:
+    rows, features = pack.queries, PATCH * PATCH * CHANNELS
+    noise, noised, target, gradient = (Tensor(dtype, rows, features) for _ in range(4))
+    latents = Tensor(dtype, rows * features)
+    timesteps, partials, loss = (Tensor("float32", n) for n in (pack.edges, pack.ranges, rows))
+    tiles, first_tiles = Tensor("int32", pack.ranges, 8), Tensor("int32", pack.edges + 1)
+    sizes = (PATCH, CHANNELS)
+    yield "flow_matching_forward", *flow_matching.forward(tiles, latents, noise, timesteps, noised, target, *sizes)
+    inputs = (tiles, first_tiles, noised, gradient, timesteps, target)
+    launches = flow_matching.backward(*inputs, latents, noise, timesteps, partials, *sizes)
+    yield from zip(("flow_matching_backward", "flow_matching_dtimesteps"), launches, strict=True)
+    yield "flow_matching_loss_forward", *flow_matching_loss.forward(noised, target, loss)
+    yield "flow_matching_loss_backward", *flow_matching_loss.backward(loss, noised, target, gradient, None)
+
+
+def _rms_norm_launches(width: int, dtype: str, pack: Pack) -> Iterator[tuple[str, Launch]]:
+    rows, n = pack.queries, pack.understanding
+    x, residual, summed, normed = (Tensor(dtype, rows, width) for _ in range(4))
+    weights, dweights = ([Tensor("float32", width) for _ in range(2)] for _ in range(2))
+    rstd = Tensor("float32", rows)
+    yield "rms_norm_forward", *rms_norm.forward(x, residual, weights, summed, rstd, normed, n, EPS)
+    yield "rms_norm_forward_alone", *rms_norm.forward(x, None, weights, None, rstd, normed, n, EPS)
+    partials = Tensor("float32", rms_norm.backward_programs(rows, n, width)[2], width)
+    inputs = (normed, residual, summed, rstd, weights, x)
+    backward, sums = rms_norm.backward(*inputs, dweights, partials, n)
+    yield "rms_norm_backward", backward
+    yield "rms_norm_weight_gradients", sums
+    yield "rms_norm_backward_frozen", *rms_norm.backward(*inputs, (None, None), None, n)
+    alone = (normed, None, summed, rstd, weights, None)
+    yield "rms_norm_backward_weight", rms_norm.backward(*alone, (None, dweights[1]), partials, n)[0]
+
+
 def launches(
     capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
 ) -> Iterator[tuple[str, Launch]]:
@@ -189,6 +244,7 @@ def launches(
             if name in DIRECTIONS:
                 yield f"{name}_pointers", launch
     yield from rope_launches(capability, head_dim, dtype, pack)
+    yield from row_launches(head_dim, dtype, pack)
 
 
 def _specialize(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, Any], list[Any], dict[str, Any]]:

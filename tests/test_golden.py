@@ -205,4 +205,4 @@ def test_golden_with_triton(golden_file, tmp_path, monkeypatch):
         ops -= {"qk_norm_rope"}
     ran = prefer_triton(monkeypatch, ops)
     RUN[kind](golden, golden.model(tmp_path, "auto"))
-    assert {(op, "triton") for op in {"symbiotic_attention", "qk_norm_rope"} & ops} <= ran
+    assert {(op, "triton") for op in {"symbiotic_attention", "qk_norm_rope", "rms_norm", "swiglu"} & ops} <= ran

@@ -22,8 +22,31 @@ def test_an_unknown_backend_lists_the_names():
 
 @pytest.mark.parametrize("backend", ["triton", "cuda", "flash"])
 def test_a_backend_that_is_not_built_says_so(backend):
-    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run swiglu: no such kernel is built"):
-        swiglu(randn(2, 4), backend=backend)
+    with pytest.raises(ValueError, match=f"backend='{backend}' cannot run stream_linear: no such kernel is built"):
+        resolve("stream_linear", backend, randn(2, 4))
+
+
+@pytest.mark.parametrize(
+    ("op", "tensors", "fits"),
+    [
+        ("rms_norm", (randn(1, 16384), None, randn(16384, dtype=torch.float64)), True),
+        ("rms_norm", (randn(1, 16385),), False),
+        ("rms_norm", (randn(1, 8, dtype=torch.float64),), False),
+        ("swiglu", (randn(1, 32772),), True),
+        ("flow_matching", (randn(16384), randn(1, 16384), randn(1)), True),
+        ("flow_matching", (randn(16385), randn(1, 16385), randn(1)), False),
+        ("flow_matching", (randn(8), randn(1, 8), randn(1, dtype=torch.float64)), False),
+        ("flow_matching_loss", (randn(1, 16384, dtype=torch.bfloat16), randn(1, 16384)), True),
+        ("flow_matching_loss", (randn(1, 8), randn(1, 8, dtype=torch.float64)), False),
+        ("flow_matching_loss", (randn(1, 16385), randn(1, 16385)), False),
+    ],
+)
+def test_auto_takes_torch_where_triton_would_raise(op, tensors, fits, monkeypatch):
+    monkeypatch.setattr(backends, "_compiles_triton", lambda _: True)
+    assert resolve(op, "auto", *tensors) == ("triton" if fits else "torch")
+    if not fits:
+        with pytest.raises(ValueError, match=f"backend='triton' cannot run {op}: "):
+            resolve(op, "triton", *tensors)
 
 
 def test_tensors_must_share_a_device():

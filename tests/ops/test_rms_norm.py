@@ -16,6 +16,9 @@ from op_checks import (
 from unigendet.layout import Layout
 from unigendet.ops import rms_norm
 
+TESTED = [*BACKENDS, "triton"]
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+COMBINATIONS = [(b, d) for b in TESTED for d in DTYPES if b != "triton" or d != torch.float64]
 SPLITS = [(3, 4), (0, 5), (5, 0), (1, 0), (0, 0)]
 
 
@@ -47,7 +50,7 @@ def plain(n, eps=1e-6):
     return call
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("residual", [True, False])
 def test_operator_contract(backend, residual):
     lengths = torch.tensor([3, 4])
@@ -73,8 +76,7 @@ def test_gradients(backend, lengths, residual):
     assert torch.autograd.gradcheck(op(streams(*lengths), backend), inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("backend", "dtype"), COMBINATIONS)
 @pytest.mark.parametrize("lengths", SPLITS)
 def test_accuracy(backend, dtype, lengths):
     for residual in (True, False):
@@ -82,7 +84,7 @@ def test_accuracy(backend, dtype, lengths):
         assert_accurate(op(streams(*lengths), backend), plain(lengths[0]), plain(lengths[0]), inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 def test_bfloat16_casts_are_those_of_the_decoder(backend):
     """Statistics in float32, h rounded, then the weight: the plain steps to the last bit, but for rstd's last bit."""
     x, weight_und, weight_gen, residual = (t.detach() for t in arguments(7, dtype=torch.bfloat16, columns=64))
@@ -94,13 +96,13 @@ def test_bfloat16_casts_are_those_of_the_decoder(backend):
         assert (left != right).float().mean() < 0.01
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 def test_float32_weights_with_bfloat16_rows(backend):
     inputs = arguments(7, dtype=torch.bfloat16, weight_dtype=torch.float32)
     assert_accurate(op(streams(3, 4), backend), plain(3), plain(3), inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 def test_residual_of_another_dtype_is_added_in_the_wider_one(backend):
     x, weight_und, weight_gen = arguments(7, residual=False, dtype=torch.bfloat16)
     results = outputs_and_gradients(op(streams(3, 4), backend), [x, weight_und, weight_gen, randn(7, 6, seed=9)])
@@ -112,7 +114,7 @@ def test_residual_of_another_dtype_is_added_in_the_wider_one(backend):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 def test_rows_of_zeros(backend):
     """A row of zeros has the finite scale 1/sqrt(eps)."""
     inputs = [torch.zeros(2, 4, requires_grad=True), *arguments(2, residual=False, columns=4)[1:]]
@@ -123,7 +125,7 @@ def test_rows_of_zeros(backend):
     torch.testing.assert_close(results["gradient of input 0"], 100 * incoming * weights)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("used", [0, 1])
 def test_one_output_alone(backend, used):
     """The gradient of an output that nobody uses counts as zero."""
@@ -137,7 +139,7 @@ def test_one_output_alone(backend, used):
             torch.testing.assert_close(result[name], value)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("trained", range(1, 16))
 def test_frozen_tensors_get_no_gradient(backend, trained):
     inputs = [x.requires_grad_(bool(trained >> i & 1)) for i, x in enumerate(arguments(7))]
@@ -149,7 +151,7 @@ def test_frozen_tensors_get_no_gradient(backend, trained):
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", TESTED)
 @pytest.mark.parametrize("lengths", SPLITS)
 def test_strided_input_and_unwritten_memory(backend, lengths, monkeypatch):
     rows = sum(lengths)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from contextlib import nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,3 +26,21 @@ def run_launches(launches: Iterable[Any], x: Tensor) -> None:
 def unit_stride(x: Tensor) -> Tensor:
     """x, or a copy if its last dimension is strided: kernels read rows of contiguous numbers."""
     return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def table_stream(op: str, device: torch.device) -> int:
+    """The stream to which a table belongs that goes to ``device`` now: another one would not wait for the copy.
+
+    Raises ValueError while a CUDA graph is captured: it would keep addresses of tables that caches let go.
+    """
+    if device.type != "cuda":
+        return 0
+    if torch.cuda.is_current_stream_capturing():
+        raise ValueError(f"{op} cannot be part of a CUDA graph with backend='triton'; run it outside")
+    return torch.cuda.current_stream(device).cuda_stream
+
+
+def table_on_device(table: np.ndarray, device: torch.device) -> Tensor:
+    """``table`` as int32 on ``device``, in a copy that the host does not wait for."""
+    host = torch.from_numpy(table.astype(np.int32))
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host

@@ -22,6 +22,10 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton reads this when a kernel is defined; kernels then run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _HAS_TRITON = find_spec("triton") is not None
+# Ops of which a Triton program holds whole rows: which tensor has them, and how many columns may be.
+_TRITON_ROWS = {"rms_norm": 0, "flow_matching": 1, "flow_matching_loss": 0}
+_TRITON_COLUMNS = 16384
+_MIXED = ("flow_matching", "flow_matching_loss")  # compute in float64 if any of their tensors is
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
@@ -38,6 +42,10 @@ _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 _BUILT["symbiotic_attention"] += ("triton", "flash")
 _BUILT["qk_norm_rope"] += ("triton",)
+_BUILT["rms_norm"] += ("triton",)
+_BUILT["swiglu"] += ("triton",)
+_BUILT["flow_matching"] += ("triton",)
+_BUILT["flow_matching_loss"] += ("triton",)
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
@@ -65,8 +73,8 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
 
 def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
     """Triton's kernels on the CUDA devices and for the dtypes they know; plain PyTorch otherwise."""
-    fits = tensors[0].dtype in _TRITON_DTYPES and _compiles_triton(tensors[0].device)
-    return "triton" if fits and "triton" in _BUILT[op] else "torch"
+    fits = "triton" in _BUILT[op] and _compiles_triton(tensors[0].device) and _triton_limit(op, tensors) is None
+    return "triton" if fits else "torch"
 
 
 @torch.compiler.assume_constant_result
@@ -75,11 +83,20 @@ def _compiles_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
+def _triton_limit(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What about the dtypes or the width of a call Triton's kernels do not know, if anything."""
+    for tensor in tensors if op in _MIXED else tensors[:1]:
+        if tensor.dtype not in _TRITON_DTYPES:
+            return f"the dtype is {tensor.dtype}; it must be one of {', '.join(map(str, _TRITON_DTYPES))}"
+    if op in _TRITON_ROWS and tensors[_TRITON_ROWS[op]].shape[1] > _TRITON_COLUMNS:
+        return f"rows are {tensors[_TRITON_ROWS[op]].shape[1]} numbers wide; they must be at most {_TRITON_COLUMNS}"
+    return None
+
+
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
-    device, dtype = tensors[0].device, tensors[0].dtype
-    if dtype not in _TRITON_DTYPES:
-        names = ", ".join(map(str, _TRITON_DTYPES))
-        raise ValueError(f"backend='triton' cannot run {op}: the dtype is {dtype}; it must be one of {names}")
+    limit, device = _triton_limit(op, tensors), tensors[0].device
+    if limit is not None:
+        raise ValueError(f"backend='triton' cannot run {op}: {limit}")
     if device.type != "cuda" and not _INTERPRETED:
         raise ValueError(
             f"backend='triton' cannot run {op}: its tensors are on {device}; they must be on a CUDA device "

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unigendet.ops import flow_matching_triton
 from unigendet.ops._arguments import check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import LatentGrids, check_table, rows_of
@@ -152,6 +153,24 @@ def _torch_backward(
     return dlatents, dnoise, dtimesteps
 
 
+def _triton(
+    latents: Tensor, noise: Tensor, timesteps: Tensor, table: Tensor, patch: int, channels: int
+) -> tuple[Tensor, Tensor]:
+    _check_sizes(noise.shape[0], timesteps, table, latents.shape[0], noise.shape[1])
+    outputs = tuple(torch.empty(noise.shape, dtype=latents.dtype, device=noise.device) for _ in range(2))
+    flow_matching_triton.forward(latents, noise, timesteps, table, *outputs, patch, channels)
+    return outputs
+
+
+def _triton_backward(dnoised: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
+    dtarget, timesteps, target, table, patch, channels, output_mask = inputs
+    _check_sizes(dnoised.shape[0], timesteps, table)
+    gradients = _allocate_gradients(dnoised, timesteps, output_mask)
+    needed = (g if m else None for g, m in zip(gradients, output_mask, strict=True))
+    flow_matching_triton.backward(dnoised, dtarget, timesteps, target, table, *needed, patch, channels)
+    return gradients
+
+
 def _allocate_gradients(
     dnoised: Tensor, timesteps: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -178,7 +197,7 @@ def _loss_torch(prediction: Tensor, target: Tensor) -> Tensor:
 def _loss_backward(
     prediction: Tensor, target: Tensor, dloss: Tensor, output_mask: Sequence[bool]
 ) -> tuple[Tensor, Tensor]:
-    """Both backends' backward pass: the derivative leaves nothing to do more cleverly."""
+    """The backward pass of ``reference`` and ``torch``: in plain PyTorch nothing can be done more cleverly."""
     gradient = (prediction.to(dloss.dtype) - target.to(dloss.dtype)).mul_((2 / prediction.shape[1]) * dloss[:, None])
     dprediction, dtarget = _allocate_loss_gradients(prediction, target, output_mask)
     if output_mask[0]:
@@ -188,15 +207,30 @@ def _loss_backward(
     return dprediction, dtarget
 
 
+def _loss_triton(prediction: Tensor, target: Tensor) -> Tensor:
+    loss = torch.empty(prediction.shape[0], dtype=torch.float32, device=prediction.device)
+    flow_matching_triton.loss_forward(prediction, target, loss)
+    return loss
+
+
+def _loss_triton_backward(
+    prediction: Tensor, target: Tensor, dloss: Tensor, output_mask: Sequence[bool]
+) -> tuple[Tensor, ...]:
+    gradients = _allocate_loss_gradients(prediction, target, output_mask)
+    needed = (g if m else None for g, m in zip(gradients, output_mask, strict=True))
+    flow_matching_triton.loss_backward(prediction, target, dloss, *needed)
+    return gradients
+
+
 def _allocate_loss_gradients(prediction: Tensor, target: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
     tensors = (prediction, target)
     return tuple(empty_unless(m, t.shape, t.dtype, t.device) for m, t in zip(output_mask, tensors, strict=True))
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
-_LOSS_FORWARD = {"reference": _loss_reference, "torch": _loss_torch}
-_LOSS_BACKWARD = {"reference": _loss_backward, "torch": _loss_backward}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
+_LOSS_FORWARD = {"reference": _loss_reference, "torch": _loss_torch, "triton": _loss_triton}
+_LOSS_BACKWARD = {"reference": _loss_backward, "torch": _loss_backward, "triton": _loss_triton_backward}
 
 
 @torch.library.custom_op("unigendet::flow_matching", mutates_args=())
@@ -313,7 +347,7 @@ def flow_matching(
         grids: h and w of each image in tokens; N = Σ h·w.
         patch_size: p, latent pixels along a token's side.
         channels: C.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (at most 16384 features).
 
     Returns:
         (noised, target), each [N, p²·C] in latents' dtype.
@@ -338,7 +372,7 @@ def flow_matching_loss(prediction: Tensor, target: Tensor, *, backend: str = "au
     Args:
         prediction: [M, K], any floating dtype.
         target: [M, K], any floating dtype.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (at most 16384 features).
 
     Returns:
         [M], float32 (float64 if an input is).

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from unigendet.ops._arguments import check_floating, check_stream_lengths, compute_dtype, empty_unless, first_stream
+from unigendet.ops._launching import run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
 if TYPE_CHECKING:
@@ -110,6 +111,49 @@ def _torch_backward(
     return gradients
 
 
+def _triton(
+    x: Tensor, residual: Tensor | None, weight_und: Tensor, weight_gen: Tensor, lengths: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    from unigendet.kernels.rms_norm import forward
+
+    n = first_stream("x", x, lengths)
+    normed, summed, rstd = _allocate(x, residual)
+    outputs = (None if residual is None else summed, rstd, normed)
+    inputs = (unit_stride(x), None if residual is None else unit_stride(residual))
+    run_launches(forward(*inputs, _weights(weight_und, weight_gen), *outputs, n, eps), x)
+    return normed, summed, rstd
+
+
+def _triton_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    rstd: Tensor,
+    weight_und: Tensor,
+    weight_gen: Tensor,
+    lengths: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    from unigendet.kernels.rms_norm import backward, backward_programs
+
+    n = first_stream("dy", dy, lengths)
+    gradients = _allocate_gradients(summed, weight_und, weight_gen, output_mask)
+    ds, *dweights = (g if m else None for g, m in zip(gradients, output_mask, strict=True))
+    partials = None
+    if any(output_mask[1:]):
+        programs = backward_programs(summed.shape[0], n, summed.shape[1])[-1]
+        partials = torch.empty((programs, summed.shape[1]), dtype=torch.float32, device=summed.device)
+    inputs = (unit_stride(dy), None if dsummed is None else unit_stride(dsummed), unit_stride(summed), rstd)
+    run_launches(backward(*inputs, _weights(weight_und, weight_gen), ds, dweights, partials, n), dy)
+    return gradients
+
+
+def _weights(*weights: Tensor) -> list[Tensor]:
+    """The weights, contiguous and of one dtype, since a kernel chooses between them: float32 if they differ."""
+    dtype = weights[0].dtype if weights[0].dtype == weights[1].dtype != torch.float64 else torch.float32
+    return [w.to(dtype).contiguous() for w in weights]
+
+
 def _allocate(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     summed = empty_unless(residual is not None, x.shape, x.dtype, x.device)
@@ -123,8 +167,8 @@ def _allocate_gradients(
     return tuple(empty_unless(m, t.shape, t.dtype, t.device) for m, t in zip(output_mask, sources, strict=True))
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
 
 
 @torch.library.custom_op("unigendet::rms_norm", mutates_args=())
@@ -216,7 +260,7 @@ def rms_norm(
         layout: its ``stream_lengths`` (int64 [2] on the CPU) are the two numbers of rows; either may be 0.
         residual: None or [T, D]; if its dtype is not x's, both are converted to the wider one first.
         eps: added to the mean square.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (at most 16384 columns).
 
     Returns:
         normed [T, D] without a residual; (normed, x + residual) with one. Both take gradients.

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigendet.ops._arguments import check_floating, compute_dtype, reject
+from unigendet.ops._launching import run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
 
@@ -49,8 +50,24 @@ def _torch_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return gradient
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward}
+def _triton(gate_up: Tensor) -> Tensor:
+    from unigendet.kernels.swiglu import forward
+
+    y = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    run_launches(forward(unit_stride(gate_up), y), gate_up)
+    return y
+
+
+def _triton_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    from unigendet.kernels.swiglu import backward
+
+    gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    run_launches(backward(unit_stride(dy), unit_stride(gate_up), gradient), gate_up)
+    return gradient
+
+
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
 
 
 @torch.library.custom_op("unigendet::swiglu", mutates_args=())
@@ -90,7 +107,7 @@ def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         gate_up: [T, 2·I], any floating dtype, any strides.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton".
 
     Returns:
         [T, I] in gate_up's dtype.
