@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unigendet.ops import alignment_loss_triton as triton_backend
 from unigendet.ops._arguments import check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import ImageGrids, check_table, rows_of
@@ -163,6 +164,22 @@ def _torch(
     return outputs
 
 
+def _triton(
+    student: Tensor,
+    teacher: Tensor,
+    table: Tensor,
+    normalizer: Tensor | None,
+    token_weights: Tensor | None,
+    weight: float,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    check_rows(student, teacher, table)
+    outputs = allocate(student, teacher, table, *needs)
+    units = keeps_unit_gradient(student.dtype), keeps_unit_gradient(teacher.dtype)
+    triton_backend.forward(student, teacher, table, normalizer, token_weights, weight, needs, units, outputs)
+    return outputs
+
+
 def keeps_unit_gradient(dtype: torch.dtype) -> bool:
     """Whether a gradient of ``dtype`` is kept without κ between the passes: with it, float16 would round it to zero."""
     return dtype == torch.float16
@@ -188,8 +205,8 @@ def _scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     torch.mul(gradient, factor.view(1, 1), out=out)  # a 0-d factor would be rounded to gradient's dtype first
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_SCALE = {"reference": _scale_into, "torch": _scale_into}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_SCALE = {"reference": _scale_into, "torch": _scale_into, "triton": triton_backend.scale_into}
 
 
 @torch.library.custom_op("unigendet::alignment_loss", mutates_args=())
@@ -309,7 +326,7 @@ def alignment_loss(
             tensor is not.
         token_weights: None for ones, or u [Σ h·w], any floating dtype; they get no gradient.
         return_image_means: whether to return each image's own mean distance, too.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (D up to 16384; "auto" takes "torch" beyond).
 
     Returns:
         0-d tensor, float32 (float64 if an input is). With ``return_image_means`` (loss, means): means [images] of
@@ -340,6 +357,8 @@ def alignment_loss(
     elif token_weights is not None:
         normalizer = token_weights.sum(dtype=dtype)
     widest_first = sorted((student, teacher), key=lambda x: -x.dtype.itemsize)  # kernels know no float64
+    if backend == "auto" and student.shape[1] > triton_backend.MAX_COLUMNS:
+        backend = "torch"
     chosen = resolve("alignment_loss", backend, *widest_first, normalizer, token_weights)
     wants = torch.is_grad_enabled()
     needs = (wants and student.requires_grad, wants and teacher.requires_grad)

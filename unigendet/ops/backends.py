@@ -38,6 +38,7 @@ _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
 )
 _BUILT["symbiotic_attention"] += ("triton", "flash")
 _BUILT["qk_norm_rope"] += ("triton",)
+_BUILT["alignment_loss"] += ("triton",)
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
