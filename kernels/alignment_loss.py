@@ -1,8 +1,8 @@
 """The alignment loss, forward: a program goes through some consecutive tokens of one image.
 
-Shapes in comments: R student rows of a tile, C the columns D padded to a power of two. A row of the student is read once
-and stays in registers; the up to four rows of the teacher that it is compared with come through the caches, since its
-neighbours read them, too. With s, r, ε and κ of ``unigendet.ops.alignment_loss``, per row
+Shapes in comments: R student rows of a tile, C the columns D padded to a power of two. A row of the student is read
+once and stays in registers; the up to four rows of the teacher that it is compared with come through the caches, since
+its neighbours read them, too. With s, r, ε and κ of ``unigendet.ops.alignment_loss``, per row
 
     c = s · r / (n_s n_r)    distance = u (1 − c)    ds = a r + b_s s    dr = a s + b_r r
     a = −κ u / (n_s n_r)     b_s = κ u [‖s‖ > ε] c / n_s²                b_r = κ u [‖r‖ > ε] c / n_r²
@@ -27,13 +27,18 @@ EPS = tl.constexpr(1e-8)
 
 
 @triton.jit
-def sample(index, size, source):
-    """Where position ``index`` of ``size`` lies among ``source``: the lower neighbour and the weight of the next.
+def ratio(a, b):
+    """a / b of two integers in float32."""
+    return tl.div_rn(a.to(tl.float32), b.to(tl.float32))
 
-    As ``F.interpolate(mode="bilinear", align_corners=False)``. The last one has no next, and the weight is 0. For equal
-    sizes it is exactly 0.
+
+@triton.jit
+def sample(index, scale, source):
+    """Where position ``index`` lies among ``source``, ``scale`` times as many: the lower neighbour, the next's weight.
+
+    As ``F.interpolate(mode="bilinear", align_corners=False)``. The last one has no next, and the weight is 0. It is
+    exactly 0, too, for a scale of 1.
     """
-    scale = tl.div_rn(source.to(tl.float32), size.to(tl.float32))
     position = tl.maximum((index + 0.5) * scale - 0.5, 0.0)
     lower = tl.minimum(position.to(tl.int32), source - 1)
     return lower, tl.where(lower < source - 1, position - lower.to(tl.float32), 0.0)
@@ -46,11 +51,10 @@ def load_wide(pointers, mask):
 
 
 @triton.jit
-def resized(teacher_ptr, begin, y, x, sizes, columns, mask, STRIDE: tl.constexpr):
+def resized(teacher_ptr, begin, y, x, scales, teacher_h, teacher_w, columns, mask, STRIDE: tl.constexpr):
     """Rows of the resized teacher at the student's places y, x [R, 1]: [R, C]. Rows of weight 0 are not read."""
-    h, w, teacher_h, teacher_w = sizes
-    lower_y, next_y = sample(y, h, teacher_h)
-    lower_x, next_x = sample(x, w, teacher_w)
+    lower_y, next_y = sample(y, scales[0], teacher_h)
+    lower_x, next_x = sample(x, scales[1], teacher_w)
     row = begin + lower_y * teacher_w + lower_x
     upper = teacher_ptr + row.to(tl.int64) * STRIDE + columns
     lower = upper + teacher_w.to(tl.int64) * STRIDE
@@ -100,7 +104,7 @@ def alignment_forward(
     first, end = tl.load(tile), tl.load(tile + 1)
     begin, teacher_begin = tl.load(tile + 2), tl.load(tile + 3)
     h, w, teacher_h, teacher_w = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
-    sizes = (h, w, teacher_h, teacher_w)
+    scales = (ratio(teacher_h, h), ratio(teacher_w, w))
     factor = kappa(scale, normalizer_ptr)
     columns = tl.arange(0, BLOCK_D)[None, :]  # [1, C]
     for start in tl.range(first, end, BLOCK_ROWS):
@@ -109,7 +113,18 @@ def alignment_forward(
         mask = is_row & (columns < D)  # [R, C]
         token = row - begin
         s = load_wide(student_ptr + row.to(tl.int64) * STUDENT_STRIDE + columns, mask)  # [R, C]
-        r = resized(teacher_ptr, teacher_begin, token // w, token % w, sizes, columns, mask, TEACHER_STRIDE)  # [R, C]
+        r = resized(
+            teacher_ptr,
+            teacher_begin,
+            token // w,
+            token % w,
+            scales,
+            teacher_h,
+            teacher_w,
+            columns,
+            mask,
+            TEACHER_STRIDE,
+        )  # [R, C]
         s_length = tl.sqrt_rn(tl.sum(s * s, 1, keep_dims=True))  # [R, 1], and so are all that follow
         r_length = tl.sqrt_rn(tl.sum(r * r, 1, keep_dims=True))
         s_norm, r_norm = tl.maximum(s_length, EPS), tl.maximum(r_length, EPS)
@@ -244,8 +259,8 @@ def forward(
     """The launches that fill (loss, image means, dstudent) = ``outputs``; dstudent may be None.
 
     ``tiles`` and ``images`` are tables (see above) of ``config.rows`` tokens and of whole images. ``scratch`` is
-    float32: distances [N], sums [images], and [N, 2] coefficients for the teacher's gradient or None. ``normalizer`` and
-    ``token_weights`` are float32; κ is ``scale`` divided by the one. ``units``: whether the student's and the
+    float32: distances [N], sums [images], and [N, 2] coefficients for the teacher's gradient or None. ``normalizer``
+    and ``token_weights`` are float32; κ is ``scale`` divided by the one. ``units``: whether the student's and the
     teacher's gradients are kept without κ. The last dimensions of student and teacher are contiguous.
     """
     loss, means, dstudent = outputs

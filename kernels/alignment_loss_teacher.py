@@ -11,31 +11,31 @@ from typing import Any
 import triton
 import triton.language as tl
 
-from .alignment_loss import TILE_FIELDS, Config, load_wide, resized, row_stride, sample
+from .alignment_loss import TILE_FIELDS, Config, load_wide, ratio, resized, row_stride, sample
 from .launch import Launch
 from .primitives import rounded
 
 
 @triton.jit
-def weight(index, j, size, source):
-    """What position ``index`` of ``size`` takes of j among ``source``."""
-    lower, of_next = sample(index, size, source)
+def weight(index, j, scale, source):
+    """What position ``index`` takes of j among ``source``."""
+    lower, of_next = sample(index, scale, source)
     return tl.where(lower == j, 1 - of_next, tl.where(lower + 1 == j, of_next, 0.0))
 
 
 @triton.jit
-def readers(j, size, source):
-    """The positions among ``size`` with a weight for j among ``source``: the first and the end; none if it is before.
+def readers(j, size, scale, source):
+    """The positions among ``size`` with a weight for j among ``source``: the first, and how many.
 
-    They are an interval. Its ends solve x(i) = j ± 1, each moved outwards by up to one position, more than rounding can
+    They are consecutive. The ends solve x(i) = j ± 1, each moved outwards by up to one position, more than rounding can
     be off, and back where that position does not read j.
     """
-    inverse = tl.div_rn(size.to(tl.float32), source.to(tl.float32))
+    inverse = ratio(size, source)
     first = tl.maximum(tl.floor((j - 0.5) * inverse - 0.5).to(tl.int32), 0)
     last = tl.minimum(tl.floor((j + 1.5) * inverse).to(tl.int32), size - 1)
-    first += tl.where(weight(first, j, size, source) == 0, 1, 0)
-    last -= tl.where(weight(last, j, size, source) == 0, 1, 0)
-    return first, last + 1
+    first += tl.where(weight(first, j, scale, source) == 0, 1, 0)
+    last -= tl.where(weight(last, j, scale, source) == 0, 1, 0)
+    return first, tl.maximum(last + 1 - first, 0)
 
 
 @triton.jit
@@ -49,35 +49,38 @@ def alignment_teacher_gradient(
     TEACHER_STRIDE: tl.constexpr,
     D: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
 ):
-    """The teacher rows of one tile, one after the other. Rows that nobody reads get zeros."""
+    """The teacher rows of one tile, one after the other, from R student rows at a time. Zeros where nobody reads."""
     tile = tiles_ptr + tl.program_id(0) * TILE_FIELDS
     first, end = tl.load(tile), tl.load(tile + 1)
     begin, teacher_begin = tl.load(tile + 2), tl.load(tile + 3)
     h, w, teacher_h, teacher_w = tl.load(tile + 4), tl.load(tile + 5), tl.load(tile + 6), tl.load(tile + 7)
-    sizes = (h, w, teacher_h, teacher_w)
-    columns = tl.arange(0, BLOCK_D)[None, :]  # [1, C]
-    mask = columns < D
-    tile_row = tl.zeros([1, 1], tl.int32)
+    scales = (ratio(teacher_h, h), ratio(teacher_w, w))
+    columns = tl.arange(0, BLOCK_D)  # [C]
+    in_row = columns[None, :] < D
     for row in tl.range(first.to(tl.int64), end.to(tl.int64)):
         j = (row - teacher_begin).to(tl.int32)
-        teacher_y, teacher_x = j // teacher_w, j % teacher_w
-        y_first, y_end = readers(teacher_y, h, teacher_h)
-        x_first, x_end = readers(teacher_x, w, teacher_w)
-        sums = tl.zeros([1, BLOCK_D], tl.float32)
-        for y in tl.range(y_first, y_end):
-            weight_y = weight(y, teacher_y, h, teacher_h)
-            for x in tl.range(x_first, x_end):
-                share = weight_y * weight(x, teacher_x, w, teacher_w)
-                i = (begin + y * w + x).to(tl.int64)
-                s = load_wide(student_ptr + i * STUDENT_STRIDE + columns, mask)
-                r = resized(
-                    teacher_ptr, teacher_begin, y + tile_row, x + tile_row, sizes, columns, mask, TEACHER_STRIDE
-                )
-                a, b = tl.load(coefficients_ptr + 2 * i), tl.load(coefficients_ptr + 2 * i + 1)
-                sums += (share * a) * s + (share * b) * r
-        pointers = dteacher_ptr + row * D + columns
-        tl.store(pointers, rounded(sums, dteacher_ptr.dtype.element_ty), mask)
+        y_first, height = readers(j // teacher_w, h, scales[0], teacher_h)
+        x_first, width = readers(j % teacher_w, w, scales[1], teacher_w)
+        count = height * width
+        sums = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+        for start in tl.range(0, count, BLOCK_ROWS):
+            index = start + tl.arange(0, BLOCK_ROWS)[:, None]  # [R, 1], and so are y, x, i, share, a, b
+            is_row = index < count
+            y, x = y_first + index // width, x_first + index % width
+            i = (begin + y * w + x).to(tl.int64)
+            share = weight(y, j // teacher_w, scales[0], teacher_h) * weight(x, j % teacher_w, scales[1], teacher_w)
+            a = share * tl.load(coefficients_ptr + 2 * i, is_row, other=0.0)
+            b = share * tl.load(coefficients_ptr + 2 * i + 1, is_row, other=0.0)
+            mask = is_row & in_row
+            s = load_wide(student_ptr + i * STUDENT_STRIDE + columns[None, :], mask)  # [R, C]
+            r = resized(
+                teacher_ptr, teacher_begin, y, x, scales, teacher_h, teacher_w, columns[None, :], mask, TEACHER_STRIDE
+            )
+            sums += a * s + b * r
+        dt = rounded(tl.sum(sums, 0), dteacher_ptr.dtype.element_ty)
+        tl.store(dteacher_ptr + row * D + columns, dt, columns < D)
 
 
 def teacher_gradient(
@@ -94,6 +97,6 @@ def teacher_gradient(
         "TEACHER_STRIDE": row_stride(teacher),
         "D": student.shape[1],
         "BLOCK_D": config.block_d,
+        "BLOCK_ROWS": config.block_rows,
     }
-    num_warps = min(32, max(1, config.block_d // 512))
-    return (Launch(alignment_teacher_gradient, (tiles.shape[0],), arguments, num_warps, 1),)
+    return (Launch(alignment_teacher_gradient, (tiles.shape[0],), arguments, config.num_warps, 1),)
