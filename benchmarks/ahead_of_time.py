@@ -20,7 +20,8 @@ from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
-from unigendet.kernels import qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward
+from unigendet.kernels import alignment_loss, qk_norm_rope, qk_norm_rope_backward, qk_norm_rope_forward
+from unigendet.kernels.alignment_loss_teacher import teacher_gradient
 from unigendet.kernels.attention_delta import attention_delta, scaled_copy
 from unigendet.kernels.attention_dkdv import attention_dkdv
 from unigendet.kernels.attention_dq import attention_dq
@@ -31,6 +32,7 @@ from unigendet.kernels.launch import Launch
 ITEM_SIZES = {"bfloat16": 2, "float16": 2, "float32": 4, "int32": 4, "int64": 8}
 # (Hq, Hkv) by head_dim: BAGEL's language model, its vision transformer, and a small model.
 HEADS = {64: (16, 4), 72: (16, 16), 128: (28, 4)}
+WIDTHS = {64: 1024, 72: 1152, 128: 3584}
 EPS = 1e-6
 
 
@@ -178,6 +180,37 @@ def rope_launches(
         yield name, launch
 
 
+def alignment_launches(
+    capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
+) -> Iterator[tuple[str, Launch]]:
+    """Every kernel of alignment_loss and its variants, by name: queries are student rows, keys are teacher rows."""
+    pack = pack or Pack()
+    columns = WIDTHS[head_dim]
+    config = alignment_loss.configure(columns)
+    (student, dstudent), (teacher, dteacher) = (
+        [Tensor(dtype, rows, columns) for _ in range(2)] for rows in (pack.queries, pack.keys)
+    )
+    tiles, images, teacher_tiles = (Tensor("int32", n, 8) for n in (pack.edges, pack.ranges, pack.edges))
+    number, sums = Tensor("float32"), Tensor("float32", pack.ranges)
+    distances, coefficients = Tensor("float32", pack.queries), Tensor("float32", pack.queries, 2)
+    unit = dtype == "float16"
+    tables, outputs = (tiles, images), (number, sums, dstudent)
+    # Without the teacher's gradient, and with all that is optional.
+    plain = alignment_loss.forward(
+        config, student, teacher, *tables, None, None, 0.5, (unit, unit), outputs, (distances, sums, None)
+    )
+    options = (number, distances, 0.5, (unit, unit), outputs, (distances, sums, coefficients))
+    full = alignment_loss.forward(config, student, teacher, *tables, *options)
+    names = ("alignment_forward", "alignment_image_sums", "alignment_total")
+    for launches_, suffix in ((plain, ""), (full, "_full")):
+        for name, launch in zip(names, launches_, strict=True):
+            yield name + suffix, launch
+    for launch in teacher_gradient(config, student, teacher, teacher_tiles, coefficients, dteacher):
+        yield "alignment_teacher", launch
+    for launch in alignment_loss.scale(dstudent, number, dstudent):
+        yield "alignment_scale", launch
+
+
 def launches(
     capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
 ) -> Iterator[tuple[str, Launch]]:
@@ -189,6 +222,7 @@ def launches(
             if name in DIRECTIONS:
                 yield f"{name}_pointers", launch
     yield from rope_launches(capability, head_dim, dtype, pack)
+    yield from alignment_launches(capability, head_dim, dtype, pack)
 
 
 def _specialize(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, Any], list[Any], dict[str, Any]]:
