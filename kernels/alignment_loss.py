@@ -231,7 +231,8 @@ def configure(columns: int) -> Config:
     A thread holds 16 numbers of the student and as many of four teacher rows: in bfloat16 ten 16-byte loads, which are
     all issued before the first is used. At BAGEL's 3584 columns that is 35 KB per program, and four programs of 8 warps
     fit on a multiprocessor; 8 tokens read 10 columns of teacher rows from L2 where one reads 2, and an image of 64 × 64
-    is 512 programs. Narrow rows share a tile, so that a thread has as much to load.
+    is 512 programs. Narrow rows share a tile, so that a thread has as much to load. Over
+    8192 columns 32 warps leave 64 registers to a thread, of which float32 spills a few.
     """
     block_d = triton.next_power_of_2(columns)
     block_rows = max(1, min(32, 1024 // block_d))
