@@ -21,6 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile, make_backend
 from triton.runtime.jit import JITFunction, compute_cache_key, create_function_from_signature
 from unigendet.kernels import (
+    alignment_loss,
     flow_matching,
     flow_matching_loss,
     qk_norm_rope,
@@ -29,6 +30,7 @@ from unigendet.kernels import (
     rms_norm,
     swiglu,
 )
+from unigendet.kernels.alignment_loss_teacher import teacher_gradient
 from unigendet.kernels.attention_delta import attention_delta, scaled_copy
 from unigendet.kernels.attention_dkdv import attention_dkdv
 from unigendet.kernels.attention_dq import attention_dq
@@ -233,6 +235,35 @@ def _rms_norm_launches(width: int, dtype: str, pack: Pack) -> Iterator[tuple[str
     yield "rms_norm_backward_weight", rms_norm.backward(*alone, (None, dweights[1]), partials, n)[0]
 
 
+def alignment_launches(head_dim: int, dtype: str, pack: Pack | None = None) -> Iterator[tuple[str, Launch]]:
+    """Every kernel of alignment_loss and its variants, by name: queries are student rows, keys are teacher rows."""
+    pack = pack or Pack()
+    columns = WIDTHS[head_dim]
+    config = alignment_loss.configure(columns)
+    (student, dstudent), (teacher, dteacher) = (
+        [Tensor(dtype, rows, columns) for _ in range(2)] for rows in (pack.queries, pack.keys)
+    )
+    tiles, images, teacher_tiles = (Tensor("int32", n, 8) for n in (pack.edges, pack.ranges, pack.edges))
+    number, sums = Tensor("float32"), Tensor("float32", pack.ranges)
+    distances, coefficients = Tensor("float32", pack.queries), Tensor("float32", pack.queries, 2)
+    unit = dtype == "float16"
+    tables, outputs = (tiles, images), (number, sums, dstudent)
+    # Without the teacher's gradient, and with all that is optional.
+    plain = alignment_loss.forward(
+        config, student, teacher, *tables, None, None, 0.5, (unit, unit), outputs, (distances, sums, None)
+    )
+    options = (number, distances, 0.5, (unit, unit), outputs, (distances, sums, coefficients))
+    full = alignment_loss.forward(config, student, teacher, *tables, *options)
+    names = ("alignment_forward", "alignment_image_sums", "alignment_total")
+    for launches_, suffix in ((plain, ""), (full, "_full")):
+        for name, launch in zip(names, launches_, strict=True):
+            yield name + suffix, launch
+    for launch in teacher_gradient(config, student, teacher, teacher_tiles, coefficients, dteacher):
+        yield "alignment_teacher", launch
+    for launch in alignment_loss.scale(dstudent, number, dstudent):
+        yield "alignment_scale", launch
+
+
 def launches(
     capability: tuple[int, int], head_dim: int, dtype: str, pack: Pack | None = None
 ) -> Iterator[tuple[str, Launch]]:
@@ -245,6 +276,7 @@ def launches(
                 yield f"{name}_pointers", launch
     yield from rope_launches(capability, head_dim, dtype, pack)
     yield from row_launches(head_dim, dtype, pack)
+    yield from alignment_launches(head_dim, dtype, pack)
 
 
 def _specialize(launch: Launch, target: GPUTarget) -> tuple[Any, dict[str, Any], list[Any], dict[str, Any]]:

@@ -85,7 +85,14 @@ def occupancy(arch: int, registers: int, shared: int, num_warps: int) -> int:
 
 def _tile(launch: Launch) -> str:
     constants = launch.arguments
-    for names in (("BLOCK_M", "BLOCK_N"), ("TILE_HEADS", "ROWS"), ("TILE_HEADS",), ("ROWS", "COLUMNS"), ("BLOCK",)):
+    for names in (
+        ("BLOCK_M", "BLOCK_N"),
+        ("TILE_HEADS", "ROWS"),
+        ("TILE_HEADS",),
+        ("ROWS", "COLUMNS"),
+        ("BLOCK_ROWS", "BLOCK_D"),
+        ("BLOCK",),
+    ):
         if all(name in constants for name in names):
             return "x".join(str(constants[name]) for name in names)
     raise ValueError(f"{launch.kernel.__name__} has none of the constants that name a tile")

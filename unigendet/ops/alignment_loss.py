@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unigendet.ops import alignment_loss_triton as triton_backend
 from unigendet.ops._arguments import check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import ImageGrids, check_table, rows_of
@@ -163,6 +164,22 @@ def _torch(
     return outputs
 
 
+def _triton(
+    student: Tensor,
+    teacher: Tensor,
+    table: Tensor,
+    normalizer: Tensor | None,
+    token_weights: Tensor | None,
+    weight: float,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    check_rows(student, teacher, table)
+    outputs = allocate(student, teacher, table, *needs)
+    units = keeps_unit_gradient(student.dtype), keeps_unit_gradient(teacher.dtype)
+    triton_backend.forward(student, teacher, table, normalizer, token_weights, weight, needs, units, outputs)
+    return outputs
+
+
 def keeps_unit_gradient(dtype: torch.dtype) -> bool:
     """Whether a gradient of ``dtype`` is kept without κ between the passes: with it, float16 would round it to zero."""
     return dtype == torch.float16
@@ -188,8 +205,8 @@ def _scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     torch.mul(gradient, factor.view(1, 1), out=out)  # a 0-d factor would be rounded to gradient's dtype first
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_SCALE = {"reference": _scale_into, "torch": _scale_into}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
+_SCALE = {"reference": _scale_into, "torch": _scale_into, "triton": triton_backend.scale_into}
 
 
 @torch.library.custom_op("unigendet::alignment_loss", mutates_args=())
@@ -309,7 +326,7 @@ def alignment_loss(
             tensor is not.
         token_weights: None for ones, or u [Σ h·w], any floating dtype; they get no gradient.
         return_image_means: whether to return each image's own mean distance, too.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch" or "triton" (at most 16384 columns).
 
     Returns:
         0-d tensor, float32 (float64 if an input is). With ``return_image_means`` (loss, means): means [images] of

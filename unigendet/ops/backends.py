@@ -23,7 +23,7 @@ _TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _HAS_TRITON = find_spec("triton") is not None
 # Ops of which a Triton program holds whole rows: which tensor has them, and how many columns may be.
-_TRITON_ROWS = {"rms_norm": 0, "flow_matching": 1, "flow_matching_loss": 0}
+_TRITON_ROWS = {"alignment_loss": 0, "rms_norm": 0, "flow_matching": 1, "flow_matching_loss": 0}
 _TRITON_COLUMNS = 16384
 _MIXED = ("flow_matching", "flow_matching_loss")  # compute in float64 if any of their tensors is
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
@@ -46,6 +46,7 @@ _BUILT["rms_norm"] += ("triton",)
 _BUILT["swiglu"] += ("triton",)
 _BUILT["flow_matching"] += ("triton",)
 _BUILT["flow_matching_loss"] += ("triton",)
+_BUILT["alignment_loss"] += ("triton",)
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
