@@ -273,7 +273,7 @@ def test_bad_grids(sizes):
     ("index", "value", "message"),
     [
         (0, torch.zeros(7), r"student is .*\[N, D\]"),
-        (0, torch.zeros(6, 0), r"student is .*\[6, 0\].* with D at least 1"),
+        (0, torch.zeros(6, 0), r"student is .*\[6, 0\].* with at least 1 column"),
         (0, torch.zeros(5, 6), "student has 5 rows; it must have 6, the student tokens of grids"),
         (1, torch.zeros(15, 7), r"teacher is .*\[M, 6\]"),
         (1, torch.zeros(14, 6), "teacher has 14 rows; it must have 15, the teacher tokens of grids"),

@@ -204,3 +204,5 @@ def test_other_bad_arguments():
         flow_matching(*inputs, LatentGrids.from_sizes([(2, 3)]), patch_size=0, channels=3)
     with pytest.raises(ValueError, match=r"target is .*\[3, 4\]"):
         flow_matching_loss(torch.zeros(3, 4), torch.zeros(3, 5))
+    with pytest.raises(ValueError, match=r"prediction is .*\[3, 0\].* with at least 1 column"):
+        flow_matching_loss(torch.zeros(3, 0), torch.zeros(3, 0))

@@ -186,6 +186,7 @@ def test_checkpointing_and_compilation():
     [
         (0, torch.zeros(7), r"x is .*\[T, D\]"),
         (0, torch.zeros(7, 6).long(), "x is a torch.int64"),
+        (0, torch.zeros(7, 0), r"x is .*\[7, 0\].* with at least 1 column"),
         (1, torch.zeros(7), r"weights\[0\] is .*\[6\]"),
         (2, torch.zeros(6, 1), r"weights\[1\] is .*\[6\]"),
         (3, torch.zeros(6, 6), r"residual is .*\[7, 6\]"),

@@ -28,6 +28,12 @@ def check_floating(name: str, value: Tensor, shape: tuple[int | str, ...], dtype
         reject(name, value, f"a {dtype or 'floating-point'} tensor of shape [{sizes}]")
 
 
+def check_columns(name: str, value: Tensor) -> None:
+    """Check that the rows of ``value`` [rows, columns] hold something: of nothing there is no mean."""
+    if value.shape[1] == 0:
+        reject(name, value, "one with at least 1 column")
+
+
 def check_stream_lengths(stream_lengths: Tensor) -> None:
     """Check for ``Layout.stream_lengths``: int64 [2] on the CPU. Only :func:`first_stream` reads the values."""
     fits = isinstance(stream_lengths, Tensor) and stream_lengths.device.type == "cpu"

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigendet.ops import alignment_loss_triton as triton_backend
-from unigendet.ops._arguments import check_floating, compute_dtype, empty_unless, reject
+from unigendet.ops._arguments import check_columns, check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import ImageGrids, check_table, rows_of
 
@@ -336,8 +336,7 @@ def alignment_loss(
         ValueError: a shape, dtype, device or type does not fit, or ``backend`` cannot run this.
     """
     check_floating("student", student, ("N", "D"))
-    if student.shape[1] == 0:
-        reject("student", student, "of shape [N, D] with D at least 1")
+    check_columns("student", student)
     check_floating("teacher", teacher, ("M", student.shape[1]))
     table = check_table(grids, ImageGrids)
     if not _is_number(weight):

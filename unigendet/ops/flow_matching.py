@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from unigendet.ops import flow_matching_triton
-from unigendet.ops._arguments import check_floating, compute_dtype, empty_unless, reject
+from unigendet.ops._arguments import check_columns, check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import LatentGrids, check_table, rows_of
 
@@ -381,5 +381,6 @@ def flow_matching_loss(prediction: Tensor, target: Tensor, *, backend: str = "au
         ValueError: a shape, dtype or device does not fit, or ``backend`` cannot run this.
     """
     check_floating("prediction", prediction, ("M", "K"))
+    check_columns("prediction", prediction)
     check_floating("target", target, (prediction.shape[0], prediction.shape[1]))
     return _flow_matching_loss(prediction, target, resolve("flow_matching_loss", backend, prediction, target))

@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from unigendet.ops._arguments import check_floating, check_stream_lengths, compute_dtype, empty_unless, first_stream
+from unigendet.ops._arguments import (
+    check_columns,
+    check_floating,
+    check_stream_lengths,
+    compute_dtype,
+    empty_unless,
+    first_stream,
+)
 from unigendet.ops._launching import run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
@@ -270,6 +277,7 @@ def rms_norm(
     """
     weight_und, weight_gen = weights
     check_floating("x", x, ("T", "D"))
+    check_columns("x", x)
     check_floating("weights[0]", weight_und, (x.shape[1],))
     check_floating("weights[1]", weight_gen, (x.shape[1],))
     if residual is not None:
