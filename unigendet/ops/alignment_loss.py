@@ -20,7 +20,7 @@ above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
@@ -188,8 +188,29 @@ def _scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     torch.mul(gradient, factor.view(1, 1), out=out)  # a 0-d factor would be rounded to gradient's dtype first
 
 
-_FORWARD = {"reference": _reference, "torch": _torch}
-_SCALE = {"reference": _scale_into, "torch": _scale_into}
+def _extension(name: str) -> Callable[..., Any]:
+    """A function of the ``cpp`` and ``cuda`` backends, imported when it is called."""
+
+    def call(*arguments: Any) -> Any:
+        from unigendet.ops import alignment_loss_extension
+
+        return getattr(alignment_loss_extension, name)(*arguments)
+
+    return call
+
+
+_FORWARD = {
+    "reference": _reference,
+    "torch": _torch,
+    "cpp": _extension("forward_cpp"),
+    "cuda": _extension("forward_cuda"),
+}
+_SCALE = {
+    "reference": _scale_into,
+    "torch": _scale_into,
+    "cpp": _extension("scale_cpp"),
+    "cuda": _extension("scale_cuda"),
+}
 
 
 @torch.library.custom_op("unigendet::alignment_loss", mutates_args=())
@@ -309,7 +330,7 @@ def alignment_loss(
             tensor is not.
         token_weights: None for ones, or u [Σ h·w], any floating dtype; they get no gradient.
         return_image_means: whether to return each image's own mean distance, too.
-        backend: "auto", "reference" or "torch".
+        backend: "auto", "reference", "torch", "cpp" (CPU) or "cuda"; the last two are unigendet._C's.
 
     Returns:
         0-d tensor, float32 (float64 if an input is). With ``return_image_means`` (loss, means): means [images] of
