@@ -56,7 +56,10 @@ UNIGENDET_INLINE Floats load(const Bfloat16* p) {
 
 UNIGENDET_INLINE Floats load(const Float16* p) {
   Floats x;
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  x = (Floats)_mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xffff), narrow);
+#elif defined(__F16C__)
   const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
   memcpy(&x, &low, sizeof low);
@@ -82,7 +85,8 @@ UNIGENDET_INLINE Floats load(const Float16* p) {
 
 UNIGENDET_INLINE void store(Floats x, float* p) { memcpy(p, &x, sizeof x); }
 
-UNIGENDET_INLINE Halves to_bfloat16(Floats x) {
+// x as numbers of the dtype of the pointer.
+UNIGENDET_INLINE Halves narrow(Floats x, const Bfloat16*) {
   const Words bits = bits_of(x);
   const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
   const Words rounded = bits + 0x7fffu + (bits >> 16 & 1u);
@@ -90,19 +94,22 @@ UNIGENDET_INLINE Halves to_bfloat16(Floats x) {
 }
 
 UNIGENDET_INLINE void store(Floats x, Bfloat16* p) {
-  const Halves halves = to_bfloat16(x);
+  const Halves halves = narrow(x, p);
   memcpy(p, &halves, sizeof halves);
 }
 
-UNIGENDET_INLINE Halves to_float16(Floats x) {
+UNIGENDET_INLINE Halves narrow(Floats x, const Float16*) {
   Halves halves;
-#if defined(__F16C__)
+#if defined(__AVX512F__)
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  halves = (Halves)_mm512_maskz_cvtps_ph(static_cast<__mmask16>(0xffff), (__m512)x, rounding);
+#elif defined(__F16C__)
   __m256 low, high;
   memcpy(&low, &x, sizeof low);
   memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-  const __m128i narrow[2] = {_mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
-                             _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-  memcpy(&halves, narrow, sizeof halves);
+  const __m128i both[2] = {_mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                           _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  memcpy(&halves, both, sizeof halves);
 #else
   for (int64_t lane = 0; lane < kLanes; ++lane) {
     Float16 narrow;
@@ -114,37 +121,27 @@ UNIGENDET_INLINE Halves to_float16(Floats x) {
 }
 
 UNIGENDET_INLINE void store(Floats x, Float16* p) {
-  const Halves halves = to_float16(x);
+  const Halves halves = narrow(x, p);
   memcpy(p, &halves, sizeof halves);
 }
 
 // The same, past the caches: a large output is not read soon, and its lines need not be fetched before they are written.
 template <class T>
 UNIGENDET_INLINE void store_past_caches(Floats x, T* p) {
-#if defined(__x86_64__)
-  __m128i parts[sizeof(T)];
-  if constexpr (sizeof(T) == 4) {
-    memcpy(parts, &x, sizeof parts);
-  } else {
-    store(x, reinterpret_cast<T*>(parts));
-  }
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) {
-    __m512i wide;
-    memcpy(&wide, parts, sizeof wide);
-    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), wide);
-    return;
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x, p));
   }
-#endif
-#if defined(__AVX2__)
-  for (size_t i = 0; i < sizeof(T) / 2; ++i) {
-    __m256i wide;
-    memcpy(&wide, parts + 2 * i, sizeof wide);
-    _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, wide);
-  }
-#else
+#elif defined(__AVX2__)
+  __m256i parts[sizeof(T) / 2];
+  store(x, reinterpret_cast<T*>(parts));
+  for (size_t i = 0; i < sizeof(T) / 2; ++i) _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, parts[i]);
+#elif defined(__x86_64__)
+  __m128i parts[sizeof(T)];
+  store(x, reinterpret_cast<T*>(parts));
   for (size_t i = 0; i < sizeof(T); ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
-#endif
 #else
   store(x, p);
 #endif

@@ -1,7 +1,7 @@
 """The ``cpp`` and ``cuda`` backends of the alignment loss: what ``unigendet._C`` needs around its kernels.
 
-Both are one source of arithmetic (``csrc/alignment_loss.cuh``). ``cpp`` runs on the CPU with as many threads as PyTorch;
-its result does not depend on their number. ``cuda`` enqueues on the device's current stream.
+Both are one source of arithmetic, ``csrc/alignment_loss.cuh``. ``cpp`` runs on the CPU with as many threads as PyTorch;
+its results do not depend on their number. ``cuda`` enqueues on the device's current stream.
 """
 
 from __future__ import annotations

@@ -78,7 +78,6 @@ def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
 
 
 @torch.compiler.assume_constant_result
-@cache
 def extension_backends() -> tuple[str, ...]:
     """The backends that ``unigendet._C`` was built with; none if it was not built."""
     facts = extension_facts()
