@@ -1,4 +1,4 @@
-"""Where the packages lie, and the compiled extension; everything else about the distribution stands in pyproject.toml."""
+"""Where the packages lie, and the compiled extension; all else about the distribution stands in pyproject.toml."""
 
 import sys
 from pathlib import Path

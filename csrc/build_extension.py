@@ -7,8 +7,8 @@ Read by setup.py; knows nothing of torch. The environment says what is built:
     CXX, CUDA_HOME        where the compilers are, if not on the PATH
     MAX_JOBS              how many compilers run at a time
 
-Without a C++ compiler nothing is built and the package is pure Python. Any error of a compiler is an error of the build,
-and so is a register that spills in a kernel for one of the default architectures.
+Without a C++ compiler nothing is built and the package is pure Python. Any error of a compiler is an error of the
+build, and so is a register that spills in a kernel for one of the default architectures.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a"
+SYSTEM_CUDA = "/usr/local/cuda/bin"
 HOST_FLAGS = (
     "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi"
 ).split()
@@ -68,7 +69,7 @@ def find_compiler(env: Mapping[str, str]) -> str | None:
 def find_nvcc(env: Mapping[str, str]) -> str | None:
     """Path of nvcc: in CUDA_HOME or CUDA_PATH, on the PATH, or in /usr/local/cuda; None if there is none."""
     folders = [str(Path(env[name], "bin")) for name in ("CUDA_HOME", "CUDA_PATH") if env.get(name)]
-    return shutil.which("nvcc", path=os.pathsep.join([*folders, env.get("PATH", ""), "/usr/local/cuda/bin"]))
+    return shutil.which("nvcc", path=os.pathsep.join([*folders, env.get("PATH", ""), SYSTEM_CUDA]))
 
 
 def parse_archs(text: str) -> tuple[str, ...]:
@@ -88,7 +89,7 @@ def read_settings(env: Mapping[str, str]) -> Settings | None:
     compiler = find_compiler(env) if sys.platform != "win32" else None
     nvcc = None if cuda == "off" else find_nvcc(env)
     if cuda == "on" and (compiler is None or nvcc is None):
-        missing = "a C++ compiler (c++, g++ or clang++)" if compiler is None else "nvcc (set CUDA_HOME)"
+        missing = "C++ compiler (c++, g++ or clang++)" if compiler is None else "nvcc (set CUDA_HOME)"
         raise BuildError(f"UNIGENDET_CUDA is 'on', but there is no {missing}")
     return None if compiler is None else Settings(compiler, nvcc, archs if nvcc else ())
 
