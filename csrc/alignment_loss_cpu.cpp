@@ -469,7 +469,7 @@ static void run(const AlignmentLossParams& p) {
   {
     float* scratch = p.scratch + this_thread() * scratch_floats(columns);
     const int64_t student_chunks = (p.student_rows + kChunkTokens - 1) / kChunkTokens;
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
     for (int64_t i = 0; i < student_chunks; ++i) {
       student_rows<S, T>(p, scratch, i * kChunkTokens, smaller((i + 1) * kChunkTokens, p.student_rows));
     }
