@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
-from build_extension import BuildExtension, extensions  # noqa: E402
+from build_extension import BuildExtension, extensions
 
 packages = find_packages(include=["unigendet", "unigendet.*"]) + [
     "unigendet." + name for name in find_packages(include=["kernels", "kernels.*"])

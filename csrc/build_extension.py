@@ -31,14 +31,23 @@ from setuptools.command.build_ext import build_ext
 HERE = Path(__file__).resolve().parent
 DEFAULT_ARCHS = "8.0;9.0a"
 SYSTEM_CUDA = "/usr/local/cuda/bin"
-HOST_FLAGS = (
-    "-std=c++17 -O3 -ffp-contract=fast -fno-math-errno -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-psabi"
-).split()
+HOST_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-psabi",
+]
 OPENMP = [] if sys.platform == "darwin" else ["-fopenmp"]
 # Namespace → flags of each build of alignment_loss_cpu.cpp.
 X86_LEVELS = {
-    "x86_64_v3": "-mavx2 -mfma -mf16c".split(),
-    "x86_64_v4": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c".split(),
+    "x86_64_v3": ["-mavx2", "-mfma", "-mf16c"],
+    "x86_64_v4": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
 }
 
 

@@ -148,5 +148,5 @@ def test_the_current_stream_is_used():
 
 def test_float64_is_refused():
     inputs = arguments(dtype=torch.float64)
-    with pytest.raises(ValueError, match="backend='cuda' cannot run alignment_loss: the dtype is torch.float64;"):
+    with pytest.raises(ValueError, match=r"backend='cuda' cannot run alignment_loss: the dtype is torch.float64;"):
         op(backend="cuda")(*inputs)
