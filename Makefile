@@ -10,12 +10,12 @@ OLDEST_TRITON := $(VENV)/triton-oldest
 GPU_PYTHON ?= python3
 GPU_LOG := runs/gpu.log
 
-.PHONY: help install test lint format quickstart gpu clean
+.PHONY: help install test sanitize lint format quickstart gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
-$(INSTALLED): pyproject.toml setup.py constraints.txt
+$(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[train,dev]'
 	touch $@
@@ -28,8 +28,30 @@ $(OLDEST_TRITON)/.installed: $(INSTALLED) constraints-triton-oldest.txt
 
 install: $(INSTALLED)  ## Create .venv and install the package with all extras
 
+# The C++ sources under the sanitizers of the compiler, in a program without Python.
+SANITIZED := build/sanitize
+SANITIZE_FLAGS := -std=c++17 -O1 -g -ffp-contract=fast -fopenmp -Wall -Wextra -Werror -Wno-psabi \
+	-fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZE_LEVELS := baseline
+ifeq ($(shell uname -m),x86_64)
+SANITIZE_FLAGS += -DUNIGENDET_X86_LEVELS
+SANITIZE_LEVELS += x86_64_v3 x86_64_v4
+$(SANITIZED)/x86_64_v3.o: LEVEL_FLAGS := -mavx2 -mfma -mf16c
+$(SANITIZED)/x86_64_v4.o: LEVEL_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
+endif
+
+$(SANITIZED)/%.o: csrc/alignment_loss_cpu.cpp $(wildcard csrc/*.h csrc/*.cuh)
+	mkdir -p $(SANITIZED)
+	$(CXX) $(SANITIZE_FLAGS) $(LEVEL_FLAGS) -DUNIGENDET_ISA=$* -c $< -o $@
+
+$(SANITIZED)/fuzz: tests/csrc/fuzz_alignment_loss.cpp $(SANITIZE_LEVELS:%=$(SANITIZED)/%.o)
+	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
+
+sanitize: $(SANITIZED)/fuzz  ## Run the C++ sources on random inputs under sanitizers
+	$(SANITIZED)/fuzz
+
 test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
-test: $(INSTALLED) $(OLDEST_TRITON)/.installed  ## Run the tests that need no GPU
+test: $(INSTALLED) $(OLDEST_TRITON)/.installed sanitize  ## Run the tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist worksteal
@@ -58,4 +80,4 @@ gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results
 	exit $$status; } 2>&1 | tee $(GPU_LOG)
 
 clean:  ## Remove the virtual environment and what the targets left
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis quickstart
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis quickstart unigendet/_C*.so

@@ -107,9 +107,24 @@ def test_info(cli):
     assert facts["versions"]["unigendet"] == __version__
     assert "cpu" in facts["devices"]
     assert {"reference", "torch"} <= set(facts["ops (backends built)"]["symbiotic_attention"])
+    assert facts["compiled extension"]["unigendet._C"].startswith(("built by ", "not built"))
     result = cli("info")
     assert result.code == 0
     assert re.search(rf"^  torch +{re.escape(facts['versions']['torch'])}$", result.out, re.MULTILINE)
+
+
+def test_info_about_the_extension(cli, monkeypatch):
+    monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: None)
+    assert json.loads(cli("info", "--json").out)["compiled extension"] == {"unigendet._C": "not built"}
+    facts = {"compiler": "c++ 1", "isa_levels": ["fast", "baseline"], "usable_isa_levels": ["baseline"],
+             "cuda_archs": ["sm_80"], "nvcc": "release 13"}  # fmt: skip
+    monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: facts)
+    shown = json.loads(cli("info", "--json").out)["compiled extension"]
+    assert shown == {
+        "unigendet._C": "built by c++ 1",
+        "instruction set in use": "baseline (of fast, baseline)",
+        "cuda": ["sm_80", "by release 13"],
+    }
 
 
 def test_without_the_training_extra():

@@ -121,8 +121,8 @@ def test_kernels_know_no_ops_and_no_model():
 
 
 def test_kernel_sources_include_no_torch():
-    """Kernels take plain pointers; bindings.cpp is the only door."""
-    for pattern in ("*.cu", "*.cuh"):
+    """Kernels take plain pointers, and bindings.cpp reads tensors through Python."""
+    for pattern in ("*.cu", "*.cuh", "*.h", "*.cpp"):
         for path in (ROOT / "csrc").rglob(pattern):
             for line in path.read_text().splitlines():
                 is_torch = line.lstrip().startswith("#include") and any(w in line for w in ("torch/", "ATen/", "c10/"))
@@ -168,7 +168,7 @@ print(*ours)
 def test_ops_compute_without_anything_but_torch():
     loaded = run_fresh(BLOCKED_OPS).split()
     assert "unigendet.ops.symbiotic_attention" in loaded
-    assert {room_of(name) for name in loaded} == {"", "layout", "schedule", "ops"}
+    assert {room_of(name) for name in loaded} - {"_C"} == {"", "layout", "schedule", "ops"}  # _C where it is built
 
 
 @pytest.mark.parametrize(

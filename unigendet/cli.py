@@ -12,7 +12,6 @@ import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -290,7 +289,7 @@ def _info(options: argparse.Namespace) -> int:
     for title, values in facts.items():
         print(title)
         for name, value in values.items():
-            print(f"  {name:<22}{', '.join(value) if isinstance(value, list) else value}")
+            print(f"  {name:<24}{', '.join(value) if isinstance(value, list) else value}")
     return 0
 
 
@@ -301,7 +300,7 @@ def gather_info() -> dict[str, dict[str, str | list[str]]]:
 
     import torch
 
-    from unigendet.ops.backends import available
+    from unigendet.ops.backends import available, extension_facts
 
     def installed(name: str) -> str:
         try:
@@ -329,8 +328,20 @@ def gather_info() -> dict[str, dict[str, str | list[str]]]:
         "versions": versions,
         "devices": devices,
         "ops (backends built)": available(),
-        "compiled extension": {"unigendet._C": "built" if find_spec("unigendet._C") else "not built"},
+        "compiled extension": _extension(extension_facts()),
         "extra 'train'": {name: installed(name) for name in extras},
+    }
+
+
+def _extension(facts: dict[str, object] | None) -> dict[str, str | list[str]]:
+    if facts is None:
+        return {"unigendet._C": "not built"}
+    cuda = [*facts["cuda_archs"], f"by {facts['nvcc']}"] if facts["cuda_archs"] else "not built"
+    in_use, *_ = facts["usable_isa_levels"]
+    return {
+        "unigendet._C": f"built by {facts['compiler']}",
+        "instruction set in use": f"{in_use} (of {', '.join(facts['isa_levels'])})",
+        "cuda": cuda,
     }
 
 

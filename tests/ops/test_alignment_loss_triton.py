@@ -186,8 +186,8 @@ def test_what_is_refused(monkeypatch):
     with pytest.raises(ValueError, match="cannot run alignment_loss: rows are 16385 numbers wide; they must be"):
         op(sizes, backend="triton")(*arguments(sizes, columns=columns))
     monkeypatch.setattr(backends, "_compiles_triton", lambda _: True)  # as on a device
-    inputs = arguments(sizes, columns=columns)
-    assert_same(*(outputs_and_gradients(op(sizes, backend=backend), inputs) for backend in ("auto", "torch")))
+    assert backends.resolve("alignment_loss", "auto", *arguments(sizes, columns=columns)) in ("cpp", "torch")
+    assert backends.resolve("alignment_loss", "auto", *arguments(sizes, columns=16384)) == "triton"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -28,7 +28,7 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
-def table_stream(op: str, device: torch.device) -> int:
+def table_stream(op: str, backend: str, device: torch.device) -> int:
     """The stream to which a table belongs that goes to ``device`` now: another one would not wait for the copy.
 
     Raises ValueError while a CUDA graph is captured: it would keep addresses of tables that caches let go.
@@ -36,7 +36,7 @@ def table_stream(op: str, device: torch.device) -> int:
     if device.type != "cuda":
         return 0
     if torch.cuda.is_current_stream_capturing():
-        raise ValueError(f"{op} cannot be part of a CUDA graph with backend='triton'; run it outside")
+        raise ValueError(f"{op} cannot be part of a CUDA graph with backend={backend!r}; run it outside")
     return torch.cuda.current_stream(device).cuda_stream
 
 

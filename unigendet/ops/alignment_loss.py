@@ -20,7 +20,7 @@ above.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from numbers import Real
 from typing import Any
 
@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from unigendet.ops import alignment_loss_triton as triton_backend
+from unigendet.ops import alignment_loss_extension, alignment_loss_triton
 from unigendet.ops._arguments import check_columns, check_floating, compute_dtype, empty_unless, reject
 from unigendet.ops.backends import resolve, run
 from unigendet.ops.grids import ImageGrids, check_table, rows_of
@@ -164,20 +164,25 @@ def _torch(
     return outputs
 
 
-def _triton(
-    student: Tensor,
-    teacher: Tensor,
-    table: Tensor,
-    normalizer: Tensor | None,
-    token_weights: Tensor | None,
-    weight: float,
-    *needs: bool,
-) -> tuple[Tensor, ...]:
-    check_rows(student, teacher, table)
-    outputs = allocate(student, teacher, table, *needs)
-    units = keeps_unit_gradient(student.dtype), keeps_unit_gradient(teacher.dtype)
-    triton_backend.forward(student, teacher, table, normalizer, token_weights, weight, needs, units, outputs)
-    return outputs
+def _filled_by(forward: Callable[..., None]) -> Callable[..., tuple[Tensor, ...]]:
+    """An implementation by kernels that fill what is allocated here."""
+
+    def call(
+        student: Tensor,
+        teacher: Tensor,
+        table: Tensor,
+        normalizer: Tensor | None,
+        token_weights: Tensor | None,
+        weight: float,
+        *needs: bool,
+    ) -> tuple[Tensor, ...]:
+        check_rows(student, teacher, table)
+        outputs = allocate(student, teacher, table, *needs)
+        units = keeps_unit_gradient(student.dtype), keeps_unit_gradient(teacher.dtype)
+        forward(student, teacher, table, normalizer, token_weights, weight, needs, units, outputs)
+        return outputs
+
+    return call
 
 
 def keeps_unit_gradient(dtype: torch.dtype) -> bool:
@@ -205,8 +210,20 @@ def _scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     torch.mul(gradient, factor.view(1, 1), out=out)  # a 0-d factor would be rounded to gradient's dtype first
 
 
-_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
-_SCALE = {"reference": _scale_into, "torch": _scale_into, "triton": triton_backend.scale_into}
+_FORWARD = {
+    "reference": _reference,
+    "torch": _torch,
+    "triton": _filled_by(alignment_loss_triton.forward),
+    "cpp": _filled_by(alignment_loss_extension.forward_cpp),
+    "cuda": _filled_by(alignment_loss_extension.forward_cuda),
+}
+_SCALE = {
+    "reference": _scale_into,
+    "torch": _scale_into,
+    "triton": alignment_loss_triton.scale_into,
+    "cpp": alignment_loss_extension.scale_cpp,
+    "cuda": alignment_loss_extension.scale_cuda,
+}
 
 
 @torch.library.custom_op("unigendet::alignment_loss", mutates_args=())
@@ -326,7 +343,8 @@ def alignment_loss(
             tensor is not.
         token_weights: None for ones, or u [Σ h·w], any floating dtype; they get no gradient.
         return_image_means: whether to return each image's own mean distance, too.
-        backend: "auto", "reference", "torch" or "triton" (at most 16384 columns).
+        backend: "auto", "reference", "torch", "triton" (at most 16384 columns), "cpp" (on CPUs) or "cuda"; the last two
+            where unigendet._C was built with them.
 
     Returns:
         0-d tensor, float32 (float64 if an input is). With ``return_image_means`` (loss, means): means [images] of

@@ -71,7 +71,9 @@ def scale_into(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
 
 def _tables(table: Tensor, rows: int, teacher_rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     """Tables of student tiles, of images, and of teacher tiles (see the kernels), kept for the last packs seen."""
-    return _cached(table.numpy().tobytes(), rows, teacher_rows, device, table_stream("alignment_loss", device))
+    return _cached(
+        table.numpy().tobytes(), rows, teacher_rows, device, table_stream("alignment_loss", "triton", device)
+    )
 
 
 @functools.lru_cache(maxsize=64)

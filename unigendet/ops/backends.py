@@ -9,16 +9,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-BACKENDS = ("reference", "torch", "triton", "cuda", "flash")
+BACKENDS = ("reference", "torch", "triton", "cpp", "cuda", "flash")
 
 _PORTABLE = ("reference", "torch")
-_TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton reads this when a kernel is defined; kernels then run on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _HAS_TRITON = find_spec("triton") is not None
@@ -47,6 +48,8 @@ _BUILT["swiglu"] += ("triton",)
 _BUILT["flow_matching"] += ("triton",)
 _BUILT["flow_matching_loss"] += ("triton",)
 _BUILT["alignment_loss"] += ("triton",)
+_EXTENSION_OPS = ("alignment_loss",)  # what unigendet._C has kernels for
+_EXTENSION_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 
 def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
@@ -63,7 +66,9 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
         return _automatic(op, tensors)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if backend not in _BUILT[op]:
+    if backend in _EXTENSION_DEVICES and op in _EXTENSION_OPS:
+        _check_extension(op, backend, tensors)
+    elif backend not in _BUILT[op]:
         raise ValueError(f"backend={backend!r} cannot run {op}: no such kernel is built")
     if backend == "triton":
         _check_triton(op, tensors)
@@ -73,9 +78,29 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
 
 
 def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
-    """Triton's kernels on the CUDA devices and for the dtypes they know; plain PyTorch otherwise."""
-    fits = "triton" in _BUILT[op] and _compiles_triton(tensors[0].device) and _triton_limit(op, tensors) is None
-    return "triton" if fits else "torch"
+    """Triton's kernels on CUDA devices, the extension's on the CPU, for what they know; plain PyTorch otherwise."""
+    device, dtype = tensors[0].device, tensors[0].dtype
+    if "triton" in _BUILT[op] and _compiles_triton(device) and _triton_limit(op, tensors) is None:
+        return "triton"
+    fits = device.type == "cpu" and op in _EXTENSION_OPS and dtype in _KERNEL_DTYPES
+    return "cpp" if fits and "cpp" in extension_backends() else "torch"
+
+
+@torch.compiler.assume_constant_result
+def extension_backends() -> tuple[str, ...]:
+    """The backends that ``unigendet._C`` was built with; none if it was not built."""
+    facts = extension_facts()
+    return () if facts is None else ("cpp", "cuda") if facts["cuda_archs"] else ("cpp",)
+
+
+@cache
+def extension_facts() -> dict[str, Any] | None:
+    """How ``unigendet._C`` was built: compiler, nvcc, isa_levels, usable_isa_levels, cuda_archs; None if it was not."""
+    if find_spec("unigendet._C") is None:
+        return None
+    from unigendet import _C
+
+    return _C.build_info()
 
 
 @torch.compiler.assume_constant_result
@@ -87,8 +112,8 @@ def _compiles_triton(device: torch.device) -> bool:
 def _triton_limit(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
     """What about the dtypes or the width of a call Triton's kernels do not know, if anything."""
     for tensor in tensors if op in _MIXED else tensors[:1]:
-        if tensor.dtype not in _TRITON_DTYPES:
-            return f"the dtype is {tensor.dtype}; it must be one of {', '.join(map(str, _TRITON_DTYPES))}"
+        if tensor.dtype not in _KERNEL_DTYPES:
+            return f"the dtype is {tensor.dtype}; it must be one of {', '.join(map(str, _KERNEL_DTYPES))}"
     if op in _TRITON_ROWS and tensors[_TRITON_ROWS[op]].shape[1] > _TRITON_COLUMNS:
         return f"rows are {tensors[_TRITON_ROWS[op]].shape[1]} numbers wide; they must be at most {_TRITON_COLUMNS}"
     return None
@@ -105,6 +130,22 @@ def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
         )
 
 
+def _check_extension(op: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
+    device, dtype = tensors[0].device, tensors[0].dtype
+    problem = None
+    if not extension_backends():
+        problem = "unigendet._C is not built: install from source with a C++ compiler"
+    elif backend not in extension_backends():
+        problem = "unigendet._C is built without CUDA: install from source with nvcc"
+    elif dtype not in _KERNEL_DTYPES:
+        problem = f"the dtype is {dtype}; it must be one of {', '.join(map(str, _KERNEL_DTYPES))}"
+    elif device.type != _EXTENSION_DEVICES[backend]:
+        need = "the CPU" if backend == "cpp" else "a CUDA device"
+        problem = f"its tensors are on {device}; they must be on {need}"
+    if problem is not None:
+        raise ValueError(f"backend={backend!r} cannot run {op}: {problem}")
+
+
 def _check_flash(op: str, q: Tensor) -> None:
     problem = None
     if q.device.type != "cuda":
@@ -119,7 +160,8 @@ def _check_flash(op: str, q: Tensor) -> None:
 
 def available() -> dict[str, list[str]]:
     """The implementations of every op that are part of this build."""
-    return {op: list(names) for op, names in _BUILT.items()}
+    extension = extension_backends()
+    return {op: [*names, *(extension if op in _EXTENSION_OPS else ())] for op, names in _BUILT.items()}
 
 
 def run(implementations: Mapping[str, Callable[..., Any]], backend: str, tensor: Tensor, *arguments: Any) -> Any:

@@ -81,7 +81,7 @@ def _tiles(table: Tensor, tokens: int, device: torch.device) -> tuple[Tensor, Te
 
     They are made once and kept for the last packs seen.
     """
-    return _cached(table.numpy().tobytes(), tokens, device, table_stream("flow_matching", device))
+    return _cached(table.numpy().tobytes(), tokens, device, table_stream("flow_matching", "triton", device))
 
 
 @functools.lru_cache(maxsize=64)
