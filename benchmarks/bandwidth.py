@@ -255,7 +255,7 @@ def ours(op: str, backend: str, device: torch.device, dtype: torch.dtype, functi
 
     def make() -> Function:
         try:
-            resolve(op, backend, torch.empty(1, device=device, dtype=dtype))
+            resolve(op, backend, *[torch.empty(1, 1, device=device, dtype=dtype)] * 3)
         except ValueError as error:
             raise CannotRun(str(error)) from error
         return function
