@@ -130,7 +130,8 @@ def first_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     """MiB that a call has at its peak beyond what was there before, its results included.
 
-    On a CPU it is the process's resident memory, by Linux's high-water mark; None where that cannot be reset.
+    On a CPU it is the process's resident memory, by Linux's high-water mark; None where that cannot be reset. Less than
+    32 MiB may come from what the C library has kept, and not show.
     """
     if device.type != "cuda":
         return _peak_resident_mib(call)

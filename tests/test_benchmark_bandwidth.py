@@ -150,7 +150,7 @@ def test_paired_timing_takes_turns():
 
 
 def test_peak_memory_of_a_call_on_the_cpu():
-    peak = harness.peak_mib(lambda: torch.ones(32 * 2**18), CPU)
+    peak = harness.peak_mib(lambda: torch.ones(96 * 2**18), CPU)  # more than the C library keeps for later
     if peak is None:
         pytest.skip("this system does not reset the high-water mark of resident memory")
-    assert 31 <= peak <= 40
+    assert 95 <= peak <= 110

@@ -179,7 +179,7 @@ def prefer_triton(monkeypatch, ops):
     """As "auto" chooses on a GPU: Triton's kernels (here in its interpreter) for ``ops``, else plain PyTorch."""
 
     def automatic(op, tensors):
-        fits = tensors[0].dtype in backends._TRITON_DTYPES
+        fits = tensors[0].dtype in backends._KERNEL_DTYPES
         ran.add((op, "triton" if op in ops and fits else "torch"))
         return "triton" if op in ops and fits else "torch"
 
