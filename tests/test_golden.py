@@ -205,4 +205,15 @@ def test_golden_with_triton(golden_file, tmp_path, monkeypatch):
         ops -= {"qk_norm_rope"}
     ran = prefer_triton(monkeypatch, ops)
     RUN[kind](golden, golden.model(tmp_path, "auto"))
-    assert {(op, "triton") for op in {"symbiotic_attention", "qk_norm_rope", "rms_norm", "swiglu"} & ops} <= ran
+    used = {"symbiotic_attention", "qk_norm_rope", "rms_norm", "swiglu"}
+    used |= {"flow_matching", "flow_matching_loss", "alignment_loss"} if kind == "diga" else set()
+    assert {(op, "triton") for op in used & ops} <= ran
+
+
+@pytest.mark.skipif("cpp" not in backends.available()["alignment_loss"], reason="unigendet._C is not built")
+def test_golden_with_the_extension(golden_file, tmp_path):
+    """As "auto" chooses on a CPU: the alignment loss in C++."""
+    golden = Golden.read(golden_file)
+    if golden.metadata["kind"] == "diga":
+        torch.manual_seed(0)
+        run_diga(golden, golden.model(tmp_path, "auto"))
