@@ -244,7 +244,7 @@ __global__ void __launch_bounds__(kRowThreads, sizeof(S) + sizeof(T) > 4 ? 3 : 4
   for (int tile_index = blockIdx.x; tile_index < p.num_tiles; tile_index += gridDim.x) {
     const Tile tile = p.tiles[tile_index];
     const Image image = p.images[tile.image];
-    const int end = min(tile.token + kTileTokens, image.h * image.w);
+    const int end = tile.token + min(kTileTokens, image.h * image.w - tile.token);
     for (int token = tile.token + threadIdx.x / (32 * team); token < end; token += kTeams) {
       const Tap y = tap(token / image.w, image.h, image.teacher_h), x = tap(token % image.w, image.w, image.teacher_w);
       const Taps<T> taps(p.teacher, image, y, x);
@@ -454,7 +454,12 @@ cudaError_t launch_scale(const ScaleParams& p) {
   return vectors ? launch_scale<T, kVector>(p) : launch_scale<T, 1>(p);
 }
 
-const char* text_of(cudaError_t error) { return error == cudaSuccess ? nullptr : cudaGetErrorString(error); }
+// The message of an error that is reported, which the next launch must not find again; null if there is none.
+const char* text_of(cudaError_t error) {
+  if (error == cudaSuccess) return nullptr;
+  (void)cudaGetLastError();
+  return cudaGetErrorString(error);
+}
 
 }  // namespace
 

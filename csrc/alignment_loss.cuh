@@ -103,8 +103,8 @@ UNIGENDET_INLINE Tap tap(int32_t i, int32_t size, int32_t source) {
   const float scale = static_cast<float>(source) / static_cast<float>(size);
   float position = scale * (static_cast<float>(i) + 0.5f) - 0.5f;
   position = position > 0.0f ? position : 0.0f;
-  int32_t lower = static_cast<int32_t>(position);
-  lower = lower < source - 1 ? lower : source - 1;
+  // Compared as floats: for a source of nearly 2^31, position may round to a number that no int32 holds.
+  const int32_t lower = position < static_cast<float>(source - 1) ? static_cast<int32_t>(position) : source - 1;
   const int32_t upper = lower + 1 < source - 1 ? lower + 1 : source - 1;
   return {lower, upper, upper == lower ? 0.0f : position - static_cast<float>(lower)};
 }

@@ -27,7 +27,6 @@ constexpr int64_t kChunkTokens = 512;       // student rows that a thread takes 
 constexpr int64_t kChunkTeacherRows = 64;
 constexpr int64_t kChunkBytes = 1 << 18;    // of a gradient that is scaled
 constexpr int64_t kLargeOutput = 8 << 20;   // bytes from which on an output would only push others out of the caches
-constexpr uintptr_t kHugePage = 2 << 20;
 
 typedef float Floats __attribute__((vector_size(64)));
 typedef uint32_t Words __attribute__((vector_size(64)));
@@ -423,19 +422,46 @@ static void teacher_rows(const AlignmentLossParams& p, float* sum, int64_t begin
   }
 }
 
+#if defined(__linux__)
+constexpr uintptr_t kHugePage = 2 << 20;
+
+struct Span {
+  uintptr_t begin, end;
+};
+
+// The 2 MB pages inside a large output; none in a small one.
+Span huge_pages(void* memory, int64_t bytes) {
+  if (memory == nullptr || bytes < kLargeOutput) return {0, 0};
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
+  return {(begin + kHugePage - 1) / kHugePage * kHugePage, end / kHugePage * kHugePage};
+}
+#endif
+
 // Fresh memory comes in 4 KB pages that cost a fault each. A large output asks for 2 MB pages; that is advice only.
 void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-  if (memory == nullptr || bytes < kLargeOutput) return;
-  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kHugePage - 1) / kHugePage * kHugePage;
-  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) / kHugePage * kHugePage;
-  if (begin >= end) return;
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#if defined(MADV_POPULATE_WRITE)  // by one thread: several that fault large pages at once can hold each other up for long
-  (void)madvise(reinterpret_cast<void*>(begin), end - begin, MADV_POPULATE_WRITE);
-#endif
+  const Span pages = huge_pages(memory, bytes);
+  if (pages.begin < pages.end) {
+    (void)madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
+  }
 #else
   (void)memory, (void)bytes;
+#endif
+}
+
+// Each thread fetches its share of the pages, which about holds the rows that it will write, in one call.
+void populate(void* memory, int64_t bytes, int thread, int threads) {
+#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
+  const Span pages = huge_pages(memory, bytes);
+  if (pages.begin >= pages.end) return;
+  const uintptr_t count = (pages.end - pages.begin) / kHugePage;
+  const uintptr_t first = count * static_cast<uintptr_t>(thread) / static_cast<uintptr_t>(threads);
+  const uintptr_t last = count * static_cast<uintptr_t>(thread + 1) / static_cast<uintptr_t>(threads);
+  if (first >= last) return;
+  void* begin = reinterpret_cast<void*>(pages.begin + first * kHugePage);
+  (void)madvise(begin, (last - first) * kHugePage, MADV_POPULATE_WRITE);
+#else
+  (void)memory, (void)bytes, (void)thread, (void)threads;
 #endif
 }
 
@@ -464,24 +490,39 @@ UNIGENDET_INLINE int this_thread() {
 #endif
 }
 
+UNIGENDET_INLINE int num_threads() {
+#ifdef _OPENMP
+  return omp_get_num_threads();
+#else
+  return 1;
+#endif
+}
+
 template <class S, class T>
 static void run(const AlignmentLossParams& p) {
   const int64_t columns = p.columns;
-  advise_huge_pages(p.dstudent, p.student_rows * columns * static_cast<int64_t>(sizeof(S)));
-  advise_huge_pages(p.dteacher, p.teacher_rows * columns * static_cast<int64_t>(sizeof(T)));
+  const int64_t student_bytes = p.student_rows * columns * static_cast<int64_t>(sizeof(S));
+  const int64_t teacher_bytes = p.teacher_rows * columns * static_cast<int64_t>(sizeof(T));
+  advise_huge_pages(p.dstudent, student_bytes);
+  advise_huge_pages(p.dteacher, teacher_bytes);
 #pragma omp parallel num_threads(p.num_threads)
   {
-    float* scratch = p.scratch + this_thread() * scratch_floats(columns);
-    const int64_t student_chunks = (p.student_rows + kChunkTokens - 1) / kChunkTokens;
+    const int thread = this_thread(), threads = num_threads();
+    float* scratch = p.scratch + thread * scratch_floats(columns);
+    populate(p.dstudent, student_bytes, thread, threads);
+    populate(p.dteacher, teacher_bytes, thread, threads);
+    const int64_t tokens = smaller(kChunkTokens, (int64_t{p.student_rows} + threads - 1) / threads);
+    const int64_t student_chunks = (p.student_rows + tokens - 1) / tokens;
 #pragma omp for schedule(static)
     for (int64_t i = 0; i < student_chunks; ++i) {
-      student_rows<S, T>(p, scratch, i * kChunkTokens, smaller((i + 1) * kChunkTokens, p.student_rows));
+      student_rows<S, T>(p, scratch, i * tokens, smaller((i + 1) * tokens, p.student_rows));
     }
     if (p.dteacher != nullptr) {
-      const int64_t teacher_chunks = (p.teacher_rows + kChunkTeacherRows - 1) / kChunkTeacherRows;
+      const int64_t rows = smaller(kChunkTeacherRows, (int64_t{p.teacher_rows} + threads - 1) / threads);
+      const int64_t teacher_chunks = (p.teacher_rows + rows - 1) / rows;
 #pragma omp for schedule(dynamic)
       for (int64_t i = 0; i < teacher_chunks; ++i) {
-        teacher_rows<S, T>(p, scratch, i * kChunkTeacherRows, smaller((i + 1) * kChunkTeacherRows, p.teacher_rows));
+        teacher_rows<S, T>(p, scratch, i * rows, smaller((i + 1) * rows, p.teacher_rows));
       }
     }
   }

@@ -115,7 +115,11 @@ View view(const std::string& name, const py::handle& object) {
     if (!fits || (v.extent > 0 && (v.data == 0 || offset > py::cast<int64_t>(storage.attr("nbytes")())))) {
       reject(name, v.text() + " whose memory is not there", "one that owns its memory");
     }
+    if (v.extent > 0 && v.data % static_cast<uintptr_t>(v.item_size) != 0) {
+      reject(name, v.text() + " at an address that is no multiple of its items' size", "aligned");
+    }
   } catch (const py::error_already_set& error) {  // of a tensor without strides, memory or sizes
+    if (!error.matches(PyExc_Exception) || error.matches(PyExc_MemoryError)) throw;
     reject(name, std::string("a tensor that cannot be read (") + error.what() + ")", "a plain one");
   } catch (const py::cast_error&) {
     reject(name, "a tensor whose sizes are no integers", "a plain one");

@@ -114,8 +114,8 @@ def test_info(cli):
 
 
 def test_info_about_the_extension(cli, monkeypatch):
-    monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: None)
-    assert json.loads(cli("info", "--json").out)["compiled extension"] == {"unigendet._C": "not built"}
+    monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: {"problem": "not built: no compiler"})
+    assert json.loads(cli("info", "--json").out)["compiled extension"] == {"unigendet._C": "not built: no compiler"}
     facts = {"compiler": "c++ 1", "isa_levels": ["fast", "baseline"], "usable_isa_levels": ["baseline"],
              "cuda_archs": ["sm_80"], "nvcc": "release 13"}  # fmt: skip
     monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: facts)

@@ -13,7 +13,7 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from unigendet import __version__
 
@@ -333,9 +333,9 @@ def gather_info() -> dict[str, dict[str, str | list[str]]]:
     }
 
 
-def _extension(facts: dict[str, object] | None) -> dict[str, str | list[str]]:
-    if facts is None:
-        return {"unigendet._C": "not built"}
+def _extension(facts: dict[str, Any]) -> dict[str, str | list[str]]:
+    if "problem" in facts:
+        return {"unigendet._C": facts["problem"]}
     cuda = [*facts["cuda_archs"], f"by {facts['nvcc']}"] if facts["cuda_archs"] else "not built"
     in_use, *_ = facts["usable_isa_levels"]
     return {

@@ -337,3 +337,43 @@ def test_bad_token_weights(value, message, backend):
 def test_bad_weight(weight):
     with pytest.raises(ValueError, match=r"weight is .*; it must be a number"):
         op(weight=weight)(*arguments())
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (torch.tensor([2, 3, -1, 2]), "grids.table holds sizes that are not positive"),
+        (torch.tensor([2, 3, 0, 2]), "grids.table holds sizes that are not positive"),
+        (torch.tensor([2, 3, 1]), r"grids.table is .*\[3\].*shape \[4\*images\]"),
+        (torch.tensor([]).long(), r"grids.table is .*\[0\]"),
+        (torch.tensor([[2, 3, 3, 2]]), r"grids.table is .*\[1, 4\]"),
+        (torch.tensor([2, 3, 3, 2]).int(), "grids.table is a torch.int32"),
+        (torch.tensor([2, 9, 3, 9, 3, 9, 2, 9])[::2], "grids.table is .* it must be a contiguous int64"),
+        ([2, 3, 3, 2], "grids.table is a list|grids.table is \\[2, 3"),
+    ],
+)
+def test_bad_tables(table, message, backend):
+    grids = ImageGrids(table, 6, 6)
+    with pytest.raises(ValueError, match=message):
+        alignment_loss(torch.ones(6, 4), torch.ones(6, 4), grids, backend=backend)
+
+
+def test_dtypes_without_kernels_take_torch():
+    """Eight-bit floats are floating-point tensors, too."""
+    student, teacher = (x.detach() for x in arguments(FEW, columns=8))
+    for dtypes in ((torch.float8_e4m3fn, torch.float32), (torch.float32, torch.float8_e5m2)):
+        inputs = [x.to(dtype) for x, dtype in zip((student, teacher), dtypes, strict=True)]
+        assert torch.equal(op(FEW)(*inputs), op(FEW, backend="torch")(*inputs))
+        for backend in KERNELS[len(PORTABLE) :]:
+            with pytest.raises(
+                ValueError, match=f"backend='{backend}' cannot run alignment_loss: the dtype is torch.float8"
+            ):
+                op(FEW, backend=backend)(*inputs)
+
+
+@pytest.mark.parametrize("backend", KERNELS)
+def test_sparse_tensors_are_refused(backend):
+    student, teacher = (x.detach() for x in arguments(FEW))
+    with pytest.raises(ValueError, match=r"student is a torch.sparse_coo torch.float32 .* must be a dense floating"):
+        op(FEW, backend=backend)(student.to_sparse(), teacher)

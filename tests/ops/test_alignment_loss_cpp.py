@@ -55,11 +55,11 @@ def test_errors_of_a_backend_that_is_named(monkeypatch):
         ValueError, match=r"backend='cpp' cannot run alignment_loss: its tensors are on meta; .* the CPU"
     ):
         op([(2, 3, 3, 5)], backend="cpp")(*meta)
-    for backends, message in (
-        ((), "not built: install from source with a C"),
-        (("cpp",), "without CUDA: .* with nvcc"),
+    for facts, message in (
+        ({"problem": "not built: no compiler"}, "not built: no compiler"),
+        ({"cuda_archs": []}, "built without CUDA: .* with nvcc"),
     ):
-        monkeypatch.setattr("unigendet.ops.backends.extension_backends", lambda b=backends: b)
+        monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda f=facts: f)
         with pytest.raises(ValueError, match=f"backend='cuda' cannot run alignment_loss: unigendet._C is .*{message}"):
             resolve("alignment_loss", "cuda", torch.zeros(1))
     monkeypatch.setattr("unigendet.ops.backends.extension_backends", lambda: ("cpp", "cuda"))

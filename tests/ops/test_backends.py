@@ -1,5 +1,7 @@
 """The names of implementations and the errors about them."""
 
+import sys
+
 import pytest
 import torch
 from op_checks import BACKENDS, randn
@@ -76,3 +78,41 @@ def test_where_auto_takes_triton(device, capability, installed, expected, monkey
     compiled = torch.compile(call, fullgraph=True, backend="eager")
     assert compiled(torch.zeros(())).item() == (1 if expected else -1)
     torch._dynamo.reset()
+
+
+def test_an_extension_that_does_not_load_is_reported(monkeypatch):
+    """One warning, then plain PyTorch; a backend that is named says why it cannot run."""
+    monkeypatch.setitem(sys.modules, "unigendet._C", None)  # importing it raises
+    monkeypatch.delattr("unigendet._C", raising=False)
+    monkeypatch.setattr(backends, "find_spec", lambda _: object())
+    backends.extension_facts.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match=r"unigendet\._C is built, but cannot be loaded: import of"):
+            assert resolve("alignment_loss", "auto", randn(1, 8), randn(1, 8)) == "torch"
+        with pytest.raises(
+            ValueError, match=r"backend='cpp' cannot run alignment_loss: unigendet\._C is built, but cannot"
+        ):
+            resolve("alignment_loss", "cpp", randn(1, 8), randn(1, 8))
+        assert "cpp" not in backends.available()["alignment_loss"]
+    finally:
+        backends.extension_facts.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("archs", "capability", "runs"),
+    [
+        (["sm_80", "sm_90a"], (8, 0), True),
+        (["sm_80", "sm_90a"], (8, 6), True),
+        (["sm_80", "sm_90a"], (9, 0), True),
+        (["sm_80", "sm_90a"], (7, 5), False),
+        (["sm_80", "sm_90a"], (10, 0), False),
+        (["sm_80"], (9, 0), False),
+        (["sm_86"], (8, 0), False),
+        (["sm_100a"], (10, 0), True),
+        (["sm_100a"], (10, 3), False),
+    ],
+)
+def test_devices_that_compiled_kernels_run_on(archs, capability, runs, monkeypatch):
+    monkeypatch.setattr(backends, "extension_facts", lambda: {"cuda_archs": archs})
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert backends._has_kernels_for(torch.device("cuda")) is runs

@@ -15,17 +15,20 @@ from torch import Tensor
 def reject(name: str, value: object, need: str) -> NoReturn:
     """Raise ValueError ``{name} is {value}; it must be {need}``, with a tensor shown as its shape, dtype and device."""
     if isinstance(value, Tensor):
-        value = f"a {value.dtype} tensor of shape {list(value.shape)} on {value.device}"
+        kind = "" if value.layout == torch.strided else f"{value.layout} "
+        value = f"a {kind}{value.dtype} tensor of shape {list(value.shape)} on {value.device}"
     raise ValueError(f"{name} is {value}; it must be {need}")
 
 
 def check_floating(name: str, value: Tensor, shape: tuple[int | str, ...], dtype: torch.dtype | None = None) -> None:
     """Check for a floating-point tensor of ``shape``, where a string stands for any size, and of ``dtype`` if given."""
     fits = isinstance(value, Tensor) and value.is_floating_point() and value.dim() == len(shape)
+    fits = fits and value.layout == torch.strided
     fits = fits and all(isinstance(need, str) or have == need for have, need in zip(value.shape, shape, strict=True))
     if not fits or (dtype is not None and value.dtype != dtype):
         sizes = ", ".join(map(str, shape))
-        reject(name, value, f"a {dtype or 'floating-point'} tensor of shape [{sizes}]")
+        dense = "dense " if isinstance(value, Tensor) and value.layout != torch.strided else ""
+        reject(name, value, f"a {dense}{dtype or 'floating-point'} tensor of shape [{sizes}]")
 
 
 def check_columns(name: str, value: Tensor) -> None:

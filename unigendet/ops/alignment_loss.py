@@ -373,8 +373,7 @@ def alignment_loss(
         normalizer = torch.full((), normalizer, dtype=dtype, device=student.device)
     elif token_weights is not None:
         normalizer = token_weights.sum(dtype=dtype)
-    widest_first = sorted((student, teacher), key=lambda x: -x.dtype.itemsize)  # kernels know no float64
-    chosen = resolve("alignment_loss", backend, *widest_first, normalizer, token_weights)
+    chosen = resolve("alignment_loss", backend, student, teacher, normalizer, token_weights)
     wants = torch.is_grad_enabled()
     needs = (wants and student.requires_grad, wants and teacher.requires_grad)
     loss, means, *_ = _alignment_loss(student, teacher, table, normalizer, token_weights, float(weight), *needs, chosen)

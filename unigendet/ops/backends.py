@@ -7,6 +7,7 @@ before the call, so that traces, saved graphs and error messages say which imple
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import cache
@@ -26,7 +27,8 @@ _HAS_TRITON = find_spec("triton") is not None
 # Ops of which a Triton program holds whole rows: which tensor has them, and how many columns may be.
 _TRITON_ROWS = {"alignment_loss": 0, "rms_norm": 0, "flow_matching": 1, "flow_matching_loss": 0}
 _TRITON_COLUMNS = 16384
-_MIXED = ("flow_matching", "flow_matching_loss")  # compute in float64 if any of their tensors is
+# How many of a call's tensors are data, of which each may have a dtype of its own; of other ops it is the first.
+_DATA = {"alignment_loss": 2, "flow_matching": 3, "flow_matching_loss": 2}
 _FLASH_DTYPES = (torch.bfloat16, torch.float16)
 _BUILT: dict[str, tuple[str, ...]] = dict.fromkeys(
     (
@@ -79,28 +81,46 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
 
 def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
     """Triton's kernels on CUDA devices, the extension's on the CPU, for what they know; plain PyTorch otherwise."""
-    device, dtype = tensors[0].device, tensors[0].dtype
+    device = tensors[0].device
     if "triton" in _BUILT[op] and _compiles_triton(device) and _triton_limit(op, tensors) is None:
         return "triton"
-    fits = device.type == "cpu" and op in _EXTENSION_OPS and dtype in _KERNEL_DTYPES
+    fits = device.type == "cpu" and op in _EXTENSION_OPS and _dtype_limit(op, tensors) is None
     return "cpp" if fits and "cpp" in extension_backends() else "torch"
 
 
 @torch.compiler.assume_constant_result
 def extension_backends() -> tuple[str, ...]:
-    """The backends that ``unigendet._C`` was built with; none if it was not built."""
+    """The backends that ``unigendet._C`` was built with; none if it is not there."""
     facts = extension_facts()
-    return () if facts is None else ("cpp", "cuda") if facts["cuda_archs"] else ("cpp",)
+    return () if "problem" in facts else ("cpp", "cuda") if facts["cuda_archs"] else ("cpp",)
 
 
 @cache
-def extension_facts() -> dict[str, Any] | None:
-    """How ``unigendet._C`` was built: compiler, nvcc, isa_levels, usable_isa_levels, cuda_archs; None if it was not."""
-    if find_spec("unigendet._C") is None:
-        return None
-    from unigendet import _C
+def extension_facts() -> dict[str, Any]:
+    """How ``unigendet._C`` was built: compiler, nvcc, isa_levels, usable_isa_levels, cuda_archs.
 
+    Where it is not there, only ``problem``, which says why; one that cannot be loaded is warned of, once.
+    """
+    if find_spec("unigendet._C") is None:
+        return {"problem": "not built: install from source with a C++ compiler"}
+    try:
+        from unigendet import _C
+    except ImportError as error:
+        warnings.warn(f"unigendet._C is built, but cannot be loaded: {error}", RuntimeWarning, stacklevel=2)
+        return {"problem": f"built, but cannot be loaded: {error}"}
     return _C.build_info()
+
+
+@torch.compiler.assume_constant_result
+def _has_kernels_for(device: torch.device) -> bool:
+    """Whether ``unigendet._C`` has machine code for a CUDA device: of its major version, and not of a later minor."""
+    major, minor = torch.cuda.get_device_capability(device)
+    for arch in extension_facts()["cuda_archs"]:
+        number, exact = arch.removeprefix("sm_").rstrip("af"), arch[-1] == "a"
+        built = int(number[:-1]), int(number[-1])
+        if built == (major, minor) or (not exact and built[0] == major and built[1] < minor):
+            return True
+    return False
 
 
 @torch.compiler.assume_constant_result
@@ -109,14 +129,19 @@ def _compiles_triton(device: torch.device) -> bool:
     return device.type == "cuda" and _HAS_TRITON and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def _triton_limit(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
-    """What about the dtypes or the width of a call Triton's kernels do not know, if anything."""
-    for tensor in tensors if op in _MIXED else tensors[:1]:
+def _dtype_limit(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What about the dtypes of a call the kernels do not know, if anything."""
+    for tensor in tensors[: _DATA.get(op, 1)]:
         if tensor.dtype not in _KERNEL_DTYPES:
             return f"the dtype is {tensor.dtype}; it must be one of {', '.join(map(str, _KERNEL_DTYPES))}"
+    return None
+
+
+def _triton_limit(op: str, tensors: tuple[Tensor | None, ...]) -> str | None:
+    """What about the dtypes or the width of a call Triton's kernels do not know, if anything."""
     if op in _TRITON_ROWS and tensors[_TRITON_ROWS[op]].shape[1] > _TRITON_COLUMNS:
         return f"rows are {tensors[_TRITON_ROWS[op]].shape[1]} numbers wide; they must be at most {_TRITON_COLUMNS}"
-    return None
+    return _dtype_limit(op, tensors)
 
 
 def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
@@ -131,17 +156,18 @@ def _check_triton(op: str, tensors: tuple[Tensor | None, ...]) -> None:
 
 
 def _check_extension(op: str, backend: str, tensors: tuple[Tensor | None, ...]) -> None:
-    device, dtype = tensors[0].device, tensors[0].dtype
-    problem = None
-    if not extension_backends():
-        problem = "unigendet._C is not built: install from source with a C++ compiler"
-    elif backend not in extension_backends():
+    device, built = tensors[0].device, extension_backends()
+    problem = _dtype_limit(op, tensors)
+    if not built:
+        problem = f"unigendet._C is {extension_facts()['problem']}"
+    elif backend not in built:
         problem = "unigendet._C is built without CUDA: install from source with nvcc"
-    elif dtype not in _KERNEL_DTYPES:
-        problem = f"the dtype is {dtype}; it must be one of {', '.join(map(str, _KERNEL_DTYPES))}"
-    elif device.type != _EXTENSION_DEVICES[backend]:
+    elif problem is None and device.type != _EXTENSION_DEVICES[backend]:
         need = "the CPU" if backend == "cpp" else "a CUDA device"
         problem = f"its tensors are on {device}; they must be on {need}"
+    elif problem is None and backend == "cuda" and not _has_kernels_for(device):
+        archs = ", ".join(extension_facts()["cuda_archs"])
+        problem = f"unigendet._C is built for {archs}, which {device} does not run; see UNIGENDET_CUDA_ARCHS in csrc/"
     if problem is not None:
         raise ValueError(f"backend={backend!r} cannot run {op}: {problem}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -37,11 +38,15 @@ def _table(sizes: list[tuple[int, ...]]) -> Tensor:
     return torch.tensor(sizes, dtype=torch.int64).flatten()
 
 
-def check_table(grids: object, kind: type) -> Tensor:
-    """Return ``grids.table`` after checking that ``grids`` is a ``kind``."""
+def check_table(grids: object, kind: type[LatentGrids] | type[ImageGrids]) -> Tensor:
+    """Return ``grids.table`` after checking that ``grids`` is a ``kind`` and that the table is as that makes it."""
     if not isinstance(grids, kind):
         reject("grids", f"a {type(grids).__name__}", f"a {kind.__name__}")
-    return grids.table
+    table = grids.table
+    fits = isinstance(table, Tensor) and table.dtype == torch.int64 and table.dim() == 1 and table.device.type == "cpu"
+    if not fits or table.shape[0] == 0 or table.shape[0] % kind.FIELDS or not table.is_contiguous():
+        reject("grids.table", table, f"a contiguous int64 tensor of shape [{kind.FIELDS}*images] on the CPU")
+    return table
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +55,8 @@ class LatentGrids:
 
     ``table`` int64 [2·images] on the CPU: h, w of each image, one after another; ``rows``: Σ h·w, all latent tokens.
     """
+
+    FIELDS: ClassVar[int] = 2
 
     table: Tensor
     rows: int
@@ -69,6 +76,8 @@ class ImageGrids:
     ``teacher_rows``: Σ teacher h · teacher w.
     """
 
+    FIELDS: ClassVar[int] = 4
+
     table: Tensor
     student_rows: int
     teacher_rows: int
@@ -81,6 +90,8 @@ class ImageGrids:
 
 
 def rows_of(table: Tensor, fields: int) -> Iterator[tuple[int, ...]]:
-    """Iterate over the images of a flat ``table`` with ``fields`` numbers each."""
+    """Iterate over the images of a flat ``table`` with ``fields`` numbers each; ValueError unless all are positive."""
     values = table.tolist()
+    if min(values) < 1:
+        raise ValueError("grids.table holds sizes that are not positive")
     return zip(*(values[i::fields] for i in range(fields)), strict=True)
