@@ -7,6 +7,7 @@
 
 #include "alignment_loss.cuh"
 #include "alignment_loss_cuda.h"
+#include "packs.cuh"
 
 namespace unigendet {
 namespace {
@@ -17,65 +18,6 @@ constexpr int kThreads = 256;
 constexpr int kRowThreads = 128;  // of the blocks that compute student rows
 constexpr int kMaxTeam = kRowThreads / 32;  // warps that share a row
 constexpr unsigned kAllLanes = 0xffffffffu;
-
-template <class T, int n>
-struct alignas(sizeof(T) * n <= 16 ? sizeof(T) * n : 16) Pack {
-  T values[n];
-};
-
-// The 16-byte words of a pack; narrower packs are single numbers.
-template <class T, int n>
-__device__ __forceinline__ Pack<T, n> load(const T* p) {
-  Pack<T, n> pack;
-  if constexpr (n == 1) {
-    pack.values[0] = *p;
-  } else {
-    const uint4* words = reinterpret_cast<const uint4*>(p);
-    uint4* to = reinterpret_cast<uint4*>(&pack);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(uint4)); ++i) to[i] = __ldg(words + i);
-  }
-  return pack;
-}
-
-// As load, for what is read once: it must not push the teacher's rows out of the caches.
-template <class T, int n>
-__device__ __forceinline__ Pack<T, n> load_once(const T* p) {
-  Pack<T, n> pack;
-  if constexpr (n == 1) {
-    pack.values[0] = *p;
-  } else {
-    const uint4* words = reinterpret_cast<const uint4*>(p);
-    uint4* to = reinterpret_cast<uint4*>(&pack);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(uint4)); ++i) to[i] = __ldcs(words + i);
-  }
-  return pack;
-}
-
-template <class T, int n>
-__device__ __forceinline__ void store_once(T* p, const Pack<T, n>& pack) {
-  if constexpr (n == 1) {
-    *p = pack.values[0];
-  } else {
-    const uint4* from = reinterpret_cast<const uint4*>(&pack);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / sizeof(uint4)); ++i) {
-      __stcs(reinterpret_cast<uint4*>(p) + i, from[i]);
-    }
-  }
-}
-
-// Makes the compiler forget what it has computed from the pack: the numbers stay in registers as they were read, not as
-// floats, which would need twice as many.
-template <class T, int n>
-__device__ __forceinline__ void stay_packed(Pack<T, n>& pack) {
-  if constexpr (sizeof(T) * n >= 4 && sizeof(T) < 4) {
-    uint32_t* words = reinterpret_cast<uint32_t*>(&pack);
-#pragma unroll
-    for (int i = 0; i < static_cast<int>(sizeof pack / 4); ++i) asm volatile("" : "+r"(words[i]));
-  }
-}
 
 // The four taps of one student token. A tap of weight 0 is not read: it points to null.
 template <class T>

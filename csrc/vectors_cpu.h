@@ -1,0 +1,171 @@
+// Vectors of 16 floats, from and to memory of any dtype; the compiler cuts them into registers of the instruction set.
+//
+// All functions have internal linkage: they are compiled once per instruction set.
+#pragma once
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "alignment_loss.cuh"
+
+namespace unigendet {
+namespace {
+
+constexpr int64_t kLanes = 16;
+
+typedef float Floats __attribute__((vector_size(64)));
+typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(32)));
+
+UNIGENDET_INLINE Words bits_of(Floats x) {
+  Words bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+UNIGENDET_INLINE Floats load(const float* p) {
+  Floats x;
+  memcpy(&x, p, sizeof x);
+  return x;
+}
+
+UNIGENDET_INLINE Floats load(const Bfloat16* p) {
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words) << 16;
+  Floats x;
+  memcpy(&x, &words, sizeof x);
+  return x;
+}
+
+UNIGENDET_INLINE Floats load(const Float16* p) {
+  Floats x;
+#if defined(__AVX512F__)
+  const __m256i narrow = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  x = (Floats)_mm512_maskz_cvtph_ps(static_cast<__mmask16>(0xffff), narrow);
+#elif defined(__F16C__)
+  const __m256 low = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256 high = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)));
+  memcpy(&x, &low, sizeof low);
+  memcpy(reinterpret_cast<char*>(&x) + sizeof low, &high, sizeof high);
+#else
+  // As to_float, on all lanes: a normal number moves in, a subnormal one is the difference of two normal ones.
+  Halves halves;
+  memcpy(&halves, p, sizeof halves);
+  const Words words = __builtin_convertvector(halves, Words);
+  const Words sign = (words & 0x8000u) << 16, magnitude = (words & 0x7fffu) << 13;
+  const Words special = (Words)(magnitude >= 0x0f800000u) & 0x38000000u;  // inf, NaN: the largest exponent
+  const Words normal = magnitude + 0x38000000u + special;
+  const Words shifted = magnitude + 0x38800000u;
+  Floats subnormal, zero_point = Floats{} + 0x1p-14f;
+  memcpy(&subnormal, &shifted, sizeof subnormal);
+  subnormal -= zero_point;
+  const Words is_subnormal = (Words)(magnitude < 0x00800000u);
+  const Words result = sign | (is_subnormal & bits_of(subnormal)) | (~is_subnormal & normal);
+  memcpy(&x, &result, sizeof x);
+#endif
+  return x;
+}
+
+UNIGENDET_INLINE void store(Floats x, float* p) { memcpy(p, &x, sizeof x); }
+
+// x as numbers of the dtype of the pointer.
+UNIGENDET_INLINE Halves narrow(Floats x, const Bfloat16*) {
+  const Words bits = bits_of(x);
+  const Words is_nan = (Words)((bits & 0x7fffffffu) > 0x7f800000u);
+  const Words rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+  return __builtin_convertvector(((is_nan & (bits | 0x400000u)) | (~is_nan & rounded)) >> 16, Halves);
+}
+
+UNIGENDET_INLINE void store(Floats x, Bfloat16* p) {
+  const Halves halves = narrow(x, p);
+  memcpy(p, &halves, sizeof halves);
+}
+
+UNIGENDET_INLINE Halves narrow(Floats x, const Float16*) {
+  Halves halves;
+#if defined(__AVX512F__)
+  constexpr int rounding = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+  halves = (Halves)_mm512_maskz_cvtps_ph(static_cast<__mmask16>(0xffff), (__m512)x, rounding);
+#elif defined(__F16C__)
+  __m256 low, high;
+  memcpy(&low, &x, sizeof low);
+  memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+  const __m128i both[2] = {_mm256_cvtps_ph(low, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                           _mm256_cvtps_ph(high, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  memcpy(&halves, both, sizeof halves);
+#else
+  for (int64_t lane = 0; lane < kLanes; ++lane) {
+    Float16 narrow;
+    from_float(x[lane], &narrow);
+    halves[lane] = narrow.bits;
+  }
+#endif
+  return halves;
+}
+
+UNIGENDET_INLINE void store(Floats x, Float16* p) {
+  const Halves halves = narrow(x, p);
+  memcpy(p, &halves, sizeof halves);
+}
+
+// The same, past the caches: a large output is not read soon, and its lines need not be fetched before they are written.
+template <class T>
+UNIGENDET_INLINE void store_past_caches(Floats x, T* p) {
+#if defined(__AVX512F__)
+  if constexpr (sizeof(T) == 4) {
+    _mm512_stream_si512(reinterpret_cast<__m512i*>(p), (__m512i)x);
+  } else {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), (__m256i)narrow(x, p));
+  }
+#elif defined(__AVX2__)
+  __m256i parts[sizeof(T) / 2];
+  store(x, reinterpret_cast<T*>(parts));
+  for (size_t i = 0; i < sizeof(T) / 2; ++i) _mm256_stream_si256(reinterpret_cast<__m256i*>(p) + i, parts[i]);
+#elif defined(__x86_64__)
+  __m128i parts[sizeof(T)];
+  store(x, reinterpret_cast<T*>(parts));
+  for (size_t i = 0; i < sizeof(T); ++i) _mm_stream_si128(reinterpret_cast<__m128i*>(p) + i, parts[i]);
+#else
+  store(x, p);
+#endif
+}
+
+UNIGENDET_INLINE void finish_stores_past_caches() {
+#if defined(__x86_64__)
+  _mm_sfence();
+#endif
+}
+
+// The first n numbers, zeros behind them.
+template <class T>
+UNIGENDET_INLINE Floats load_some(const T* p, int64_t n) {
+  T padded[kLanes] = {};
+  memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
+  return load(padded);
+}
+
+template <class T>
+UNIGENDET_INLINE void store_some(Floats x, T* p, int64_t n) {
+  T padded[kLanes];
+  store(x, padded);
+  memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
+}
+
+// In one fixed order.
+UNIGENDET_INLINE float sum(Floats x) {
+  float parts[kLanes];
+  memcpy(parts, &x, sizeof parts);
+  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
+    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
+  }
+  return parts[0];
+}
+
+}  // namespace
+}  // namespace unigendet
