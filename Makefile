@@ -3,10 +3,11 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
-# The oldest Triton that the package allows, without torch: the tests compile the kernels with it.
+# The oldest Triton that the package allows, without torch: the tests compile the kernels with it. It shares the tree,
+# and any unigendet/_C there, with $(VENV).
 OLDEST_TRITON := $(VENV)/triton-oldest
-# The GPU machine's own Python, with its own torch, triton, pytest and setuptools (77 or later): `make gpu` takes nothing
-# from the network. The benchmarks run even if a test fails.
+# The GPU machine's own Python, with its own torch, triton, pytest, pybind11, ninja and setuptools (77 or later):
+# `make gpu` takes nothing from the network. The benchmarks run even if a test fails.
 GPU_PYTHON ?= python3
 GPU_LOG := runs/gpu.log
 
@@ -23,7 +24,7 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt $(wildcard csrc/*)
 $(OLDEST_TRITON)/.installed: $(INSTALLED) constraints-triton-oldest.txt
 	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-triton-oldest.txt triton
-	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	UNIGENDET_EXTENSION=off $(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 install: $(INSTALLED)  ## Create .venv and install the package with all extras
@@ -70,7 +71,7 @@ quickstart: $(INSTALLED)  ## Train, generate, detect and report on handwritten d
 gpu: SHELL := /bin/bash
 gpu: .SHELLFLAGS := -o pipefail -c
 gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results/ and runs/gpu.log
-	$(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps --editable .
+	UNIGENDET_CUDA=on $(GPU_PYTHON) -m pip install --quiet --disable-pip-version-check --no-index --no-build-isolation --no-deps --editable .
 	mkdir -p $(dir $(GPU_LOG))
 	{ status=0; \
 	$(GPU_PYTHON) -m pytest -m gpu -q || status=$$?; \

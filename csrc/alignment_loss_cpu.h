@@ -1,4 +1,5 @@
-// The host build: one set of functions per instruction set, and the choice among them.
+// The host build: one set of functions per instruction set, and the choice among them. All but the entry points have
+// internal linkage: the linker must not take one instruction set's copy for all.
 #pragma once
 
 #include <stdint.h>
@@ -32,15 +33,14 @@ void scale(const ScaleParams&);
 
 // All that are built, the most demanding first; the last one runs everywhere.
 #ifdef UNIGENDET_X86_LEVELS
-inline bool runs_v3() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-}
-inline bool runs_v4() {
+// Every processor with AVX2 and FMA has F16C, whose name GCC before 11 and Clang before 18 do not know here.
+static inline bool runs_v3() { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static inline bool runs_v4() {
   return runs_v3() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 }
 #endif
-inline bool runs_always() { return true; }
+static inline bool runs_always() { return true; }
 
 constexpr CpuKernels kCpuKernels[] = {
 #ifdef UNIGENDET_X86_LEVELS
@@ -51,6 +51,6 @@ constexpr CpuKernels kCpuKernels[] = {
 };
 
 // What one thread needs of AlignmentLossParams::scratch: two teacher columns, or the sum of one teacher gradient.
-constexpr int64_t scratch_floats(int64_t columns) { return 2 * ((columns + 15) / 16 * 16); }
+static constexpr int64_t scratch_floats(int64_t columns) { return 2 * ((columns + 15) / 16 * 16); }
 
 }  // namespace unigendet

@@ -1,6 +1,7 @@
 """Runs nvcc and fails if registers spill: ``python run_nvcc.py ARCHS nvcc ...``, ARCHS like ``80,90a``.
 
-Only spills in kernels for one of ARCHS fail; those for others are printed. The command must hold ``-Xptxas -v``.
+Only spills in kernels for one of ARCHS fail; those for others are printed, and so are stack frames in kernels for ARCHS.
+The command must hold ``-Xptxas -v``; output in which no kernel is found fails, too, since nothing was checked then.
 """
 
 from __future__ import annotations
@@ -9,18 +10,35 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
+
+ENTRY = re.compile(r"Compiling entry function '(.+)' for '(.+)'")
+MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+# What -Xptxas -v reports of every kernel. Other lines of "ptxas info", such as those on lost performance, are for people.
+REPORT = re.compile(
+    rf"ptxas info\s*: ({ENTRY.pattern}|Function properties for |Used \d+ registers|\d+ bytes gmem|Compile time = )"
+    rf"|\s*{MEMORY.pattern}"
+)
 
 
-def spills(ptxas_output: str) -> list[tuple[str, str, int]]:
-    """(kernel, architecture, bytes) of every kernel that ``ptxas -v`` says spills registers to memory."""
-    found, kernel, arch = [], "?", "?"
+class Kernel(NamedTuple):
+    """A kernel's memory for registers, in bytes per thread."""
+
+    name: str
+    arch: str
+    stack: int
+    spilled: int
+
+
+def kernels(ptxas_output: str) -> list[Kernel]:
+    """What ``ptxas -v`` says of every kernel; of a function that is not inlined, under its kernel's name."""
+    found, name, arch = [], "", ""
     for line in ptxas_output.splitlines():
-        if match := re.search(r"Compiling entry function '(.+)' for '(.+)'", line):
-            kernel, arch = match.groups()
-        elif match := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
-            size = max(map(int, match.groups()))
-            if size:
-                found.append((kernel, arch, size))
+        if match := ENTRY.search(line):
+            name, arch = match.groups()
+        elif name and (match := MEMORY.search(line)):
+            stack, *spilled = map(int, match.groups())
+            found.append(Kernel(name, arch, stack, max(spilled)))
     return found
 
 
@@ -28,12 +46,22 @@ def run(archs: Sequence[str], command: Sequence[str]) -> int:
     """Run ``command``, print what it says but the register counts, and return an exit code."""
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     output = result.stdout + result.stderr
-    kept = [line for line in output.splitlines() if "ptxas info" not in line and "bytes stack frame" not in line]
+    kept = [line for line in output.splitlines() if not REPORT.match(line)]
     print(*kept, sep="\n", end="\n" if kept else "")
-    failed = result.returncode
-    for kernel, arch, size in spills(output):
-        print(f"{arch}: {size} bytes of registers spill in {kernel}")
-        failed = failed or arch.removeprefix("sm_") in archs
+    if result.returncode:
+        return result.returncode
+    found = kernels(output)
+    if not found:
+        print("nvcc reports no kernel: does the command hold -Xptxas -v, or has the report's format changed?")
+        return 1
+    failed = False
+    for kernel in found:
+        checked = kernel.arch.removeprefix("sm_") in archs
+        if kernel.spilled:
+            print(f"{kernel.arch}: {kernel.spilled} bytes of registers spill in {kernel.name}")
+            failed = failed or checked
+        elif kernel.stack and checked:
+            print(f"{kernel.arch}: a stack frame of {kernel.stack} bytes in {kernel.name}")
     return int(failed)
 
 
