@@ -132,18 +132,18 @@ def read_settings(env: Mapping[str, str]) -> Settings | None:
     return None if compiler is None else Settings(compiler, nvcc, archs if nvcc else ())
 
 
-def _ask(command: Sequence[str]) -> tuple[bool, str]:
-    """Whether ``command`` runs and succeeds, and what it says."""
+def _ask(command: Sequence[str]) -> tuple[bool, str, str]:
+    """Whether ``command`` runs and succeeds, and what it says to stdout and to stderr."""
     try:
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
-        return False, str(error)
-    return done.returncode == 0, done.stdout
+        return False, "", str(error)
+    return done.returncode == 0, done.stdout, done.stderr
 
 
 def _version(command: Sequence[str], cuda: bool = False) -> str:
     """What a compiler calls itself; BuildError if it does not."""
-    works, said = _ask([*command, "--version"])
+    works, said, _ = _ask([*command, "--version"])
     lines = [line.strip() for line in said.splitlines() if line.strip()]
     if not works or not lines:
         raise BuildError(f"{shlex.join([*command, '--version'])!r} fails or says nothing; {_ways_out(cuda)}")
@@ -170,17 +170,9 @@ def check_archs(settings: Settings) -> None:
     A dry run asks, since ``nvcc --list-gpu-arch`` leaves out those with a letter, such as 90a.
     """
     for arch in settings.archs if settings.nvcc else ():
-        command = [
-            settings.nvcc,
-            "--dryrun",
-            f"-gencode=arch=compute_{arch},code=sm_{arch}",
-            "-x",
-            "cu",
-            "-c",
-            os.devnull,
-        ]
-        works, said = _ask(command)
-        if not works and f"_{arch}'" in said:
+        code = f"-gencode=arch=compute_{arch},code=sm_{arch}"
+        works, *said = _ask([settings.nvcc, "--dryrun", code, "-x", "cu", "-c", os.devnull])
+        if not works and f"_{arch}'" in "".join(said):
             raise BuildError(
                 f"{settings.nvcc} ({_version([settings.nvcc], cuda=True)}) does not know the architecture sm_{arch}; "
                 f"name others in UNIGENDET_CUDA_ARCHS, or {_ways_out(cuda=True)}"

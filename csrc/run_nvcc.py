@@ -1,6 +1,6 @@
 """Runs nvcc and fails if registers spill: ``python run_nvcc.py ARCHS nvcc ...``, ARCHS like ``80,90a``.
 
-Only spills in kernels for one of ARCHS fail; those for others are printed, and so are stack frames in kernels for ARCHS.
+Only spills in kernels for one of ARCHS fail; those for others are printed, and so are stack frames for ARCHS.
 The command must hold ``-Xptxas -v``; output in which no kernel is found fails, too, since nothing was checked then.
 """
 
@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 ENTRY = re.compile(r"Compiling entry function '(.+)' for '(.+)'")
 MEMORY = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
-# What -Xptxas -v reports of every kernel. Other lines of "ptxas info", such as those on lost performance, are for people.
+# What -Xptxas -v reports of every kernel; other lines of "ptxas info", as on lost performance, are shown.
 REPORT = re.compile(
     rf"ptxas info\s*: ({ENTRY.pattern}|Function properties for |Used \d+ registers|\d+ bytes gmem|Compile time = )"
     rf"|\s*{MEMORY.pattern}"

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -32,14 +33,14 @@ run_nvcc = load("run_nvcc")
 
 @pytest.fixture
 def tools(tmp_path, monkeypatch):
-    """A function that makes a folder with programs of these names, and the environment that finds nothing else."""
+    """A function that makes a folder with scripts of these names, and the environment that finds nothing else."""
     monkeypatch.setattr(build_extension, "SYSTEM_CUDA", str(tmp_path / "nowhere"))
 
-    def make(*names, folder="bin"):
+    def make(*names, folder="bin", script=""):
         for name in names:
             path = tmp_path / folder / name
             path.parent.mkdir(exist_ok=True, parents=True)
-            path.write_text("#!/bin/sh\n")
+            path.write_text(f"#!/bin/sh\n{script}\n")
             path.chmod(0o755)
         return {"PATH": str(tmp_path / "bin")}
 
@@ -62,12 +63,19 @@ def test_what_is_found_is_built(tools):
     assert read(tools()) is None
     env = tools("g++")
     compiler = f"{env['PATH']}/g++"
-    assert read(env) == build_extension.Settings(compiler, None, ())
+    assert read(env) == build_extension.Settings((compiler,), None, ())
     tools("nvcc", folder="cuda/bin")
     nvcc = str(Path(env["PATH"]).parent / "cuda" / "bin" / "nvcc")
     with_cuda = {**env, "CUDA_HOME": str(Path(nvcc).parent.parent)}
-    assert read(with_cuda) == build_extension.Settings(compiler, nvcc, ("80", "90a"))
+    assert read(with_cuda) == build_extension.Settings((compiler,), nvcc, ("80", "90a"))
     assert read({**with_cuda, "UNIGENDET_CUDA": "off"}).nvcc is None
+    assert read({**with_cuda, "UNIGENDET_EXTENSION": "off"}) is None
+    assert read({**env, "CXX": "g++ -m64"}).compiler == (compiler, "-m64")
+    tools("ccache")
+    launched = read({**env, "CXX": "ccache 'g++' -m64"}).compiler
+    assert launched == (f"{env['PATH']}/ccache", "g++", "-m64")
+    assert build_extension.host_compiler(launched) == ["-ccbin", "g++", "-Xcompiler", "-m64"]
+    assert build_extension.host_compiler([compiler, "-Wl,-z,now", "-g"])[2:] == ["-Xcompiler", r"-Wl\,-z\,now,-g"]
     archs = {**with_cuda, "UNIGENDET_CUDA": "on", "UNIGENDET_CUDA_ARCHS": "8.6; 10.0a;8.6"}
     assert read(archs).archs == ("86", "100a")
 
@@ -79,7 +87,9 @@ def test_what_is_found_is_built(tools):
         (["g++"], {"UNIGENDET_CUDA": ""}, "UNIGENDET_CUDA is ''"),
         (["g++"], {"UNIGENDET_CUDA": "on"}, "UNIGENDET_CUDA is 'on', but there is no nvcc"),
         (["nvcc"], {"UNIGENDET_CUDA": "on"}, "UNIGENDET_CUDA is 'on', but there is no C"),
-        (["g++"], {"CXX": "icpx"}, "CXX is 'icpx'"),
+        (["g++"], {"UNIGENDET_EXTENSION": "no"}, "UNIGENDET_EXTENSION is 'no'; it must be auto or off"),
+        (["g++", "nvcc"], {"UNIGENDET_EXTENSION": "off", "UNIGENDET_CUDA": "on"}, "but UNIGENDET_EXTENSION is 'off'"),
+        *((["g++"], {"CXX": c}, "CXX is") for c in ("icpx", "ccache g++", " ", "'g++")),
         *((["g++"], {"UNIGENDET_CUDA_ARCHS": a}, "UNIGENDET_CUDA_ARCHS is") for a in ("", ";", "sm_90", "9", "9.0;x")),
     ],
 )
@@ -99,28 +109,170 @@ ptxas info    : Function properties for second
 """
 
 
+LOST = "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized in 'second'"
+
+
+def says(text, code=0):
+    """A command that writes ``text`` to stderr and exits with ``code``."""
+    return [sys.executable, "-c", f"import sys; sys.stderr.write({text!r}); sys.exit({code})"]
+
+
 def test_spills_are_seen():
-    assert run_nvcc.spills(PTXAS) == [("second", "sm_90a", 36)]
-    assert run_nvcc.spills(PTXAS.replace("36", "0").replace("28", "0")) == []
+    assert run_nvcc.kernels(PTXAS) == [("first", "sm_80", 0, 0), ("second", "sm_90a", 24, 36)]
 
 
 @pytest.mark.parametrize(("archs", "code"), [(["80", "90a"], 1), (["80"], 0)])
 def test_spills_fail_for_the_named_architectures(archs, code, capfd):
-    command = [sys.executable, "-c", f"import sys; print('a warning'); sys.stderr.write({PTXAS!r})"]
-    assert run_nvcc.run(archs, command) == code
-    assert capfd.readouterr().out == "a warning\nsm_90a: 36 bytes of registers spill in second\n"
-    assert run_nvcc.run(archs, [sys.executable, "-c", "raise SystemExit(3)"]) == 3
+    report = f"a warning\n{PTXAS}ptxas info    : 0 bytes gmem, 24 bytes cmem[4]\n{LOST}\n"
+    assert run_nvcc.run(archs, says(report)) == code
+    assert capfd.readouterr().out == f"a warning\n{LOST}\nsm_90a: 36 bytes of registers spill in second\n"
+    assert run_nvcc.run(archs, says(PTXAS, code=3)) == 3
 
 
-def test_ninja_file(tmp_path):
+def test_stack_frames_are_shown(capfd):
+    report = PTXAS.replace("36", "0").replace("28", "0")
+    assert run_nvcc.run(["80", "90a"], says(report)) == 0
+    assert capfd.readouterr().out == "sm_90a: a stack frame of 24 bytes in second\n"
+    assert run_nvcc.run(["80"], says(report)) == 0
+    assert capfd.readouterr().out == ""
+
+
+@pytest.mark.parametrize("report", ["", PTXAS.replace("Compiling entry", "Building"), PTXAS.replace("spill", "lost")])
+def test_a_report_without_kernels_fails(report, capfd):
+    assert run_nvcc.run(["80", "90a"], says(report)) == 1
+    assert "nvcc reports no kernel" in capfd.readouterr().out
+
+
+@pytest.fixture
+def rendered(tools):
+    """A function from the fields of Settings that differ to build.ninja; its compilers do nothing but say a version."""
     pytest.importorskip("pybind11")
-    compiler = build_extension.find_compiler(os.environ)
-    if compiler is None:
-        pytest.skip("no C++ compiler")
-    text = build_extension.ninja_file(build_extension.Settings(compiler, None, ()), "_C.so")
+    folder = tools("g++", "nvcc", script="echo fake compiler, release 1.2")["PATH"]
+
+    def render(compiler=("g++",), nvcc=True, archs=("80", "90a"), openmp=True):
+        program, *flags = compiler
+        settings = build_extension.Settings(
+            (f"{folder}/{program}", *flags), f"{folder}/nvcc" if nvcc else None, archs if nvcc else ()
+        )
+        return build_extension.ninja_file(settings, "_C.so", openmp)
+
+    return render
+
+
+def test_ninja_file(rendered):
+    text = rendered(nvcc=False)
     assert "nvcc" not in text
     assert "-Werror" in text
+    assert "fake compiler, release 1.2" in text
     assert text.count("build cpu_") == (3 if "UNIGENDET_X86_LEVELS" in text else 1)
+
+
+def test_ninja_file_with_cuda(rendered):
+    lines = rendered(compiler=("g++", "-m64")).splitlines()
+    command = lines[lines.index("rule nvcc") + 1]
+    link = lines[lines.index("rule link") + 1]
+    for text in (command, link):
+        assert "-gencode=arch=compute_80,code=sm_80 -gencode=arch=compute_90a,code=sm_90a" in text
+        assert re.search(r"/nvcc -ccbin \S+/g\+\+ -Xcompiler -m64 ", text)
+    assert "run_nvcc.py 80,90a " in command
+    assert "-Xptxas -v" in command
+    assert "-Werror all-warnings" in command
+    (target,) = (line for line in lines if line.startswith("build cuda.o: nvcc "))
+    assert target.endswith("alignment_loss.cu")
+    assert any("UNIGENDET_NVCC" in line and "sm_80;sm_90a" in line for line in lines)
+    (library,) = (line for line in lines if line.startswith("build _C.so: link "))
+    assert {"bindings.o", "cuda.o", "cpu_baseline.o"} <= set(library.split())
+
+
+def commands(text):
+    """Target → the line that ninja compares with that of the last build: its rule's command and its flags."""
+    rules = dict(re.findall(r"^rule (\w+)\n  command = (.*)$", text, re.MULTILINE))
+    targets = re.findall(r"^build (\S+): (\w+) .*\n(?:  flags = (.*))?", text, re.MULTILINE)
+    return {target: (rules[rule], flags) for target, rule, flags in targets}
+
+
+def test_what_changes_the_build_is_in_the_commands(rendered, monkeypatch):
+    """So that ninja compiles anew."""
+    before = commands(rendered())
+    host = {target for target in before if target.startswith("cpu_")}
+
+    def changed(after):
+        return {target for target in before if before[target] != after[target]}
+
+    assert changed(commands(rendered())) == set()
+    assert changed(commands(rendered(archs=("80",)))) == {"cuda.o", "bindings.o", "_C.so"}
+    assert changed(commands(rendered(compiler=("g++", "-m64")))) == set(before)
+    assert changed(commands(rendered(openmp=False))) == {*host, "bindings.o", "_C.so"}
+    monkeypatch.setattr(build_extension, "HOST_FLAGS", [*build_extension.HOST_FLAGS, "-g"])
+    assert changed(commands(rendered())) == {*host, "bindings.o", "cuda.o"}
+
+
+def test_without_openmp(rendered):
+    text = rendered(openmp=False)
+    assert "-fopenmp" not in text
+    assert "-Wno-unknown-pragmas" in text
+    assert "release 1.2, without OpenMP" in text
+    assert "without OpenMP" not in rendered()
+    assert "-Wno-unknown-pragmas" not in rendered()
+
+
+def test_openmp_is_tried(tools):
+    """The compiler is asked to compile and link a program, and its exit status is the answer."""
+    script = """status=$1
+case " $* " in *" -c "*) exit 2 ;; *" -fopenmp "*.cpp*) exit $status ;; esac
+exit 2"""
+    compiler = f"{tools('c++', script=script)['PATH']}/c++"
+    assert build_extension.has_openmp([compiler, "0"])
+    assert not build_extension.has_openmp([compiler, "1"])
+    assert not build_extension.has_openmp([f"{compiler}-missing"])
+
+
+# What nvcc of CUDA 11 does: it knows no 90a.
+OLD_NVCC = """case "$*" in
+*--version*) echo "Copyright"; echo "Cuda compilation tools, release 11.8, V11.8.89" ;;
+*90a*) echo "nvcc fatal   : Unsupported gpu architecture 'compute_90a'" >&2; exit 1 ;;
+esac"""
+
+
+@pytest.mark.parametrize("cuda", ["auto", "on"])
+def test_an_architecture_that_nvcc_does_not_know(tools, tmp_path, cuda):
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    tools("nvcc", script=OLD_NVCC)
+    env = {**tools("g++", script="echo g++"), "UNIGENDET_CUDA": cuda}
+    with pytest.raises(build_extension.BuildError) as error:
+        build_extension.build(build_extension.read_settings(env), tmp_path / "build", "_C.so")
+    for part in ("release 11.8", "sm_90a", "UNIGENDET_CUDA_ARCHS", "UNIGENDET_CUDA=off", "UNIGENDET_EXTENSION=off"):
+        assert part in str(error.value)
+    build_extension.check_archs(build_extension.read_settings({**env, "UNIGENDET_CUDA_ARCHS": "8.0;9.0"}))
+
+
+@pytest.mark.parametrize("broken", ["g++", "nvcc"])
+@pytest.mark.parametrize("script", ["exit 1", "", "echo; exit 0"])
+def test_a_broken_compiler_is_named(tools, tmp_path, broken, script):
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    tools("g++", "nvcc", script="echo works")
+    settings = build_extension.read_settings(tools(broken, script=script))
+    with pytest.raises(
+        build_extension.BuildError, match=f"{re.escape(broken)} --version' fails or says nothing"
+    ) as error:
+        build_extension.build(settings, tmp_path / "build", "_C.so")
+    assert "UNIGENDET_EXTENSION=off" in str(error.value)
+    assert ("UNIGENDET_CUDA=off" in str(error.value)) == (broken == "nvcc")
+
+
+@pytest.mark.parametrize("cuda", ["auto", "off"])
+def test_a_failed_build_says_how_to_do_without(tools, tmp_path, cuda):
+    pytest.importorskip("pybind11")
+    pytest.importorskip("ninja")
+    tools("nvcc", script="echo nvcc")
+    failing = 'case "$*" in *--version*) echo g++ ;; *) exit 1 ;; esac'
+    settings = build_extension.read_settings({**tools("g++", script=failing), "UNIGENDET_CUDA": cuda})
+    with pytest.raises(build_extension.BuildError, match="could not be built") as error:
+        build_extension.build(settings, tmp_path / "build", "_C.so")
+    assert ("set UNIGENDET_CUDA=off to build without CUDA" in str(error.value)) == (cuda == "auto")
+    assert "UNIGENDET_EXTENSION=off to install without unigendet._C" in str(error.value)
 
 
 def run(*command, cwd, **variables):
@@ -170,6 +322,17 @@ def test_without_a_compiler_the_wheel_is_pure_python(source, tmp_path):
     assert not [name for name in names if "_C" in name or name.startswith("csrc")]
     assert "unigendet/kernels/primitives.py" in names
     assert "no C++ compiler" in output
+
+
+def test_switched_off_nothing_is_compiled_and_nothing_in_the_tree_removed(source):
+    built = source / "unigendet" / "_C.cpython-00-any.so"
+    built.write_bytes(b"of another build")
+    code = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
+    command = [sys.executable, "-c", f"import sys; sys.argv[1:] = ['build_ext', '--inplace']; {code}"]
+    output = run(*command, cwd=source, UNIGENDET_EXTENSION="off", CXX="missing", UNIGENDET_CUDA="auto")
+    assert "UNIGENDET_EXTENSION is 'off'" in output
+    assert built.read_bytes() == b"of another build"
+    built.unlink()
 
 
 @pytest.mark.slow
