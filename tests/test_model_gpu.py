@@ -13,9 +13,9 @@ from unigendet.layout import Layout
 from unigendet.model.transformer import DecoderLayer
 from unigendet.ops import rope_table
 
-# cuBLAS and CUTLASS call their kernels so; `reduce` are its split products and the sum over a bias's rows.
+# cuBLAS and CUTLASS call their kernels so, those that add up split products included. PyTorch sums a bias's gradient.
 MATRIX_PRODUCT = re.compile(r"gemm|gemv|nvjet|cutlass|xmma|splitK|cublas|wgmma", re.IGNORECASE)
-REDUCTION = re.compile(r"reduce_kernel")
+REDUCTION = re.compile(r"\breduce_kernel")
 OURS = re.compile(r"^(attention_|qk_norm_rope_|rms_norm_|swiglu_)")
 
 
