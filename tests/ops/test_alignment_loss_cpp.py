@@ -2,15 +2,15 @@
 
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
 from numerics import assert_accurate
 from op_checks import assert_same, check_writes_everything, outputs_and_gradients
-from test_alignment_loss import arguments, op, plain
+from test_alignment_loss import SIZES, arguments, op, plain
 
 from unigendet.ops import ImageGrids
-from unigendet.ops import alignment_loss_extension as extension
 from unigendet.ops.backends import available, extension_backends, extension_facts, resolve
 
 pytestmark = pytest.mark.skipif("cpp" not in extension_backends(), reason="unigendet._C is not built")
@@ -297,31 +297,118 @@ def test_wrong_arguments_of_scale():
     _C.scale_cpu(gradient=empty, factor=factor, out=empty.clone(), num_threads=1)
 
 
+def misaligned(x):
+    """x's numbers one byte behind where their dtype may lie."""
+    numbers = torch.frombuffer(bytearray(x.numel() * x.element_size() + 16), dtype=x.dtype, offset=1, count=x.numel())
+    assert numbers.data_ptr() % x.element_size() == 1
+    return numbers.view(x.shape).copy_(x.detach())
+
+
+def unusual(chance, shape, dtype):
+    """A tensor of this shape and dtype, most often, that is laid out in memory as few are, and the kind's name."""
+    plain_one = torch.zeros(shape, dtype=dtype)
+    kind = chance.choice(
+        ["strided", "overlapping", "huge", "expanded", "shrunk", "misaligned", "meta", "flipped", "3-d"]
+    )
+    if not plain_one.numel():
+        return plain_one, "empty"
+    if kind in ("strided", "overlapping"):
+        strides = [chance.choice([0, 1, 2, 6, 7] if kind == "overlapping" else [7, 20, 50]) for _ in shape]
+        memory = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+        start = chance.choice([0, 1, 3])
+        return torch.zeros(memory + start, dtype=dtype).as_strided(shape, strides, start), kind
+    if kind == "huge":  # strides of sizes of 1 may be any, others reach for memory that is not there
+        strides = [chance.choice([2**31, 2**40, 2**61, 2**62, 2**63 - 1]) for _ in shape]
+        ones = [1 if chance.random() < 0.8 else n for n in shape]
+        memory = torch.zeros(1, dtype=dtype)
+        if ones == [1] * len(ones):
+            return memory.as_strided(ones, strides), kind
+        return memory[:1].view([1] * len(shape)).expand([n if n > 1 else 2**33 for n in shape]), kind
+    if kind == "shrunk":
+        storage = plain_one.untyped_storage()
+        storage.resize_(max(0, storage.nbytes() - chance.choice([1, 2, 4, 1000])))
+        return plain_one, kind
+    if kind == "misaligned":
+        return misaligned(plain_one), kind
+    makers = {
+        "expanded": lambda: torch.zeros([1] * len(shape), dtype=dtype).expand(shape),
+        "meta": lambda: plain_one.to("meta"),
+        "flipped": lambda: torch.zeros(shape[::-1], dtype=dtype).permute(list(range(len(shape)))[::-1]),
+        "3-d": lambda: plain_one[..., None] if chance.random() < 0.5 else plain_one[None],
+    }
+    return makers[kind](), kind
+
+
 def test_random_arguments_never_crash():
     """Any mixture of right and wrong arguments is computed or refused."""
     from unigendet import _C
 
     chance = random.Random(0)
-    refused = 0
-    for _ in range(1500):
-        rows, columns = chance.choice([1, 2, 6, 15]), chance.choice([0, 1, 6, 7])
-        pool = [
-            torch.zeros(rows, columns, dtype=chance.choice([*DTYPES, torch.float64, torch.int64])),
-            torch.zeros(1, 6).expand(rows, 6),
-            torch.zeros(6, rows).T,
-            torch.zeros(6, 6, device="meta"),
-            torch.zeros(rows),
-            torch.zeros(()),
-            torch.tensor([chance.choice([1, 2, 3, 5, -1, 0, BIG]) for _ in range(chance.choice([3, 4, 8]))]),
-            None,
-            chance.choice([1, "x", [], object()]),
-        ]
-        changes = {name: chance.choice(pool) for name in chance.sample(TENSORS, chance.choice([1, 2]))}
+    outcomes = Counter()
+    for _ in range(2500):
+        h, w, th, tw = (chance.choice([1, 2, 3]) for _ in range(4))
+        rows, teacher_rows, columns = h * w, th * tw, chance.choice([1, 5, 6, 16, 17])
+        dtypes = [chance.choice(DTYPES) for _ in range(2)]
+        student = torch.zeros(rows, columns, dtype=dtypes[0])
+        teacher = torch.zeros(teacher_rows, columns, dtype=dtypes[1])
+        values = direct(
+            student=student,
+            teacher=teacher,
+            dstudent=chance.choice([torch.zeros_like(student), None]),
+            dteacher=chance.choice([torch.zeros_like(teacher), None]),
+            table=torch.tensor([h, w, th, tw]),
+            token_weights=torch.ones(rows),
+            distances=torch.zeros(rows),
+            coefficients=torch.zeros(2 * rows),
+            num_threads=chance.choice([1, 2, 3, 7]),
+        )
+        kinds = []
+        for name in chance.sample(TENSORS, chance.choice([0, 1, 1, 2])):
+            value, kind = values[name], chance.choice(["unusual", "unusual", "unusual", "other"])
+            if kind == "other":
+                value = chance.choice([None, 1, "x", [], object(), torch.zeros(rows), torch.zeros(()), student])
+            elif value is not None:
+                shape = list(value.shape)
+                if shape and chance.random() < 0.15:
+                    shape[chance.randrange(len(shape))] = chance.choice([0, 1, 4])
+                others = [*DTYPES, torch.float64, torch.int64]
+                dtype = value.dtype if chance.random() < 0.85 else chance.choice(others)
+                value, kind = unusual(chance, shape, dtype)
+            if name == "table" and isinstance(value, torch.Tensor) and chance.random() < 0.5:
+                value = torch.tensor([chance.choice([1, 2, 3, 5, -1, 0, BIG]) for _ in range(chance.choice([3, 4, 8]))])
+            values[name] = value
+            kinds.append((name, kind))
+        is_read = {name: name != "coefficients" or values["dteacher"] is not None for name, _ in kinds}
+        kinds = [kind for name, kind in kinds if is_read[name]]
         try:
-            _C.alignment_loss_cpu(**direct(**changes))
+            _C.alignment_loss_cpu(**values)
+            outcomes.update({(kind, "computed") for kind in kinds})
         except (ValueError, TypeError):
-            refused += 1
-    assert 500 < refused < 1500
+            outcomes.update({(kind, "refused") for kind in kinds})
+    for kind in ("strided", "overlapping", "huge", "expanded", "flipped"):  # of student, teacher or one number
+        assert outcomes[kind, "computed"] > 5, outcomes
+        assert outcomes[kind, "refused"] > 5, outcomes
+    for kind in ("shrunk", "misaligned", "meta"):
+        assert outcomes[kind, "refused"] > 50, outcomes
+        assert outcomes[kind, "computed"] == 0, outcomes
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_misaligned_memory_is_refused_by_the_extension(name):
+    from unigendet import _C
+
+    with pytest.raises(ValueError, match=name):
+        _C.alignment_loss_cpu(**direct(**{name: misaligned(direct()[name])}))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_misaligned_memory_is_copied_by_the_operator(dtype):
+    student, teacher = arguments(dtype=dtype, columns=19)
+    u, normalizer = torch.rand(len(student)), torch.tensor(3.0)
+    expected = outputs_and_gradients(op(backend="cpp", token_weights=u, normalizer=normalizer), [student, teacher])
+    inputs = [misaligned(x).requires_grad_() for x in (student, teacher)]
+    call = op(backend="cpp", token_weights=misaligned(u), normalizer=misaligned(normalizer))
+    assert_same(outputs_and_gradients(call, inputs), expected)
 
 
 def test_plans_hold_the_table():
@@ -336,13 +423,34 @@ def test_plans_hold_the_table():
         _C.plan(table, 40, 5)
 
 
-def test_nothing_is_allocated_but_the_gradient():
-    """Besides its outputs, the forward pass asks PyTorch for one float per row, three with the teacher's gradient."""
-    student, teacher = (x.detach() for x in arguments(columns=64))
-    for needs, floats in (((True, False), 1), ((True, True), 3)):
-        table = ImageGrids.from_sizes([(len(student), 1, len(teacher), 1)]).table
-        outputs = [torch.empty(0)] * 4
-        values = extension._arguments(student, teacher, table, None, None, 1.0, needs, (False, False), outputs)
-        work = sum(values[name].numel() for name in ("distances", "coefficients") if values[name] is not None)
-        assert work == floats * len(student)
-        assert values["student"] is student
+def allocated(function):
+    """The sizes in bytes of all that ``function`` gets from PyTorch's allocator, largest first."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    del result  # kept so far: what is let go must not be mistaken for what is taken
+    records = (e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]")
+    return sorted((n for n in records if n > 0), reverse=True)
+
+
+@pytest.mark.parametrize("needs", [(True, False), (True, True), (False, False)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nothing_is_allocated_but_the_gradient(dtype, needs):
+    """Besides its outputs, the operator asks PyTorch for one float per row, three with the teacher's gradient.
+
+    The backward pass asks for numbers only: the incoming gradient and, where float16 has κ to multiply, the product.
+    """
+    student, teacher = (
+        x.detach().requires_grad_(n) for x, n in zip(arguments(dtype=dtype, columns=64), needs, strict=True)
+    )
+    call, losses = op(backend="cpp"), []
+    for _ in range(2):  # the first call imports what is kept
+        sizes = allocated(lambda: losses.append(call(student, teacher)))
+    rows = len(student)
+    expected = [4 * rows, 4 * len(SIZES), 4]  # distances, means, loss
+    expected += [x.numel() * x.element_size() for x in (student, teacher) if x.requires_grad]
+    expected += [8 * rows] if needs[1] else []
+    assert sizes == sorted(expected, reverse=True)
+    if any(needs):
+        losses[0].backward()
+        sizes = allocated(losses[1].backward)
+        assert sum(sizes) <= 64, sizes
