@@ -31,6 +31,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 SCHEMA = 1  # of the JSON; rises when a key changes its meaning or goes
 PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "liger-kernel",
             "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
+TURN = 3  # calls that a competitor makes before the next one's turn
 KERNEL_SUFFIXES = (".py", ".json", ".h", ".cuh", ".cu", ".cpp")
 COLUMNS = ("trace", "direction", "backend", "ms", "tflops", "of_matmul", "peak_mib", "correct", "status")
 
@@ -75,7 +76,8 @@ def measure_paired(
 ) -> dict[str, Timing]:
     """Time what competes in turns, so that whatever else the machine does meets all alike.
 
-    ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (5 to 200 calls).
+    ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (6 to 200 calls), three
+    calls at a turn: the first may meet memory and caches as another competitor left them, the others as it did itself.
     """
     estimates = {}
     for name, own in calls.items():
@@ -86,10 +88,19 @@ def measure_paired(
         own[0]()
         synchronize(device)
         estimates[name] = max(time.monotonic() - begin, 1e-6)
-    rounds = min(200, max(5, int(seconds * len(calls) / sum(estimates.values()))))
-    turns = [own[i % len(own)] for i in range(rounds) for own in calls.values()]
-    milliseconds = _with_events(turns) if device.type == "cuda" else _with_clock(turns)
-    return {name: Timing.of(milliseconds[i :: len(calls)]) for i, name in enumerate(calls)}
+    rounds = min(200 // TURN, max(2, int(seconds * len(calls) / sum(estimates.values()) / TURN)))
+    turns = [(name, own[i % len(own)]) for r in range(rounds) for name, own in calls.items() for i in _turn(r)]
+    each = [call for _, call in turns]
+    milliseconds = _with_events(each) if device.type == "cuda" else _with_clock(each)
+    of = {name: [] for name in calls}
+    for (name, _), time_ in zip(turns, milliseconds, strict=True):
+        of[name].append(time_)
+    return {name: Timing.of(own) for name, own in of.items()}
+
+
+def _turn(number: int) -> range:
+    """The numbers of the calls of a turn."""
+    return range(number * TURN, (number + 1) * TURN)
 
 
 def _with_events(turns: Sequence[Callable[[], Any]]) -> list[float]:

@@ -145,8 +145,8 @@ def test_paired_timing_takes_turns():
     calls = {name: [lambda name=name, i=i: order.append((name, i)) for i in range(2)] for name in "ab"}
     timings = harness.measure_paired(calls, CPU, seconds=0.0)
     assert timings.keys() == {"a", "b"}
-    assert {t.runs for t in timings.values()} == {5}
-    assert order[-10:] == [(name, i % 2) for i in range(5) for name in "ab"]
+    assert {t.runs for t in timings.values()} == {6}
+    assert order[-12:] == [(name, i % 2) for turn in range(2) for name in "ab" for i in range(3 * turn, 3 * turn + 3)]
 
 
 def test_peak_memory_of_a_call_on_the_cpu():
