@@ -56,7 +56,7 @@ def refuses_float64(backend, inputs):
 def plain(sizes=SIZES, weight=1.0, normalizer=None, token_weights=None, means=False):
     def call(student, teacher):
         wide = torch.float64 if torch.float64 in (student.dtype, teacher.dtype) else torch.float32
-        u = torch.ones(len(student)) if token_weights is None else token_weights
+        u = torch.ones(len(student), device=student.device) if token_weights is None else token_weights
         total, start, teacher_start, each = 0.0, 0, 0, []
         for h, w, th, tw in sizes:
             grid = teacher[teacher_start : teacher_start + th * tw].to(wide).view(1, th, tw, -1).permute(0, 3, 1, 2)

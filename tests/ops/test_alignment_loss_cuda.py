@@ -132,7 +132,7 @@ def test_scale(shape, dtype):
 
 
 def test_the_current_stream_is_used():
-    """What is enqueued on a stream before the op is seen by it, and nothing waits."""
+    """What is enqueued on a stream before the op is seen by it; its plan was made for another stream before."""
     sizes = [(64, 64, 70, 70)]
     inputs = arguments(sizes, columns=1024)
     expected = outputs_and_gradients(op(sizes, backend="cuda"), inputs)
@@ -150,3 +150,27 @@ def test_float64_is_refused():
     inputs = arguments(dtype=torch.float64)
     with pytest.raises(ValueError, match=r"backend='cuda' cannot run alignment_loss: the dtype is torch.float64;"):
         op(backend="cuda")(*inputs)
+
+
+def test_cuda_graphs_are_refused(monkeypatch):
+    """A graph would keep the address of a plan that the cache lets go."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(ValueError, match="alignment_loss cannot be part of a CUDA graph with backend='cuda'"):
+        op(backend="cuda")(*(x.detach() for x in arguments()))
+
+
+def test_rows_of_any_width():
+    """Wider than Triton's kernels take: these read such a row twice."""
+    sizes = [(2, 3, 3, 2)]
+    inputs = arguments(sizes, columns=20000)
+    assert_accurate(op(sizes, backend="cuda"), on_device(sizes), on_device(sizes), inputs)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_tensors_on_another_than_the_current_device():
+    inputs = arguments()
+    expected = outputs_and_gradients(op(backend="cuda"), inputs)
+    other = [x.detach().to("cuda:1").requires_grad_() for x in inputs]
+    results = outputs_and_gradients(op(backend="cuda"), other)
+    assert all(value.device.index == 1 for value in results.values())
+    assert_same({name: value.to("cuda:0") for name, value in results.items()}, expected)
