@@ -1,23 +1,17 @@
-"""What every benchmark needs: honest timing, the machine's own ceilings, what it ran on, and one JSON schema.
+"""Honest timing, memory, and the machine's own ceilings: what every benchmark measures with.
 
-Timing rotates through several sets of buffers, so that no call finds its inputs in the cache; it warms up, and reports
-the median with the 20th and 80th percentile. On CUDA devices events around each call are read after all calls were
-queued; elsewhere the monotonic clock is read around each call. A row whose implementation cannot run says why: rows are
-never left out, and an interrupted run keeps those it has.
+Competitors run in turns, on several sets of buffers, so that no call finds its inputs in the cache and whatever else
+the machine does meets all alike; results are medians with the 20th and 80th percentile. On CUDA devices each call lies
+between two events, and the device is kept busy until the calls of a turn are queued, so that launches are not timed;
+elsewhere the monotonic clock is read around each call.
 """
 
 from __future__ import annotations
 
 import gc
-import hashlib
-import importlib.metadata
-import json
 import math
-import os
-import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,14 +20,9 @@ from typing import Any
 
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
-SCHEMA = 1  # of the JSON; rises when a key changes its meaning or goes
-PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "liger-kernel",
-            "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
 TURN = 3  # calls that a competitor makes before the next one's turn
-KERNEL_SUFFIXES = (".py", ".json", ".h", ".cuh", ".cu", ".cpp")
-COLUMNS = ("trace", "direction", "backend", "ms", "tflops", "of_matmul", "peak_mib", "correct", "status")
+MOST_RUNS = 200  # of one competitor
+CYCLES_PER_MS = 2_000_000  # of a GPU's clock, or fewer: a wait that lasts longer than it must costs nothing but time
 
 
 class CannotRun(Exception):
@@ -58,55 +47,49 @@ class Timing:
 
 
 def measure(calls: Sequence[Callable[[], Any]], device: torch.device, *, seconds: float = 0.5) -> Timing:
-    """Time calls that do the same on different buffers, taking turns, for about ``seconds`` (5 to 200 calls)."""
-    for call in calls:  # warm-up
-        call()
-    begin = time.monotonic()
-    for call in calls[:2]:
-        call()
-        synchronize(device)
-    estimate = max((time.monotonic() - begin) / len(calls[:2]), 1e-6)
-    runs = min(200, max(5, int(seconds / estimate)))
-    turns = [calls[i % len(calls)] for i in range(runs)]
-    return Timing.of(_with_events(turns) if device.type == "cuda" else _with_clock(turns))
+    """Time calls that do the same on different buffers, for about ``seconds`` (at least 6 calls)."""
+    return measure_paired({"": calls}, device, seconds=seconds)[""]
 
 
 def measure_paired(
-    calls: Mapping[str, Sequence[Callable[[], Any]]], device: torch.device, *, seconds: float = 0.5
+    calls: Mapping[str, Sequence[Callable[[], Any]]],
+    device: torch.device,
+    *,
+    seconds: float = 0.5,
+    turn: int = TURN,
+    rounds: int = 2,
 ) -> dict[str, Timing]:
-    """Time what competes in turns, so that whatever else the machine does meets all alike.
+    """Time what competes in turns.
 
-    ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (6 to 200 calls), three
-    calls at a turn: the first may meet memory and caches as another competitor left them, the others as it did itself.
+    ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (at least ``rounds`` turns
+    of ``turn`` calls, at most 200 calls). Of the calls of a turn the first may meet memory and caches as another
+    competitor left them, the others as it did itself.
     """
-    estimates = {}
+    estimates, queueing = {}, {}
     for name, own in calls.items():
         for call in own:  # warm-up
             call()
         synchronize(device)
         begin = time.monotonic()
         own[0]()
+        queueing[name] = time.monotonic() - begin
         synchronize(device)
         estimates[name] = max(time.monotonic() - begin, 1e-6)
-    rounds = min(200 // TURN, max(2, int(seconds * len(calls) / sum(estimates.values()) / TURN)))
-    turns = [(name, own[i % len(own)]) for r in range(rounds) for name, own in calls.items() for i in _turn(r)]
-    each = [call for _, call in turns]
-    milliseconds = _with_events(each) if device.type == "cuda" else _with_clock(each)
-    of = {name: [] for name in calls}
-    for (name, _), time_ in zip(turns, milliseconds, strict=True):
-        of[name].append(time_)
+    most = max(1, MOST_RUNS // turn)
+    rounds = min(most, max(rounds, int(seconds * len(calls) / sum(estimates.values()) / turn)))
+    of: dict[str, list[float]] = {name: [] for name in calls}
+    for r in range(rounds):
+        for name, own in calls.items():
+            each = [own[i % len(own)] for i in range(r * turn, (r + 1) * turn)]
+            of[name] += _with_events(each, queueing[name]) if device.type == "cuda" else _with_clock(each)
     return {name: Timing.of(own) for name, own in of.items()}
 
 
-def _turn(number: int) -> range:
-    """The numbers of the calls of a turn."""
-    return range(number * TURN, (number + 1) * TURN)
-
-
-def _with_events(turns: Sequence[Callable[[], Any]]) -> list[float]:
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in turns]
-    torch.cuda._sleep(2_000_000)  # cycles: about 1 ms in which the host gets ahead, so that launches are not timed
-    for call, (begin, end) in zip(turns, events, strict=True):
+def _with_events(turn: Sequence[Callable[[], Any]], queueing: float) -> list[float]:
+    """Milliseconds of each call. ``queueing``: seconds that the host takes to queue one."""
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in turn]
+    torch.cuda._sleep(int((1.5 * queueing * len(turn) * 1e3 + 0.1) * CYCLES_PER_MS))  # the host gets ahead meanwhile
+    for call, (begin, end) in zip(turn, events, strict=True):
         begin.record()
         call()
         end.record()
@@ -114,9 +97,9 @@ def _with_events(turns: Sequence[Callable[[], Any]]) -> list[float]:
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def _with_clock(turns: Sequence[Callable[[], Any]]) -> list[float]:
+def _with_clock(turn: Sequence[Callable[[], Any]]) -> list[float]:
     milliseconds = []
-    for call in turns:
+    for call in turn:
         begin = time.monotonic()
         call()
         milliseconds.append(1e3 * (time.monotonic() - begin))
@@ -191,109 +174,6 @@ def ceilings(device: torch.device, *, tiny: bool = False, seconds: float = 0.5) 
     target = torch.empty_like(source)
     copy = measure([lambda: target.copy_(source)], device, seconds=seconds)
     return {"matmul_tflops": 2 * n**3 / matmul.ms / 1e9, "copy_gbs": 2 * size / copy.ms / 1e6}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Device, versions, git commit ("+changes" if tracked files differ) and a hash of the kernel sources."""
-    found: dict[str, Any] = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    hardware: dict[str, Any] = {"name": device_name(device)}
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        found["cuda"] = torch.version.cuda
-        hardware |= {
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "memory_mib": properties.total_memory // 2**20,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
-        }
-    status = ("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
-    changes = "+changes" if _output(*status) else ""
-    commit = _output("git", "rev-parse", "HEAD")
-    return {
-        "device": hardware,
-        "platform": f"{platform.system()} {platform.machine()}",
-        "versions": found,
-        "commit": commit and commit + changes,
-        "kernels_sha256": kernels_hash(),
-    }
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs {platform.machine()}"
-    )
-
-
-def kernels_hash(*folders: Path) -> str:
-    """sha256 over the names and contents of the kernels' sources and tuned configurations (default: all of them).
-
-    Results of other kernels are stale.
-    """
-    digest = hashlib.sha256()
-    for folder in folders or (ROOT / "kernels", ROOT / "csrc"):
-        for path in sorted(path for path in folder.iterdir() if path.suffix in KERNEL_SUFFIXES):
-            for part in (path.name.encode(), path.read_bytes()):
-                digest.update(len(part).to_bytes(8, "big") + part)
-    return digest.hexdigest()
-
-
-def _output(*command: str) -> str | None:
-    """What a program prints; None if it is not there or fails."""
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
-
-
-def default_path(op: str, device: torch.device) -> Path:
-    """``benchmarks/results/<device>/<op>.json``."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    return RESULTS / slug / f"{op}.json"
-
-
-class Record:
-    """The rows of a run, shown (``columns`` of them) as they come and kept in a file (``path`` None: shown only)."""
-
-    def __init__(self, path: Path | None, header: Mapping[str, Any], columns: Sequence[str] = COLUMNS) -> None:
-        self.path = path
-        self.columns = columns
-        self.header = {"schema": SCHEMA, **header}
-        self.rows: list[dict[str, Any]] = []
-        self.complete = False
-
-    def add(self, **row: Any) -> None:
-        """Add a row, show it, and write the file anew: what is done stays, whatever comes."""
-        self.rows.append(row)
-        print("  ".join(_cell(name, row.get(name)) for name in self.columns), flush=True)
-        self.write()
-
-    def write(self) -> None:
-        """Write the file. ``complete`` is false in it until the run has set it."""
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            text = json.dumps({**self.header, "complete": self.complete, "rows": self.rows}, indent=1)
-            temporary = self.path.with_suffix(".partial")
-            temporary.write_text(text + "\n", encoding="utf-8")
-            temporary.replace(self.path)
-
-
-def show_header(columns: Sequence[str] = COLUMNS) -> None:
-    """Print the table's first line."""
-    print("  ".join(_cell(name, name) for name in columns))
-
-
-def _cell(name: str, value: Any) -> str:
-    width = {"trace": 16, "op": 18, "shape": 38, "direction": 9, "backend": 20, "status": 0}.get(name, 10)
-    if isinstance(value, float):
-        value = f"{value:.3g}" if value < 1000 else f"{value:.0f}"
-    return f"{'' if value is None else value!s:<{width}}"
 
 
 def reason(error: BaseException) -> str:

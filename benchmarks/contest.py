@@ -1,0 +1,400 @@
+"""What the benchmarks of ops share: cases, candidates that take turns, judges, rows.
+
+A case is an op on one set of shapes: random inputs, the useful work of each direction, and candidates, which are
+functions of the inputs: backends of ours and peers. All candidates of a case are timed in turns on the same inputs.
+Work counts what has to be computed and moved, whatever a candidate does besides; the floor of a call is the longer of
+its operations at the machine's matmul rate and its bytes at the copy rate. Every result is compared with the definition
+in float64: where its error is larger than a small factor times that of plain PyTorch in the inputs' own precision, plus
+a rounding, the row says that it is wrong, and its speed counts for nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch._functorch.config
+from torch import Tensor
+
+from unigendet.ops.backends import resolve
+
+from .harness import CannotRun, buffer_sets, first_call, measure_paired, peak_mib, reason
+from .progress import Progress
+from .record import Record, table
+
+PLAIN = "eager"  # the candidate that says how large errors are anyway
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Work:
+    """Useful floating-point operations (of matrix products) and bytes that have to be moved."""
+
+    flops: float = 0.0
+    bytes: float = 0.0
+
+    def columns(self, ms: float, ceilings: Mapping[str, float]) -> dict[str, Any]:
+        """Rates, and the share of the time that the floor would take."""
+        found: dict[str, Any] = {}
+        floors = {}
+        if self.flops:
+            found |= {"flops": self.flops, "tflops": self.flops / ms / 1e9}
+            floors["matmul"] = self.flops / ceilings["matmul_tflops"] / 1e9
+        if self.bytes:
+            found |= {"bytes": self.bytes, "gbs": self.bytes / ms / 1e6}
+            floors["copy"] = self.bytes / ceilings["copy_gbs"] / 1e6
+        if floors:
+            found["bound"] = max(floors, key=floors.__getitem__)
+            found["of_ceiling"] = floors[found["bound"]] / ms
+        return found
+
+
+@dataclass
+class Run:
+    """What all cases of a run share. ``deadline`` (time.monotonic) is when nothing new is begun any more."""
+
+    record: Record
+    device: torch.device
+    ceilings: Mapping[str, float]
+    progress: Progress
+    seconds: float = 1.0
+    deadline: float = float("inf")
+    backends: Collection[str] | None = None  # of candidates; None: all
+    directions: Collection[str] | None = None
+    without: Mapping[str, str] = field(default_factory=dict)  # candidates that are left out, and why
+
+    def check_time(self) -> None:
+        """Raise CannotRun once the time is over."""
+        if time.monotonic() > self.deadline:
+            raise CannotRun("the time limit of the run was reached")
+
+    def wants(self, candidate: str) -> bool:
+        """Whether rows of a candidate are asked for."""
+        return self.backends is None or candidate in self.backends
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Keep rows and show them."""
+        self.record.add(rows)
+        self.progress.show(table(rows))
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A function of the inputs, and what is not timed about it.
+
+    ``arrange`` brings a tensor of inputs into its own layout, ``restore`` outputs and gradients back. ``parameters``
+    get gradients too, which are computed but not judged. ``inseparable``: why its backward pass cannot be timed alone;
+    ``forward_only``: why it has none.
+    """
+
+    function: Function
+    arrange: Callable[[Tensor], Tensor] = lambda x: x
+    restore: Callable[[Tensor], Tensor] = lambda x: x
+    parameters: tuple[Tensor, ...] = ()
+    inseparable: str | None = None
+    forward_only: str | None = None
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What results are compared with: exact values by name, the largest errors allowed, and which part is compared."""
+
+    exact: Mapping[str, Tensor]
+    allowed: Mapping[str, float]
+    part: Callable[[str, Tensor], Tensor] = lambda _, x: x
+
+    def errors(self, results: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
+        """The largest absolute error of each result, and what is allowed; NaN counts as infinite."""
+        found = {}
+        for name, exact in self.exact.items():
+            if name not in results:  # of a candidate without a backward pass
+                continue
+            error = (self.part(name, results[name]) - exact).abs().max() if exact.numel() else torch.zeros(())
+            found[name] = {"error": float(error.nan_to_num(float("inf"))), "allowed": self.allowed[name]}
+        return found
+
+
+@dataclass(frozen=True)
+class Case:
+    """An op on one set of shapes.
+
+    ``inputs(seed)`` gives tensors, those that require it with gradients wanted; ``work`` by direction ("forward",
+    "backward", "both"), which also says what is measured; ``candidates`` by name what makes a candidate (or just its
+    function), or raises CannotRun; ``peers`` are the candidates that are not ours; ``truth`` judges, from the inputs of
+    seed 0 (None: nobody does); ``columns`` are more columns of every row.
+    """
+
+    op: str
+    shape: str
+    dtype: torch.dtype
+    inputs: Callable[[int], tuple[Tensor, ...]]
+    work: Mapping[str, Work]
+    candidates: Mapping[str, Callable[[], Candidate | Function]]
+    peers: frozenset[str]
+    truth: Callable[[Case, tuple[Tensor, ...]], Truth] | None
+    trace: str | None = None
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return " ".join(filter(None, (self.op, self.trace, self.shape, dtype_name(self.dtype))))
+
+    def run(self, run: Run) -> None:
+        """A row for each candidate and direction, whatever happens."""
+        torch._dynamo.reset()  # compiled graphs of other cases count towards a limit
+        inputs = [self.inputs(0)]
+        size = sum(x.numel() * x.element_size() for x in inputs[0])
+        inputs += [self.inputs(seed) for seed in range(1, buffer_sets(size, run.device))]
+        # A compiled graph whose backward pass is timed alone must keep what it saved.
+        with torch._functorch.config.patch(donated_buffer="backward" not in self.work):
+            entries, failures = _entries(self, inputs[0], run)
+            for direction in self.work:
+                if run.directions is None or direction in run.directions:
+                    run.add(_rows(self, direction, entries, dict(failures), inputs, run))
+                gc.collect()
+        del entries, inputs
+        gc.collect()
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A candidate that ran, and what its first results were worth. ``errors`` None: nobody has judged."""
+
+    candidate: Candidate
+    first_call_s: float
+    errors: Mapping[str, Mapping[str, float]] | None
+
+
+def _entries(
+    case: Case, inputs: tuple[Tensor, ...], run: Run
+) -> tuple[dict[str, Entry], dict[str, str]]:
+    """Call every candidate once and judge it; whoever fails is told why."""
+    entries: dict[str, Entry] = {}
+    failures: dict[str, str] = {}
+    truth = None if case.truth is None else case.truth(case, inputs)
+    for name in filter(run.wants, case.candidates):
+        run.progress.detail(case.title, f"{name}, first call")
+        try:
+            run.check_time()
+            if name in run.without:
+                raise CannotRun(run.without[name])
+            made, setup = first_call(case.candidates[name], run.device)
+            candidate = made if isinstance(made, Candidate) else Candidate(made)
+            results, seconds = first_call(lambda c=candidate: outputs_and_gradients(c, inputs), run.device)
+            errors = None if truth is None else truth.errors(results)
+            entries[name] = Entry(candidate, setup + seconds, errors)
+        except Exception as error:  # also of a peer's compiler, or out of memory: the next may still run
+            failures[name] = reason(error)
+    return entries, failures
+
+
+def _rows(
+    case: Case,
+    direction: str,
+    entries: Mapping[str, Entry],
+    failures: dict[str, str],
+    inputs: Sequence[tuple[Tensor, ...]],
+    run: Run,
+) -> list[dict[str, Any]]:
+    calls: dict[str, Sequence[Callable[[], Any]]] = {}
+    peaks: dict[str, float | None] = {}
+    for name, entry in entries.items():
+        run.progress.detail(case.title, f"{direction}, {name}")
+        try:
+            run.check_time()
+            calls[name] = _calls(entry.candidate, inputs, direction)
+            calls[name][0]()  # compiles, where that waits for the first call
+            peaks[name] = peak_mib(calls[name][0], run.device)
+        except Exception as error:
+            calls.pop(name, None)
+            failures[name] = reason(error)
+    run.progress.detail(case.title, f"{direction}, in turns")
+    timings = measure_paired(calls, run.device, seconds=run.seconds) if calls else {}
+    measured = {
+        name: Measurement(dataclasses.asdict(timing), entries[name], peaks[name], _of_direction(direction))
+        for name, timing in timings.items()
+    }
+    common = {"op": case.op, "trace": case.trace, "shape": case.shape, "dtype": dtype_name(case.dtype)}
+    common |= {"direction": direction, **case.columns}
+    names = [name for name in case.candidates if run.wants(name)]
+    return make_rows(common, names, case.peers, measured, failures, case.work[direction], run.ceilings)
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What came of a candidate: its timing, its entry, its peak memory, and which errors belong to the direction."""
+
+    timing: Mapping[str, Any]
+    entry: Entry
+    peak_mib: float | None
+    prefix: str = ""
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+
+def make_rows(
+    common: Mapping[str, Any],
+    names: Sequence[str],
+    peers: Collection[str],
+    measured: Mapping[str, Measurement],
+    failures: Mapping[str, str],
+    work: Work,
+    limits: Mapping[str, float],
+) -> list[dict[str, Any]]:
+    """A row for every name, measured or failed. Only a right answer is compared with others, and only with right ones."""
+    right = {name: _correct(m) is not False for name, m in measured.items()}
+    rows = []
+    for name in names:
+        row = {**common, "backend": name, "ours": name not in peers}
+        if name not in measured:
+            rows.append(row | {"status": failures[name]})
+            continue
+        found = measured[name]
+        ms = found.timing["ms"]
+        errors = None if found.entry.errors is None else _errors(found)
+        row |= {"status": "ok", **found.timing, "first_call_s": found.entry.first_call_s, "peak_mib": found.peak_mib}
+        row |= {"correct": _correct(found), "error": errors, **work.columns(ms, limits), **found.columns}
+        if name not in peers and right[name]:
+            row["speedup_over"] = {p: measured[p].timing["ms"] / ms for p in names if p in peers and right.get(p)}
+        rows.append(row)
+    return rows
+
+
+def _errors(found: Measurement) -> dict[str, Mapping[str, float]]:
+    return {name: value for name, value in found.entry.errors.items() if name.startswith(found.prefix)}
+
+
+def _correct(found: Measurement) -> bool | None:
+    if found.entry.errors is None:
+        return None
+    return all(e["error"] <= e["allowed"] for e in _errors(found).values())
+
+
+def _of_direction(direction: str) -> str:
+    """How the names of its results begin."""
+    return {"forward": "output", "backward": "gradient"}.get(direction, "")
+
+
+def whole(exact: Function, *, factor: float = 2.0) -> Callable[[Case, tuple[Tensor, ...]], Truth]:
+    """The judge of cases whose definition is affordable: all of ``exact``'s results in float64.
+
+    ``factor``: how many times the error of plain PyTorch in the inputs' precision is allowed, as in the op's tests.
+    """
+
+    def truth(case: Case, inputs: tuple[Tensor, ...]) -> Truth:
+        wide = tuple(_leaf(x.double() if x.is_floating_point() else x, x.requires_grad) for x in inputs)
+        plain = case.candidates[PLAIN]()
+        plain = plain if isinstance(plain, Candidate) else Candidate(plain)
+        true = outputs_and_gradients(Candidate(exact), wide)
+        return Truth(true, allowances(true, outputs_and_gradients(plain, inputs), factor))
+
+    return truth
+
+
+def allowances(exact: Mapping[str, Tensor], plain: Mapping[str, Tensor], factor: float) -> dict[str, float]:
+    """The error allowed for each result: ``factor`` times that of ``plain``, plus one rounding of the largest value."""
+    allowed = {}
+    for name, value in exact.items():
+        rounding = torch.finfo(plain[name].dtype).eps * float(value.abs().max())
+        allowed[name] = factor * float((plain[name] - value).abs().max()) + rounding
+    return allowed
+
+
+def _leaf(x: Tensor, requires_grad: bool) -> Tensor:
+    return x.detach().requires_grad_(requires_grad)
+
+
+def incoming(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """1 for a loss, random numbers for others: the same in every precision."""
+    generator = torch.Generator(outputs[0].device).manual_seed(0)
+    make = lambda x: torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype)  # noqa: E731
+    return [torch.ones_like(x) if x.dim() == 0 else make(x) for x in outputs]
+
+
+def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
+def _arranged(candidate: Candidate, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The inputs in a candidate's own layout, as leaves."""
+    backward = candidate.forward_only is None
+    return tuple(_leaf(candidate.arrange(x.detach()), x.requires_grad and backward) for x in inputs)
+
+
+def _arranged_incoming(candidate: Candidate, outputs: Sequence[Tensor]) -> list[Tensor]:
+    return [candidate.arrange(x) for x in incoming([candidate.restore(o.detach()) for o in outputs])]
+
+
+def outputs_and_gradients(candidate: Candidate, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """Outputs and the gradients of the inputs that want one, by name, in the layout of the inputs."""
+    own = _arranged(candidate, inputs)
+    outputs = _tuple(candidate.function(*own))
+    results = {f"output {i}": candidate.restore(x.detach()) for i, x in enumerate(outputs)}
+    leaves = {i: x for i, x in enumerate(own) if x.requires_grad}
+    if leaves:
+        gradients = torch.autograd.grad(outputs, list(leaves.values()), _arranged_incoming(candidate, outputs))
+        results |= {f"gradient {i}": candidate.restore(x) for i, x in zip(leaves, gradients, strict=True)}
+    return results
+
+
+def _calls(candidate: Candidate, sets: Sequence[tuple[Tensor, ...]], direction: str) -> list[Callable[[], Any]]:
+    """What is timed, for each set of inputs."""
+    function = candidate.function
+    arranged = [_arranged(candidate, own) for own in sets]
+    if direction == "forward":
+        return [lambda own=own: _without_gradients(function, own) for own in arranged]
+    missing = candidate.forward_only or (candidate.inseparable if direction == "backward" else None)
+    if missing is not None:
+        raise CannotRun(missing)
+    calls = []
+    for own in arranged:
+        leaves = [x for x in own if x.requires_grad] + list(candidate.parameters)
+        outputs = _tuple(function(*own))
+        incoming = _arranged_incoming(candidate, outputs)
+        if direction == "backward":
+            call = lambda o=outputs, n=leaves, g=incoming: torch.autograd.grad(o, n, g, retain_graph=True)  # noqa: E731
+        else:
+            call = lambda own=own, n=leaves, g=incoming: torch.autograd.grad(_tuple(function(*own)), n, g)  # noqa: E731
+        calls.append(call)
+    return calls
+
+
+def _without_gradients(function: Function, inputs: tuple[Tensor, ...]) -> Any:
+    with torch.no_grad():
+        return function(*inputs)
+
+
+def compiled(function: Function) -> Callable[[], Function]:
+    """torch.compile's version of a peer."""
+    return lambda: torch.compile(function, dynamic=False)
+
+
+def ours(op: str, backend: str, device: torch.device, dtype: torch.dtype, function: Function) -> Callable[[], Function]:
+    """A backend of an op, if it can run this on this machine."""
+
+    def make() -> Function:
+        try:
+            resolve(op, backend, *[torch.empty(1, 1, device=device, dtype=dtype)] * 3)
+        except ValueError as error:
+            raise CannotRun(str(error)) from error
+        return function
+
+    return make
+
+
+def raise_if_not_cuda(device: torch.device) -> None:
+    """For peers that have nothing for CPUs."""
+    if device.type != "cuda":
+        raise CannotRun("needs a CUDA device")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """``float32``."""
+    return str(dtype).removeprefix("torch.")

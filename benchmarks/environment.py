@@ -1,0 +1,101 @@
+"""What a result was measured on: device, versions, commit, and a hash of the kernels' sources."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+# The root of a checkout; in an installed package, the package's folder: ``kernels`` lies in both.
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PACKAGES = ("torch", "triton", "numpy", "flash_attn", "flash_attn_3", "flash-attn-4", "liger-kernel", "quack-kernels",
+            "magi_attention", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13")  # fmt: skip
+KERNEL_SUFFIXES = (".py", ".json", ".h", ".cuh", ".cu", ".cpp")
+
+
+def is_checkout() -> bool:
+    """Whether these benchmarks lie in a checkout of the project, where results are recorded and documents written."""
+    return (ROOT / "pyproject.toml").is_file() and (ROOT / "unigendet").is_dir()
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Device, versions, git commit ("+changes" if tracked files differ) and a hash of the kernel sources."""
+    found: dict[str, Any] = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    hardware: dict[str, Any] = {"name": device_name(device), "processor": _processor()}
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        found["cuda"] = torch.version.cuda
+        hardware |= {
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_mib": properties.total_memory // 2**20,
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        }
+    return {
+        "device": hardware,
+        "platform": f"{platform.system()} {platform.machine()}",
+        "versions": found,
+        "commit": _commit() if is_checkout() else None,
+        "kernels_sha256": kernels_hash(),
+    }
+
+
+def _processor() -> str | None:
+    """What the CPU calls itself, on Linux."""
+    try:
+        return re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1]
+    except (OSError, TypeError):
+        return None
+
+
+def _commit() -> str | None:
+    commit = _output("git", "rev-parse", "HEAD")
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    return commit + "+changes" if commit and changed else commit
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself."""
+    return (
+        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs {platform.machine()}"
+    )
+
+
+def device_slug(name: str) -> str:
+    """A device's name as a folder's name."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def kernels_hash(*folders: Path) -> str:
+    """sha256 over the names and contents of the kernels' sources and tuned configurations (default: all of them).
+
+    Results of other kernels are stale.
+    """
+    digest = hashlib.sha256()
+    for folder in folders or [f for f in (ROOT / "kernels", ROOT / "csrc") if f.is_dir()]:
+        for path in sorted(path for path in folder.iterdir() if path.suffix in KERNEL_SUFFIXES):
+            for part in (path.name.encode(), path.read_bytes()):
+                digest.update(len(part).to_bytes(8, "big") + part)
+    return digest.hexdigest()
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None if it is not there or fails."""
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return result.stdout.strip()

@@ -1,0 +1,80 @@
+"""``qk_norm_rope``: per-head norm with the stream's weight, RoPE, and the move from stream-major to sequence order.
+
+Peers: the published way (each stream's heads are gathered, normed, and scattered into a zeroed buffer, then rotated; it
+keeps sequence order, so there is no row to move), eager and compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from unigendet.ops import qk_norm_rope, rope_table
+
+from . import traces
+from .contest import Case, Work, whole
+from .stream_case import candidates, random
+
+OP = "qk_norm_rope"
+EPS = 1e-6
+THETA = 1e6
+
+
+def case(
+    device: torch.device, dtype: torch.dtype, trace: traces.Trace, heads: tuple[int, int], head_dim: int
+) -> Case:
+    """qkv [T, (Hq + 2·Hkv)·head_dim] of a trace's pack; ``heads`` are (Hq, Hkv)."""
+    layout = trace.layout.to(device)
+    rows, (query_heads, kv_heads) = layout.num_queries, heads
+    tables = rope_table(layout.max_position + 1, head_dim, THETA, device=device)
+    cos, sin = (torch.cat((t, t), -1)[layout.positions][:, None] for t in tables)
+    und, gen = layout.stream_to_sequence.split(layout.stream_lengths.tolist())
+
+    def inputs(seed: int) -> tuple[Tensor, ...]:
+        make = random(device, dtype, seed)
+        qkv = make(rows, (query_heads + 2 * kv_heads) * head_dim).requires_grad_()
+        return qkv, *((1 + 0.1 * make(head_dim)).requires_grad_() for _ in range(4))
+
+    def own(qkv: Tensor, q_und: Tensor, q_gen: Tensor, k_und: Tensor, k_gen: Tensor, backend: str) -> tuple:
+        heads = {"num_heads": query_heads, "num_kv_heads": kv_heads}
+        weights = (q_und, q_gen), (k_und, k_gen)
+        return qk_norm_rope(qkv, *weights, *tables, layout, **heads, eps=EPS, backend=backend)
+
+    def normed(x: Tensor, weight_und: Tensor, weight_gen: Tensor) -> Tensor:
+        wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        h = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
+        result = torch.zeros_like(h)
+        result[und] = weight_und * h[und]
+        result[gen] = weight_gen * h[gen]
+        first, second = result.chunk(2, -1)
+        return result * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
+
+    def eager(qkv: Tensor, q_und: Tensor, q_gen: Tensor, k_und: Tensor, k_gen: Tensor) -> tuple[Tensor, ...]:
+        in_sequence = qkv[layout.sequence_to_stream].unflatten(1, (query_heads + 2 * kv_heads, head_dim))
+        q, k, v = in_sequence.split((query_heads, kv_heads, kv_heads), dim=1)
+        return normed(q, q_und, q_gen), normed(k, k_und, k_gen), v.clone()
+
+    size = dtype.itemsize * rows * (query_heads + 2 * kv_heads) * head_dim
+    return Case(
+        OP,
+        f"{rows} x ({query_heads} + 2*{kv_heads})*{head_dim}",
+        dtype,
+        inputs,
+        work={"forward": Work(bytes=2 * size), "backward": Work(bytes=3 * size)},
+        truth=whole(partial(own, backend="reference")),
+        trace=trace.name,
+        **candidates(OP, device, dtype, eager, own),
+    )
+
+
+def cases(device: torch.device, size: str) -> Iterator[Case]:
+    """BAGEL-7B's heads in bfloat16 on GPUs, a small model's in float32 on CPUs."""
+    if size == "tiny":
+        yield case(device, torch.float32, traces.tiny(), (4, 2), 16)
+    elif device.type == "cuda":
+        yield case(device, torch.bfloat16, traces.trace("gduf_32k"), (28, 4), 128)
+    else:
+        yield case(device, torch.float32, traces.trace("gduf_4k"), (8, 2), 64)
