@@ -132,7 +132,7 @@ def run_dense(run: Run, device: torch.device, shape: tuple[torch.dtype, int, int
     for length in lengths:
         for causal in (False, True):
             mode = "causal" if causal else "full"
-            trace = traces.Trace(f"dense_{mode}_{length}", (((length, mode, False),),))
+            trace = traces.Trace(f"dense_{mode}_{length}", ((traces.Segment(length, mode),),))
             case = Case(trace, device, dtype, heads, heads, head_dim)
             candidate = lambda case, causal=causal: cudnn_dense(case, causal=causal)  # noqa: E731
             measure_candidate(run, case, trace.name, "cudnn", candidate, case.layout.visible_pairs(), None)
