@@ -253,9 +253,7 @@ PEERS: dict[str, Peer] = {
     "flex_cudnn": flex(backend="CUDNN"),
     "torch_varlen": varlen("torch", "torch.nn.attention.varlen", "varlen_attn", _call_torch_varlen),
     "flash_attn2": varlen("flash-attn", "flash_attn", "flash_attn_varlen_func", _call_flash_attention),
-    "flash_attn3": varlen(
-        "flash-attn 3", "flash_attn_interface", "flash_attn_varlen_func", _call_flash_attention
-    ),
+    "flash_attn3": varlen("flash-attn 3", "flash_attn_interface", "flash_attn_varlen_func", _call_flash_attention),
     "flash_attn4": varlen("flash-attn 4", "flash_attn.cute", "flash_attn_varlen_func", _call_flash_attention),
     "magi": magi,
 }

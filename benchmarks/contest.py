@@ -173,9 +173,7 @@ class Entry:
     errors: Mapping[str, Mapping[str, float]] | None
 
 
-def _entries(
-    case: Case, inputs: tuple[Tensor, ...], run: Run
-) -> tuple[dict[str, Entry], dict[str, str]]:
+def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str, Entry], dict[str, str]]:
     """Call every candidate once and judge it; whoever fails is told why."""
     entries: dict[str, Entry] = {}
     failures: dict[str, str] = {}

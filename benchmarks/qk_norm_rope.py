@@ -23,9 +23,7 @@ EPS = 1e-6
 THETA = 1e6
 
 
-def case(
-    device: torch.device, dtype: torch.dtype, trace: traces.Trace, heads: tuple[int, int], head_dim: int
-) -> Case:
+def case(device: torch.device, dtype: torch.dtype, trace: traces.Trace, heads: tuple[int, int], head_dim: int) -> Case:
     """qkv [T, (Hq + 2·Hkv)·head_dim] of a trace's pack; ``heads`` are (Hq, Hkv)."""
     layout = trace.layout.to(device)
     rows, (query_heads, kv_heads) = layout.num_queries, heads

@@ -9,6 +9,7 @@ Height and width of an image are drawn independently; samples are drawn until th
 ``gduf_32k``, ``gduf_64k`` detection to generation 5 : 1. Detection: sides of 512, 640, 768 or 1024 pixels (the ViT
                            sees 980 at most), question of 20 to 59 tokens, answer of 60 to 179. Generation: caption of
                            8 to 79 tokens, sides of 768 or 1024 pixels
+``gduf_4k``                the same for CPUs: 4,096 tokens, all sides of 192, 256 or 320 pixels
 ``diga_23k``               the generation samples of the above
 ``diga_23k_teacher``       their teacher's pack: same images, same captions inside a prompt of 35 more tokens
 ``text_only_8k``           texts of 64 to 1535 tokens
@@ -21,6 +22,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,17 +30,27 @@ from unigendet.layout import Layout
 
 VIT_PATCH, LATENT_PATCH, VIT_LARGEST = 14, 16, 980  # pixels
 DETECTION_SIDES, GENERATION_SIDES = (512, 640, 768, 1024), (768, 1024)
+CPU_SIDES = (192, 256, 320)
 DETECTION_SHARE = 5 / 6
 TEACHER_PROMPT = 35  # words and punctuation of DataConfig's default, without the caption
 SMALL_GRID = (4, 4)
 
-Segment = tuple[int, str, bool]  # tokens, mode, whether it is a latent image
+
+class Segment(NamedTuple):
+    """A split: its tokens, its mode, whether it is a latent image, and an image's rows and columns (a text: None)."""
+
+    tokens: int
+    mode: str
+    latent: bool = False
+    grid: tuple[int, int] | None = None
+
+
 Sample = tuple[Segment, ...]
 
 
 @dataclass(frozen=True)
 class Trace:
-    """A pack: its samples, each a tuple of (tokens, mode, whether a latent image)."""
+    """A pack: its samples, each a tuple of segments."""
 
     name: str
     samples: tuple[Sample, ...]
@@ -46,15 +58,15 @@ class Trace:
     @property
     def splits(self) -> list[list[tuple[int, str]]]:
         """The argument of ``Layout.from_splits``."""
-        return [[(tokens, mode) for tokens, mode, _ in sample] for sample in self.samples]
+        return [[(segment.tokens, segment.mode) for segment in sample] for sample in self.samples]
 
     @property
     def streams(self) -> np.ndarray:
         """int64 [T]: 1 for latent tokens, 0 for all others, an image's two delimiters among them."""
         parts = []
-        for tokens, _, latent in (segment for sample in self.samples for segment in sample):
-            parts.append(np.full(tokens, int(latent)))
-            if latent:
+        for segment in (segment for sample in self.samples for segment in sample):
+            parts.append(np.full(segment.tokens, int(segment.latent)))
+            if segment.latent:
                 parts[-1][[0, -1]] = 0
         return np.concatenate(parts)
 
@@ -65,11 +77,11 @@ class Trace:
 
 
 def _text(tokens: int) -> Segment:
-    return tokens + 2, "causal", False
+    return Segment(tokens + 2, "causal")
 
 
 def _image(grid: tuple[int, int], mode: str, *, latent: bool) -> Segment:
-    return grid[0] * grid[1] + 2, mode, latent
+    return Segment(grid[0] * grid[1] + 2, mode, latent, grid)
 
 
 @dataclass(frozen=True)
@@ -91,18 +103,18 @@ class _Picture:
         return _image((height, width), "full", latent=False)
 
 
-def _detection(rng: np.random.Generator) -> Sample:
-    picture = _Picture.draw(rng, DETECTION_SIDES)
+def _detection(rng: np.random.Generator, sides: tuple[int, ...] = DETECTION_SIDES) -> Sample:
+    picture = _Picture.draw(rng, sides)
     question, answer = int(rng.integers(20, 60)), int(rng.integers(60, 180))
     return picture.latent("full"), picture.vit(), _text(question), _text(answer)
 
 
-def _caption_and_picture(rng: np.random.Generator) -> tuple[int, _Picture]:
-    return int(rng.integers(8, 80)), _Picture.draw(rng, GENERATION_SIDES)
+def _caption_and_picture(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES) -> tuple[int, _Picture]:
+    return int(rng.integers(8, 80)), _Picture.draw(rng, sides)
 
 
-def _generation(rng: np.random.Generator) -> Sample:
-    caption, picture = _caption_and_picture(rng)
+def _generation(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES) -> Sample:
+    caption, picture = _caption_and_picture(rng, sides)
     return _text(caption), picture.latent("noise")
 
 
@@ -114,6 +126,11 @@ def _teacher(rng: np.random.Generator) -> Sample:
 
 def _gduf(rng: np.random.Generator) -> Sample:
     return _detection(rng) if rng.random() < DETECTION_SHARE else _generation(rng)
+
+
+def _gduf_for_cpus(rng: np.random.Generator) -> Sample:
+    draw = _detection if rng.random() < DETECTION_SHARE else _generation
+    return draw(rng, CPU_SIDES)
 
 
 def _texts(rng: np.random.Generator) -> Sample:
@@ -133,7 +150,7 @@ def _fill(draw: Callable[[np.random.Generator], Sample], limit: int) -> tuple[Sa
     rng, samples, total = np.random.default_rng(0), [], 0
     while True:
         sample = draw(rng)
-        total += sum(tokens for tokens, _, _ in sample)
+        total += sum(segment.tokens for segment in sample)
         if total > limit:
             return tuple(samples)
         samples.append(sample)
@@ -149,6 +166,7 @@ _TRACES: dict[str, Callable[[], tuple[Sample, ...]]] = {
     "diga_23k": lambda: _fill(_generation, 23_000),
     "diga_23k_teacher": _diga_teacher,
     "gduf_64k": lambda: _fill(_gduf, 65_536),
+    "gduf_4k": lambda: _fill(_gduf_for_cpus, 4_096),
     "text_only_8k": lambda: _fill(_texts, 8_192),
     "many_small_16k": lambda: _fill(_small, 16_384),
 }
