@@ -20,7 +20,8 @@ from unigendet.ops.backends import resolve
 
 from . import traces
 from .attention_peers import PEERS, Peer, Setting, cudnn_dense, eager
-from .contest import Candidate, Case, Truth, Work, allowances, incoming
+from .candidate import Candidate, incoming, why_not
+from .contest import Case, Truth, Work, allowances
 from .harness import CannotRun
 from .stream_case import random
 
@@ -85,9 +86,7 @@ def case(
         dtype,
         inputs,
         work={d: Work(DIRECTIONS[d] * flops, sizes[d]) for d in directions},
-        candidates={
-            name: _made(name, setting, dtype) for name in names if only is None or name in only
-        },
+        candidates={name: _made(name, setting, dtype) for name in names if only is None or name in only},
         peers=frozenset(PEERS),
         truth=functools.partial(_truth, setting),
         trace=trace.name,
@@ -104,7 +103,7 @@ def _made(name: str, setting: Setting, dtype: torch.dtype) -> Callable[[], Candi
         try:
             resolve(OP, name.partition("_")[0], probe)
         except ValueError as error:
-            raise CannotRun(str(error)) from error
+            raise CannotRun(why_not(error)) from error
         return OURS[name](setting)
 
     return make

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unigendet.layout import CAUSAL, NOISE, SPLIT_FIELDS, Layout, visible
 from unigendet.ops import symbiotic_attention_flash as flash
 
-from .contest import Candidate, raise_if_not_cuda
+from .candidate import Candidate, raise_if_not_cuda
 from .harness import CannotRun
 from .stream_case import library
 from .traces import Trace

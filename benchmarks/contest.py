@@ -21,14 +21,10 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from unigendet.ops.backends import resolve
-
+from .candidate import PLAIN, Candidate, Function, calls, dtype_name, leaf, outputs_and_gradients
 from .harness import CannotRun, buffer_sets, first_call, measure_paired, peak_mib, reason
 from .progress import Progress
 from .record import Record, table
-
-PLAIN = "eager"  # the candidate that says how large errors are anyway
-Function = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -77,27 +73,10 @@ class Run:
         """Whether rows of a candidate are asked for."""
         return self.backends is None or candidate in self.backends
 
-    def add(self, rows: Sequence[dict[str, Any]]) -> None:
-        """Keep rows and show them."""
+    def add(self, rows: Sequence[dict[str, Any]]) -> Sequence[dict[str, Any]]:
+        """Keep rows; returns them."""
         self.record.add(rows)
-        self.progress.show(table(rows))
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A function of the inputs, and what is not timed about it.
-
-    ``arrange`` brings a tensor of inputs into its own layout, ``restore`` outputs and gradients back. ``parameters``
-    get gradients too, which are computed but not judged. ``inseparable``: why its backward pass cannot be timed alone;
-    ``forward_only``: why it has none.
-    """
-
-    function: Function
-    arrange: Callable[[Tensor], Tensor] = lambda x: x
-    restore: Callable[[Tensor], Tensor] = lambda x: x
-    parameters: tuple[Tensor, ...] = ()
-    inseparable: str | None = None
-    forward_only: str | None = None
+        return rows
 
 
 @dataclass(frozen=True)
@@ -154,10 +133,12 @@ class Case:
         # A compiled graph whose backward pass is timed alone must keep what it saved.
         with torch._functorch.config.patch(donated_buffer="backward" not in self.work):
             entries, failures = _entries(self, inputs[0], run)
+            rows = []
             for direction in self.work:
                 if run.directions is None or direction in run.directions:
-                    run.add(_rows(self, direction, entries, dict(failures), inputs, run))
+                    rows += run.add(_rows(self, direction, entries, dict(failures), inputs, run))
                 gc.collect()
+        run.progress.show(table(rows))
         del entries, inputs
         gc.collect()
         if run.device.type == "cuda":
@@ -166,18 +147,23 @@ class Case:
 
 @dataclass(frozen=True)
 class Entry:
-    """A candidate that ran, and what its first results were worth. ``errors`` None: nobody has judged."""
+    """A candidate that ran, and what its first results were worth. ``errors`` None: nobody has judged, for ``why``."""
 
     candidate: Candidate
     first_call_s: float
     errors: Mapping[str, Mapping[str, float]] | None
+    why: str | None = None
 
 
 def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str, Entry], dict[str, str]]:
     """Call every candidate once and judge it; whoever fails is told why."""
     entries: dict[str, Entry] = {}
     failures: dict[str, str] = {}
-    truth = None if case.truth is None else case.truth(case, inputs)
+    truth, judge = None, None
+    try:
+        truth = None if case.truth is None else case.truth(case, inputs)
+    except Exception as error:  # say, out of memory: speed without a judge is shown as such
+        judge = reason(error)
     for name in filter(run.wants, case.candidates):
         run.progress.detail(case.title, f"{name}, first call")
         try:
@@ -188,7 +174,7 @@ def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str
             candidate = made if isinstance(made, Candidate) else Candidate(made)
             results, seconds = first_call(lambda c=candidate: outputs_and_gradients(c, inputs), run.device)
             errors = None if truth is None else truth.errors(results)
-            entries[name] = Entry(candidate, setup + seconds, errors)
+            entries[name] = Entry(candidate, setup + seconds, errors, judge)
         except Exception as error:  # also of a peer's compiler, or out of memory: the next may still run
             failures[name] = reason(error)
     return entries, failures
@@ -202,20 +188,20 @@ def _rows(
     inputs: Sequence[tuple[Tensor, ...]],
     run: Run,
 ) -> list[dict[str, Any]]:
-    calls: dict[str, Sequence[Callable[[], Any]]] = {}
+    turns: dict[str, Sequence[Callable[[], Any]]] = {}
     peaks: dict[str, float | None] = {}
     for name, entry in entries.items():
         run.progress.detail(case.title, f"{direction}, {name}")
         try:
             run.check_time()
-            calls[name] = _calls(entry.candidate, inputs, direction)
-            calls[name][0]()  # compiles, where that waits for the first call
-            peaks[name] = peak_mib(calls[name][0], run.device)
+            turns[name] = calls(entry.candidate, inputs, direction)
+            turns[name][0]()  # compiles, where that waits for the first call
+            peaks[name] = peak_mib(turns[name][0], run.device)
         except Exception as error:
-            calls.pop(name, None)
+            turns.pop(name, None)
             failures[name] = reason(error)
     run.progress.detail(case.title, f"{direction}, in turns")
-    timings = measure_paired(calls, run.device, seconds=run.seconds) if calls else {}
+    timings = measure_paired(turns, run.device, seconds=run.seconds) if turns else {}
     measured = {
         name: Measurement(dataclasses.asdict(timing), entries[name], peaks[name], _of_direction(direction))
         for name, timing in timings.items()
@@ -246,7 +232,7 @@ def make_rows(
     work: Work,
     limits: Mapping[str, float],
 ) -> list[dict[str, Any]]:
-    """A row for every name, measured or failed. Only a right answer is compared with others, and only with right ones."""
+    """A row for every name, measured or failed. Only right answers are compared, and only with right ones."""
     right = {name: _correct(m) is not False for name, m in measured.items()}
     rows = []
     for name in names:
@@ -259,6 +245,8 @@ def make_rows(
         errors = None if found.entry.errors is None else _errors(found)
         row |= {"status": "ok", **found.timing, "first_call_s": found.entry.first_call_s, "peak_mib": found.peak_mib}
         row |= {"correct": _correct(found), "error": errors, **work.columns(ms, limits), **found.columns}
+        if found.entry.why is not None:
+            row["not_judged"] = found.entry.why
         if name not in peers and right[name]:
             row["speedup_over"] = {p: measured[p].timing["ms"] / ms for p in names if p in peers and right.get(p)}
         rows.append(row)
@@ -287,7 +275,7 @@ def whole(exact: Function, *, factor: float = 2.0) -> Callable[[Case, tuple[Tens
     """
 
     def truth(case: Case, inputs: tuple[Tensor, ...]) -> Truth:
-        wide = tuple(_leaf(x.double() if x.is_floating_point() else x, x.requires_grad) for x in inputs)
+        wide = tuple(leaf(x.double() if x.is_floating_point() else x, x.requires_grad) for x in inputs)
         plain = case.candidates[PLAIN]()
         plain = plain if isinstance(plain, Candidate) else Candidate(plain)
         true = outputs_and_gradients(Candidate(exact), wide)
@@ -303,96 +291,3 @@ def allowances(exact: Mapping[str, Tensor], plain: Mapping[str, Tensor], factor:
         rounding = torch.finfo(plain[name].dtype).eps * float(value.abs().max())
         allowed[name] = factor * float((plain[name] - value).abs().max()) + rounding
     return allowed
-
-
-def _leaf(x: Tensor, requires_grad: bool) -> Tensor:
-    return x.detach().requires_grad_(requires_grad)
-
-
-def incoming(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """1 for a loss, random numbers for others: the same in every precision."""
-    generator = torch.Generator(outputs[0].device).manual_seed(0)
-    make = lambda x: torch.randn(x.shape, generator=generator, device=x.device).bfloat16().to(x.dtype)  # noqa: E731
-    return [torch.ones_like(x) if x.dim() == 0 else make(x) for x in outputs]
-
-
-def _tuple(outputs: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def _arranged(candidate: Candidate, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """The inputs in a candidate's own layout, as leaves."""
-    backward = candidate.forward_only is None
-    return tuple(_leaf(candidate.arrange(x.detach()), x.requires_grad and backward) for x in inputs)
-
-
-def _arranged_incoming(candidate: Candidate, outputs: Sequence[Tensor]) -> list[Tensor]:
-    return [candidate.arrange(x) for x in incoming([candidate.restore(o.detach()) for o in outputs])]
-
-
-def outputs_and_gradients(candidate: Candidate, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
-    """Outputs and the gradients of the inputs that want one, by name, in the layout of the inputs."""
-    own = _arranged(candidate, inputs)
-    outputs = _tuple(candidate.function(*own))
-    results = {f"output {i}": candidate.restore(x.detach()) for i, x in enumerate(outputs)}
-    leaves = {i: x for i, x in enumerate(own) if x.requires_grad}
-    if leaves:
-        gradients = torch.autograd.grad(outputs, list(leaves.values()), _arranged_incoming(candidate, outputs))
-        results |= {f"gradient {i}": candidate.restore(x) for i, x in zip(leaves, gradients, strict=True)}
-    return results
-
-
-def _calls(candidate: Candidate, sets: Sequence[tuple[Tensor, ...]], direction: str) -> list[Callable[[], Any]]:
-    """What is timed, for each set of inputs."""
-    function = candidate.function
-    arranged = [_arranged(candidate, own) for own in sets]
-    if direction == "forward":
-        return [lambda own=own: _without_gradients(function, own) for own in arranged]
-    missing = candidate.forward_only or (candidate.inseparable if direction == "backward" else None)
-    if missing is not None:
-        raise CannotRun(missing)
-    calls = []
-    for own in arranged:
-        leaves = [x for x in own if x.requires_grad] + list(candidate.parameters)
-        outputs = _tuple(function(*own))
-        incoming = _arranged_incoming(candidate, outputs)
-        if direction == "backward":
-            call = lambda o=outputs, n=leaves, g=incoming: torch.autograd.grad(o, n, g, retain_graph=True)  # noqa: E731
-        else:
-            call = lambda own=own, n=leaves, g=incoming: torch.autograd.grad(_tuple(function(*own)), n, g)  # noqa: E731
-        calls.append(call)
-    return calls
-
-
-def _without_gradients(function: Function, inputs: tuple[Tensor, ...]) -> Any:
-    with torch.no_grad():
-        return function(*inputs)
-
-
-def compiled(function: Function) -> Callable[[], Function]:
-    """torch.compile's version of a peer."""
-    return lambda: torch.compile(function, dynamic=False)
-
-
-def ours(op: str, backend: str, device: torch.device, dtype: torch.dtype, function: Function) -> Callable[[], Function]:
-    """A backend of an op, if it can run this on this machine."""
-
-    def make() -> Function:
-        try:
-            resolve(op, backend, *[torch.empty(1, 1, device=device, dtype=dtype)] * 3)
-        except ValueError as error:
-            raise CannotRun(str(error)) from error
-        return function
-
-    return make
-
-
-def raise_if_not_cuda(device: torch.device) -> None:
-    """For peers that have nothing for CPUs."""
-    if device.type != "cuda":
-        raise CannotRun("needs a CUDA device")
-
-
-def dtype_name(dtype: torch.dtype) -> str:
-    """``float32``."""
-    return str(dtype).removeprefix("torch.")

@@ -19,6 +19,7 @@ ours ``speedup_over`` each peer. Benchmarks add columns of their own.
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +28,10 @@ from typing import Any
 SCHEMA = 2  # of the JSON; rises when a key changes its meaning or goes
 KEYS = ("op", "trace", "shape", "dtype", "direction", "backend", "sweep", "x")  # what identifies a row of a benchmark
 
-_WIDTHS = {"direction": 9, "backend": 19, "ms": 9, "20-80 %": 15, "useful": 15, "ceiling": 8, "MiB": 7, "right": 6}
+_WIDTHS = {
+    "direction": 10, "backend": 21, "ms": 9, "20-80 %": 16, "useful": 16, "ceiling": 9, "MiB": 7, "right": 7,
+    "faster": 0,
+}  # fmt: skip
 
 
 class Record:
@@ -86,15 +90,25 @@ def identity(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Lines for the terminal: a title and columns per case, a line per row."""
+    """Lines for the terminal: per case a title, a line per measured row, and what did not run, by why."""
     lines: list[str] = []
-    title = None
-    for row in rows:
-        case = (row["op"], row["trace"], row["shape"], row["dtype"], row.get("x"))
-        if case != title:
-            lines += ["", _title(row), "  " + "".join(f"{name:<{width}}" for name, width in _WIDTHS.items())]
-            title = case
-        lines.append("  " + _line(row))
+    for title, group in itertools.groupby(rows, key=_title):
+        own = list(group)
+        lines += ["", title]
+        measured = [row for row in own if row["status"] == "ok"]
+        if measured:
+            lines.append("  " + "".join(f"{name:<{width}}" for name, width in _WIDTHS.items()).rstrip())
+            lines += ["  " + _line(row) for row in measured]
+        reasons: dict[str, dict[str, list[str]]] = {}
+        for row in own:
+            if row["status"] != "ok":
+                reasons.setdefault(row["status"], {}).setdefault(row["backend"], []).append(row["direction"])
+        everything = list(dict.fromkeys(row["direction"] for row in own))
+        for status, names in reasons.items():
+            named = (
+                n if directions == everything else f"{n} {'/'.join(directions)}" for n, directions in names.items()
+            )
+            lines.append(f"  {', '.join(named)}: {status}")
     return lines
 
 
@@ -106,8 +120,6 @@ def _title(row: Mapping[str, Any]) -> str:
 def _line(row: Mapping[str, Any]) -> str:
     backend = ("" if row["ours"] else "(") + row["backend"] + ("" if row["ours"] else ")")
     start = f"{row['direction']:<{_WIDTHS['direction']}}{backend:<{_WIDTHS['backend']}}"
-    if row["status"] != "ok":
-        return start + row["status"]
     of_ceiling = row.get("of_ceiling")
     cells = {
         "ms": number(row["ms"]),
@@ -124,7 +136,8 @@ def _line(row: Mapping[str, Any]) -> str:
 def useful(row: Mapping[str, Any]) -> str:
     """The rate of useful work, by the ceiling that decides."""
     if row.get("bound") == "matmul":
-        return f"{number(row['tflops'])} TFLOP/s"
+        tflops = row["tflops"]
+        return f"{number(tflops)} TFLOP/s" if tflops >= 1 else f"{number(1e3 * tflops)} GFLOP/s"
     return f"{number(row['gbs'])} GB/s" if row.get("bound") == "copy" else ""
 
 

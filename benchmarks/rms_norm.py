@@ -14,7 +14,8 @@ from torch import Tensor
 
 from unigendet.ops import rms_norm
 
-from .contest import Case, Function, Work, whole
+from .candidate import Function
+from .contest import Case, Work, whole
 from .stream_case import candidates, library, random, streams
 
 OP = "rms_norm"

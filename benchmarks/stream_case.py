@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .contest import PLAIN, Candidate, Function, compiled, ours, raise_if_not_cuda
+from .candidate import PLAIN, Candidate, Function, compiled, ours, raise_if_not_cuda
 from .harness import CannotRun
 
 BACKENDS = ("torch", "triton")

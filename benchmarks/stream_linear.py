@@ -15,7 +15,8 @@ from torch import Tensor
 
 from unigendet.ops import stream_linear
 
-from .contest import Case, Function, Work, raise_if_not_cuda, whole
+from .candidate import Function, raise_if_not_cuda
+from .contest import Case, Work, whole
 from .stream_case import candidates, random, streams
 
 OP = "stream_linear"

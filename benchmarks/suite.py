@@ -1,0 +1,242 @@
+"""The command ``unigendet bench``: which benchmarks there are, and how a run of them goes.
+
+Every module in ``BENCHMARKS`` has ``cases(device, size)``, which yields cases for the sizes "full", "quick" (seconds on
+two cores) and "tiny" (to try the program itself). A case has an ``op``, a ``trace`` (or None), a ``title``, and
+``run(run)``, which measures and adds its rows.
+"""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import compare, environment, harness
+from .contest import Run
+from .progress import Progress
+from .record import SCHEMA, Record, table, write_json
+
+BENCHMARKS = (
+    "attention",
+    "qk_norm_rope",
+    "rms_norm",
+    "swiglu",
+    "stream_linear",
+    "flow_matching",
+    "alignment_loss",
+)
+SIZES = ("full", "quick", "tiny")
+QUICK_SECONDS, FULL_SECONDS = 0.2, 1.0
+COMPILES = ("torch.compile", "flex", "flex_mask_per_pack")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A run. ``ops`` are names of ops or benchmarks; ``ops``, ``traces``, ``backends``, ``directions`` None: all.
+
+    ``out``: folder for ``<device>/<benchmark>.json``; None keeps nothing. ``seconds``: for one measurement of one
+    candidate (default: by size). ``limit``: seconds after which nothing new is begun.
+    """
+
+    device: torch.device
+    size: str = "full"
+    ops: Collection[str] | None = None
+    traces: Collection[str] | None = None
+    backends: Collection[str] | None = None
+    directions: Collection[str] | None = None
+    out: Path | None = None
+    seconds: float | None = None
+    limit: float = float("inf")
+    quiet: bool = False
+
+    @property
+    def selection(self) -> dict[str, list[str]]:
+        """What was asked for, if that was not everything."""
+        wanted = {name: getattr(self, name) for name in ("ops", "traces", "backends", "directions")}
+        return {name: sorted(value) for name, value in wanted.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a run gave: ``content`` as in a file, rows with their ``benchmark``; whether it was interrupted."""
+
+    content: dict[str, Any]
+    interrupted: bool
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """All rows."""
+        return self.content["rows"]
+
+    @property
+    def failures(self) -> list[dict[str, Any]]:
+        """Rows of ours that were wrong or failed."""
+        return [r for r in self.rows if r["ours"] and (r.get("correct") is False or r["status"].startswith("failed"))]
+
+
+def find_cases(settings: Settings) -> dict[str, list[Any]]:
+    """The cases asked for, by benchmark. Raises ValueError if a name is unknown or nothing is left."""
+    everything = {
+        name: list(importlib.import_module(f"{__package__}.{name}").cases(settings.device, settings.size))
+        for name in BENCHMARKS
+    }
+    flat = [case for cases in everything.values() for case in cases]
+    _check("op", settings.ops, {*BENCHMARKS, *(case.op for case in flat)})
+    _check("trace", settings.traces, {case.trace for case in flat if case.trace is not None})
+    _check("backend", settings.backends, {name for case in flat for name in case.candidates})
+    _check("direction", settings.directions, {name for case in flat for name in case.work})
+    chosen = {name: [case for case in cases if _chosen(settings, name, case)] for name, cases in everything.items()}
+    chosen = {name: cases for name, cases in chosen.items() if cases}
+    if not chosen:
+        raise ValueError("no benchmark fits all of --op, --trace, --backend and --direction together")
+    return chosen
+
+
+def _chosen(settings: Settings, benchmark: str, case: Any) -> bool:
+    return (
+        (settings.ops is None or not {benchmark, case.op}.isdisjoint(settings.ops))
+        and (settings.traces is None or case.trace in settings.traces)
+        and (settings.backends is None or not set(case.candidates).isdisjoint(settings.backends))
+        and (settings.directions is None or not set(case.work).isdisjoint(settings.directions))
+    )
+
+
+def _check(name: str, wanted: Collection[str] | None, known: set[str]) -> None:
+    for value in wanted or ():
+        if value not in known:
+            raise ValueError(f"--{name} is {value!r}; here it must be one of {', '.join(sorted(known))}")
+
+
+def run(settings: Settings) -> Outcome:
+    """Run benchmarks. Ctrl-C keeps what is done."""
+    cases = find_cases(settings)
+    with Progress(sum(map(len, cases.values())), quiet=settings.quiet) as progress:
+        limits = harness.ceilings(settings.device, tiny=settings.size == "tiny")
+        header = _header(settings, limits)
+        progress.show(_heading(header))
+        rows: list[dict[str, Any]] = []
+        interrupted = False
+        deadline = time.monotonic() + settings.limit
+        try:
+            for name, own in cases.items():
+                record = Record(_path(settings, name), name, header)
+                try:
+                    _run_benchmark(settings, record, own, limits, progress, deadline)
+                finally:
+                    record.write()
+                    rows += [{"benchmark": name, **row} for row in record.rows]
+        except KeyboardInterrupt:
+            progress.show(["", "Interrupted; what is done is kept."])
+            interrupted = True
+    content = {"schema": SCHEMA, "benchmark": "all", **header, "complete": not interrupted, "rows": rows}
+    return Outcome(content, interrupted)
+
+
+def _run_benchmark(
+    settings: Settings,
+    record: Record,
+    cases: Sequence[Any],
+    limits: Mapping[str, float],
+    progress: Progress,
+    deadline: float,
+) -> None:
+    seconds = settings.seconds or (FULL_SECONDS if settings.size == "full" else QUICK_SECONDS)
+    run = Run(
+        record,
+        settings.device,
+        limits,
+        progress,
+        seconds=seconds if settings.size != "tiny" else 0.01,
+        deadline=deadline,
+        backends=settings.backends,
+        directions=settings.directions,
+        without=_left_out(settings),
+    )
+    for case in cases:
+        progress.begin(case.title)
+        try:
+            case.run(run)
+        except Exception as error:  # a case that cannot even be set up is a row, too
+            common = {"op": case.op, "trace": case.trace, "shape": case.title, "dtype": "", "direction": ""}
+            rows = [common | {"backend": "all", "ours": True, "status": harness.reason(error)}]
+            progress.show(table(run.add(rows)))
+    record.finish()
+
+
+def _left_out(settings: Settings) -> dict[str, str]:
+    """Candidates that a quick or tiny run leaves out, unless they are asked for."""
+    if settings.size == "full":
+        return {}
+    return {
+        name: "left out of a quick run: it compiles for long"
+        for name in COMPILES
+        if name not in (settings.backends or ())
+    }
+
+
+def _header(settings: Settings, limits: Mapping[str, float]) -> dict[str, Any]:
+    chosen: dict[str, Any] = {"size": settings.size, "threads": torch.get_num_threads()}
+    if settings.selection:
+        chosen["selection"] = settings.selection
+    return {"environment": environment.environment(settings.device), "ceilings": dict(limits), "settings": chosen}
+
+
+def _heading(header: Mapping[str, Any]) -> list[str]:
+    device, limits = header["environment"]["device"], header["ceilings"]
+    processor = f", {device['processor']}" if device["processor"] else ""
+    return [
+        f"{device['name']}{processor}; PyTorch {header['environment']['versions']['torch']}, "
+        f"{header['settings']['threads']} CPU threads",
+        f"ceilings measured here: {limits['matmul_tflops']:.3g} TFLOP/s (matrix product), "
+        f"{limits['copy_gbs']:.3g} GB/s (copy, bytes read and written)",
+    ]
+
+
+def _path(settings: Settings, benchmark: str) -> Path | None:
+    if settings.out is None:
+        return None
+    return settings.out / environment.device_slug(environment.device_name(settings.device)) / f"{benchmark}.json"
+
+
+def show_comparison(outcome: Outcome, old: Path) -> bool:
+    """Print what differs from an earlier run; returns whether anything became worse."""
+    device, before = compare.read_results(old)
+    here = outcome.content["environment"]["device"]["name"]
+    if device != here:
+        raise ValueError(f"--compare {old} was measured on {device}, this run on {here}; they must be the same")
+    now = compare.keyed(outcome.rows)
+    found = compare.differences(before, now)
+    both = sum(1 for key, row in now.items() if row["ours"] and key in before)
+    print(f"\nCompared with {old}: {both} rows of ours in both runs")
+    for difference in found:
+        print(f"  {difference}")
+    if not found:
+        print("  no difference beyond the noise")
+    return any(d.is_regression for d in found)
+
+
+def bench(settings: Settings, *, json: Path | None = None, old: Path | None = None, report: bool = True) -> int:
+    """The command. Returns 0; 1 if an answer of ours was wrong, failed, or became worse than ``old``; 130 interrupted.
+
+    ``json``: file for all rows together; ``old``: results to compare with; ``report``: write the report into ``out``.
+    """
+    if old is not None:
+        compare.read_results(old)  # before minutes are spent
+    outcome = run(settings)
+    if json is not None:
+        write_json(json, outcome.content)
+        print(f"\nAll rows: {json}")
+    if settings.out is not None and report:
+        from .report import write_report
+
+        print(f"\nThe report: {write_report(settings.out, settings.out)}")
+    for row in outcome.failures:
+        what = "the answer is wrong" if row["status"] == "ok" else row["status"]
+        print(f"  {row['op']} {row['direction']} {row['backend']}: {what}")
+    worse = old is not None and show_comparison(outcome, old)
+    return 130 if outcome.interrupted else int(worse or bool(outcome.failures))
