@@ -9,12 +9,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 from build_extension import BuildExtension, extensions
 
 packages = find_packages(include=["unigendet", "unigendet.*"]) + [
-    "unigendet." + name for name in find_packages(include=["kernels", "kernels.*"])
+    "unigendet." + name for name in find_packages(include=["kernels", "kernels.*", "benchmarks"])
 ]
 
 setup(
     packages=[*packages, "unigendet.configs"],
-    package_dir={"unigendet": "unigendet", "unigendet.kernels": "kernels", "unigendet.configs": "configs"},
+    package_dir={
+        "unigendet": "unigendet",
+        "unigendet.kernels": "kernels",
+        "unigendet.configs": "configs",
+        "unigendet.benchmarks": "benchmarks",
+    },
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildExtension},
 )

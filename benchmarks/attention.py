@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,10 +65,13 @@ def case(
     head_dim: int,
     *,
     directions: tuple[str, ...] = tuple(DIRECTIONS),
-    only: tuple[str, ...] | None = None,
-    **columns: object,
+    only: Collection[str] | None = None,
+    columns: Mapping[str, Any] | None = None,
 ) -> Case:
-    """Attention over a trace's pack; ``heads`` are (Hq, Hkv); ``only``: candidates (default: all)."""
+    """Attention over a trace's pack; ``heads`` are (Hq, Hkv); ``only``: candidates (default: all).
+
+    ``columns``: more columns of every row.
+    """
     setting = Setting(trace, trace.layout.to(device), device, *heads, head_dim)
     tokens, pairs = setting.layout.num_queries, setting.layout.visible_pairs()
 
@@ -90,7 +94,7 @@ def case(
         peers=frozenset(PEERS),
         truth=functools.partial(_truth, setting),
         trace=trace.name,
-        columns=columns,
+        columns=columns or {},
     )
 
 

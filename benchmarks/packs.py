@@ -21,11 +21,16 @@ from . import traces
 def pack_of(trace: traces.Trace, config: ModelConfig, seed: int = 0) -> PackedBatch:
     """The trace as a pack for a model of that config, on the CPU; contents are float32 and follow from ``seed``.
 
-    The pack's layout is ``trace.layout``. Raises ValueError where an
-    image is larger than the config's position tables, or a text longer than its RoPE positions.
+    The pack's layout is ``trace.layout``. Raises ValueError where an image is larger than the config's position tables,
+    or a text longer than its RoPE positions.
     """
+    return pack(samples_of(trace, config, seed), config)
+
+
+def samples_of(trace: traces.Trace, config: ModelConfig, seed: int = 0) -> list[Sample]:
+    """The trace's samples with random contents, before they are packed."""
     contents = _Contents(config, np.random.default_rng(seed), torch.Generator().manual_seed(seed))
-    return pack([contents.sample(sample, f"{trace.name} {i}") for i, sample in enumerate(trace.samples)], config)
+    return [contents.sample(sample, f"{trace.name} {i}") for i, sample in enumerate(trace.samples)]
 
 
 def small_config(

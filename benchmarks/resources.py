@@ -31,7 +31,7 @@ import triton
 from unigendet.kernels.config import DIRECTIONS, AttentionConfig
 from unigendet.kernels.launch import Launch
 
-from benchmarks import ahead_of_time, sass
+from . import ahead_of_time, sass
 
 REGISTERS, THREADS, MAX_CTAS, WARP_REGISTERS, PARTITIONS = 65536, 2048, 32, 256, 4  # of sm_80 and sm_90
 RESERVED = 1024  # bytes of shared memory that the system takes per program

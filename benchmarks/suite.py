@@ -7,6 +7,7 @@ two cores) and "tiny" (to try the program itself). A case has an ``op``, a ``tra
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -220,23 +221,57 @@ def show_comparison(outcome: Outcome, old: Path) -> bool:
     return any(d.is_regression for d in found)
 
 
-def bench(settings: Settings, *, json: Path | None = None, old: Path | None = None, report: bool = True) -> int:
+def describe(settings: Settings) -> list[str]:
+    """What there is to measure on this device, as lines."""
+    lines = []
+    for name, cases in find_cases(settings).items():
+        lines.append(name)
+        for case in cases:
+            lines.append(f"  {case.title}: {', '.join(case.work)}")
+            lines.append(f"    {', '.join(case.candidates)}")
+    return lines
+
+
+def bench(settings: Settings, *, json: Path | None = None, old: Path | None = None, record: bool = False) -> int:
     """The command. Returns 0; 1 if an answer of ours was wrong, failed, or became worse than ``old``; 130 interrupted.
 
-    ``json``: file for all rows together; ``old``: results to compare with; ``report``: write the report into ``out``.
+    ``json``: file for all rows together; ``old``: results to compare with; ``record``: keep whole benchmarks in the
+    checkout and write its documents anew. Otherwise results and a report go to ``settings.out``.
     """
+    if record:
+        settings = _recording(settings)
     if old is not None:
         compare.read_results(old)  # before minutes are spent
     outcome = run(settings)
     if json is not None:
         write_json(json, outcome.content)
         print(f"\nAll rows: {json}")
-    if settings.out is not None and report:
-        from .report import write_report
-
-        print(f"\nThe report: {write_report(settings.out, settings.out)}")
+    _report(settings, record)
     for row in outcome.failures:
         what = "the answer is wrong" if row["status"] == "ok" else row["status"]
         print(f"  {row['op']} {row['direction']} {row['backend']}: {what}")
     worse = old is not None and show_comparison(outcome, old)
     return 130 if outcome.interrupted else int(worse or bool(outcome.failures))
+
+
+def _recording(settings: Settings) -> Settings:
+    if not environment.is_checkout():
+        raise ValueError("--record needs a checkout of the project; this is an installed package")
+    partial = [name for name in settings.selection if name != "ops"]
+    if settings.size != "full" or partial or not set(settings.ops or ()) <= set(BENCHMARKS):
+        raise ValueError(
+            "--record keeps whole benchmarks; it goes with none of --quick, --trace, --backend and --direction, and "
+            f"--op must name benchmarks: {', '.join(BENCHMARKS)}"
+        )
+    return dataclasses.replace(settings, out=environment.RESULTS)
+
+
+def _report(settings: Settings, record: bool) -> None:
+    if settings.out is None:
+        return
+    from . import report
+
+    if record:
+        report.main([])
+    else:
+        print(f"\nThe report: {report.write_report(settings.out, settings.out)}")

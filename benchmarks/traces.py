@@ -156,6 +156,11 @@ def _fill(draw: Callable[[np.random.Generator], Sample], limit: int) -> tuple[Sa
         samples.append(sample)
 
 
+def fill_for_cpus(limit: int) -> tuple[Sample, ...]:
+    """The samples of ``gduf_4k``'s kind that fit into ``limit`` tokens."""
+    return _fill(_gduf_for_cpus, limit)
+
+
 def _diga_teacher() -> tuple[Sample, ...]:
     rng = np.random.default_rng(0)
     return tuple(_teacher(rng) for _ in _fill(_generation, 23_000))
@@ -166,7 +171,7 @@ _TRACES: dict[str, Callable[[], tuple[Sample, ...]]] = {
     "diga_23k": lambda: _fill(_generation, 23_000),
     "diga_23k_teacher": _diga_teacher,
     "gduf_64k": lambda: _fill(_gduf, 65_536),
-    "gduf_4k": lambda: _fill(_gduf_for_cpus, 4_096),
+    "gduf_4k": lambda: fill_for_cpus(4_096),
     "text_only_8k": lambda: _fill(_texts, 8_192),
     "many_small_16k": lambda: _fill(_small, 16_384),
 }

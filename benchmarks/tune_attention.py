@@ -18,8 +18,8 @@ import torch
 from unigendet.kernels import config as configs
 from unigendet.kernels.config import AttentionConfig
 
-from benchmarks import traces
-from benchmarks.harness import Timing, measure
+from . import traces
+from .harness import Timing, measure
 
 SEED = 0
 

@@ -1,4 +1,4 @@
-"""The command line: ``unigendet quickstart | train | generate | detect | info``.
+"""The command line: ``unigendet quickstart | train | generate | detect | bench | info``.
 
 Every command is a thin layer over the package. Exit codes: 0 done, 1 the request could not be carried out (the message
 says why), 2 the command line itself is wrong, 130 interrupted. A user's mistake gives one line, not a traceback;
@@ -142,9 +142,36 @@ def build_parser() -> argparse.ArgumentParser:
     )
     detect.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
+    _add_bench(
+        add("bench", _bench, "Measure the ops and training steps against their peers and this machine's own ceilings.",
+            epilog="Exit code 1: an answer was wrong, a benchmark failed, or something became slower than OLD.")
+    )  # fmt: skip
+
     info = add("info", _info, "Show versions, devices, and which implementations of each op this build has.")
     info.add_argument("--json", action="store_true", help="as JSON")
     return parser
+
+
+def _add_bench(bench: argparse.ArgumentParser) -> None:
+    bench.add_argument("--quick", action="store_true", help="smaller and shorter: under two minutes on two cores")
+    for name, text in (
+        ("op", "only these ops or benchmarks"),
+        ("trace", "only these packs"),
+        ("backend", "only these backends and peers"),
+        ("direction", "only these directions: forward, backward, both"),
+    ):
+        bench.add_argument(f"--{name}", nargs="+", action="extend", metavar="NAME", help=f"{text} (see --list)")
+    bench.add_argument("--list", action="store_true", help="show what there is to measure, and stop")
+    bench.add_argument("--device", default="auto", help="cpu or cuda (default: cuda where there is one)")
+    bench.add_argument("--out", type=Path, default=Path("unigendet-bench"), metavar="DIR",
+                       help="where results and the report go (default: unigendet-bench)")  # fmt: skip
+    bench.add_argument("--json", type=Path, metavar="FILE", help="also write all rows into this one file")
+    bench.add_argument("--compare", type=Path, metavar="OLD",
+                       help="file or folder of an earlier run on this machine: show what became slower")  # fmt: skip
+    bench.add_argument("--seconds", type=float, help="measuring time of one candidate (default: 1, with --quick 0.2)")
+    bench.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after this time")
+    bench.add_argument("--record", action="store_true",
+                       help="keep the results in the checkout's benchmarks/results, and write its documents anew")  # fmt: skip
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -279,6 +306,31 @@ def _detect(options: argparse.Namespace) -> int:
     for line in broken:
         print(f"unigendet detect: not judged: {line}", file=sys.stderr)
     return 1 if broken else 0
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from unigendet.benchmarks.suite import Settings, bench, describe
+    from unigendet.device import find_device
+
+    for name in ("seconds", "limit"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name} is {value}; it must be a positive number of seconds")
+    settings = Settings(
+        device=find_device(options.device),
+        size="quick" if options.quick else "full",
+        ops=options.op,
+        traces=options.trace,
+        backends=options.backend,
+        directions=options.direction,
+        out=options.out,
+        seconds=options.seconds,
+        limit=float("inf") if options.limit is None else options.limit,
+    )
+    if options.list:
+        print("\n".join(describe(settings)))
+        return 0
+    return bench(settings, json=options.json, old=options.compare, record=options.record)
 
 
 def _info(options: argparse.Namespace) -> int:

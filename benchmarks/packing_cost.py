@@ -1,0 +1,151 @@
+"""What a pack costs on the host before a step can run: from split lengths to what attention needs, and all of packing.
+
+``attention_metadata``: everything from the lengths to the first attention call. Ours: ``Layout.from_splits`` and what a
+backend derives from it (the tile schedule, or the plan of calls). Peers: FlexAttention's block mask, which gets this
+project's two integers per key for free, and the published dense masks, one float matrix per sample.
+``tile_schedule``: the schedule alone, by size of tile, with the share of launched work that is useful. ``pack``: random
+samples into a PackedBatch. All of it is paid once per pack, whatever the number of layers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from unigendet import schedule as schedules
+from unigendet.layout import Layout, visible
+from unigendet.ops import symbiotic_attention_flash, symbiotic_attention_torch
+from unigendet.schedule import TileSchedule, layout_schedule
+
+from . import packs, traces
+from .contest import Entry, Measurement, Run, Work, make_rows
+from .harness import first_call, measure_paired, peak_mib, reason
+from .published import dense_masks
+from .record import table
+
+BLOCKS = ((128, 128), (128, 64), (64, 64), (32, 128))
+LARGEST_BLOCK_MASK = 40_000  # tokens; create_block_mask holds matrices of their square
+
+
+@dataclass(frozen=True)
+class HostCase:
+    """Functions without arguments that do the same work, timed in turns; ``columns`` by candidate."""
+
+    op: str
+    trace: str | None
+    shape: str
+    candidates: Mapping[str, Callable[[], Any]]
+    peers: frozenset[str] = frozenset()
+    columns: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    work: Mapping[str, Work] = field(default_factory=lambda: {"host": Work()})
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return " ".join(filter(None, (self.op, self.trace, self.shape)))
+
+    def run(self, run: Run) -> None:
+        """A row for each candidate."""
+        measured: dict[str, Measurement] = {}
+        entries: dict[str, Entry] = {}
+        failures: dict[str, str] = {}
+        names = [name for name in self.candidates if run.wants(name)]
+        for name in names:
+            try:
+                run.check_time()
+                _, seconds = first_call(self.candidates[name], run.device)
+                entries[name] = Entry(None, seconds, None)
+            except Exception as error:  # the others may still run
+                failures[name] = reason(error)
+        slow = max((entry.first_call_s for entry in entries.values()), default=0.0) > run.seconds
+        turns = {name: [self.candidates[name]] for name in entries}
+        often = {"turn": 1, "rounds": 3} if slow else {}
+        timings = measure_paired(turns, run.device, seconds=run.seconds, **often) if turns else {}
+        for name, timing in timings.items():
+            peak = peak_mib(self.candidates[name], run.device)
+            columns = self.columns.get(name, {})
+            measured[name] = Measurement(dataclasses.asdict(timing), entries[name], peak, columns=columns)
+        common = {"op": self.op, "trace": self.trace, "shape": self.shape, "dtype": "", "direction": "host"}
+        rows = make_rows(common, names, self.peers, measured, failures, Work(), run.ceilings)
+        run.progress.show(table(run.add(rows)))
+
+
+def fresh_schedule(layout: Layout, block_m: int, block_n: int) -> TileSchedule:
+    """A schedule as a pack gets it that was never seen before."""
+    schedules._cached.cache_clear()
+    return layout_schedule(layout, block_m, block_n)
+
+
+def metadata_case(trace: traces.Trace, device: torch.device) -> HostCase:
+    """From lengths to attention's metadata on ``device``."""
+    layout = trace.layout
+
+    def built() -> Layout:
+        return Layout.from_splits(trace.splits, streams=trace.streams).to(device)
+
+    def with_tiles() -> object:
+        return fresh_schedule(built(), 128, 128)
+
+    def with_plan(module: Any) -> object:
+        module._plan.cache_clear()
+        return module.plan(built().splits, device)
+
+    candidates: dict[str, Callable[[], Any]] = {
+        "triton": with_tiles,
+        "torch": functools.partial(with_plan, symbiotic_attention_torch),
+        "flash": functools.partial(with_plan, symbiotic_attention_flash),
+        "dense_masks": lambda: [mask.to(device) for mask in dense_masks(trace.splits, torch.float32)],
+    }
+    if layout.num_queries <= LARGEST_BLOCK_MASK:
+        candidates["block_mask"] = functools.partial(_block_mask, layout.to(device))
+    peers = frozenset({"dense_masks", "block_mask"})
+    return HostCase("attention_metadata", trace.name, f"{layout.num_queries:,} tokens", candidates, peers)
+
+
+def _block_mask(layout: Layout) -> object:
+    """FlexAttention's, made anew as for a new pack."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def mask_mod(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return visible(query, layout.query_begin[key], layout.query_end[key])
+
+    return create_block_mask(mask_mod, None, None, layout.num_queries, layout.num_keys, device=layout.device)
+
+
+def schedule_case(trace: traces.Trace, block_m: int, block_n: int) -> HostCase:
+    """The tile schedule alone."""
+    layout = trace.layout
+    useful = layout.visible_pairs() / fresh_schedule(layout, block_m, block_n).launched_pairs
+    candidates = {"triton": functools.partial(fresh_schedule, layout, block_m, block_n)}
+    shape = f"tiles of {block_m} x {block_n}"
+    return HostCase("tile_schedule", trace.name, shape, candidates, columns={"triton": {"useful_share": useful}})
+
+
+def pack_case(trace: traces.Trace, config: Any) -> HostCase:
+    """Samples with their contents into a PackedBatch, layout included."""
+    samples = packs.samples_of(trace, config)
+    candidates = {"pack": lambda: packs.pack(samples, config)}
+    return HostCase("pack", trace.name, f"{trace.layout.num_queries:,} tokens", candidates)
+
+
+def cases(device: torch.device, size: str) -> Iterator[HostCase]:
+    """The standard traces; the largest masks only in full runs."""
+    if size == "tiny":
+        yield metadata_case(traces.tiny(), device)
+        yield schedule_case(traces.tiny(), 16, 16)
+        yield pack_case(traces.trace("many_small_16k"), packs.quickstart_config())
+        return
+    names = ("many_small_16k", "gduf_4k") + (("gduf_32k", "gduf_64k") if size == "full" else ())
+    for name in names:
+        yield metadata_case(traces.trace(name), device)
+    for name in names:
+        for block_m, block_n in BLOCKS if size == "full" else BLOCKS[:1]:
+            yield schedule_case(traces.trace(name), block_m, block_n)
+    for name in names:
+        small = name == "many_small_16k"
+        yield pack_case(traces.trace(name), packs.quickstart_config() if small else packs.small_config())
