@@ -98,13 +98,13 @@ def mse_loss(
 def text_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
     """Cross-entropy of the predicted tokens."""
     logits = model.text_logits(output.hidden, batch.target_rows)
-    return F.cross_entropy(logits.float(), batch.targets, reduction="sum") / counts.targets
+    return _cross_entropy(logits, batch.targets) / counts.targets
 
 
 def label_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
     """Cross-entropy of the real/fake head over the labelled samples."""
     logits = model.class_logits(output.hidden, batch.label_rows)
-    return F.cross_entropy(logits.float(), batch.labels, reduction="sum") / counts.labels
+    return _cross_entropy(logits, batch.labels) / counts.labels
 
 
 def gduf_losses(
@@ -145,3 +145,8 @@ def align_loss(
     counts = counts or Counts.of(batch)
     projected = model.align(student, latent_rows(batch).index_select(0, batch.noised_tokens))
     return alignment_loss(projected, teacher, grids, weight=weight, normalizer=counts.aligned, backend=model.backend)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed over the rows, in float32, or float64 for a model in float64."""
+    return F.cross_entropy(logits.to(torch.promote_types(logits.dtype, torch.float32)), targets, reduction="sum")
