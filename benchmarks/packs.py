@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unigendet.config import LatentConfig, ModelConfig, SpecialTokens, VisionConfig, bagel_7b
+from unigendet.config import LatentConfig, ModelConfig, SpecialTokens, VisionConfig, bagel_7b, quickstart
 from unigendet.packing import LatentImage, PackedBatch, Sample, Segment, Text, VitImage, pack
 
 from . import traces
@@ -54,6 +54,11 @@ def small_config(
         latent=LatentConfig(channels=16, patch_size=2, max_size=64),
         special_tokens=SpecialTokens(bos=0, eos=1, start_of_image=2, end_of_image=3),
     )
+
+
+def quickstart_config() -> ModelConfig:
+    """The quickstart's model, about a million parameters."""
+    return quickstart()
 
 
 def bagel_width(layers: int) -> ModelConfig:

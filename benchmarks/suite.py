@@ -30,6 +30,10 @@ BENCHMARKS = (
     "stream_linear",
     "flow_matching",
     "alignment_loss",
+    "decoder_layer",
+    "training_step",
+    "packing_cost",
+    "scaling",
 )
 SIZES = ("full", "quick", "tiny")
 QUICK_SECONDS, FULL_SECONDS = 0.2, 1.0

@@ -12,8 +12,10 @@ Height and width of an image are drawn independently; samples are drawn until th
 ``gduf_4k``                the same for CPUs: 4,096 tokens, all sides of 192, 256 or 320 pixels
 ``diga_23k``               the generation samples of the above
 ``diga_23k_teacher``       their teacher's pack: same images, same captions inside a prompt of 35 more tokens
+``diga_4k``                the same for CPUs, with ``diga_4k_teacher``
 ``text_only_8k``           texts of 64 to 1535 tokens
 ``many_small_16k``         the quickstart's 8 × 8 images: 4 × 4 patches in both views, texts of 8 to 29 tokens, 5 : 1
+``many_small_2k``          as many of them as the quickstart packs: 2,100 tokens
 ========================== ===========================================================================================
 """
 
@@ -118,9 +120,9 @@ def _generation(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SI
     return _text(caption), picture.latent("noise")
 
 
-def _teacher(rng: np.random.Generator) -> Sample:
+def _teacher(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES) -> Sample:
     """The teacher's sample for the generation sample that the same draws give."""
-    caption, picture = _caption_and_picture(rng)
+    caption, picture = _caption_and_picture(rng, sides)
     return picture.latent("full"), _text(caption + TEACHER_PROMPT), picture.vit()
 
 
@@ -161,19 +163,24 @@ def fill_for_cpus(limit: int) -> tuple[Sample, ...]:
     return _fill(_gduf_for_cpus, limit)
 
 
-def _diga_teacher() -> tuple[Sample, ...]:
+def _diga(limit: int, sides: tuple[int, ...], *, teacher: bool = False) -> tuple[Sample, ...]:
+    """Generation samples, or those of their teacher."""
+    samples = _fill(functools.partial(_generation, sides=sides), limit)
     rng = np.random.default_rng(0)
-    return tuple(_teacher(rng) for _ in _fill(_generation, 23_000))
+    return tuple(_teacher(rng, sides) for _ in samples) if teacher else samples
 
 
 _TRACES: dict[str, Callable[[], tuple[Sample, ...]]] = {
     "gduf_32k": lambda: _fill(_gduf, 32_768),
-    "diga_23k": lambda: _fill(_generation, 23_000),
-    "diga_23k_teacher": _diga_teacher,
+    "diga_23k": lambda: _diga(23_000, GENERATION_SIDES),
+    "diga_23k_teacher": lambda: _diga(23_000, GENERATION_SIDES, teacher=True),
     "gduf_64k": lambda: _fill(_gduf, 65_536),
     "gduf_4k": lambda: fill_for_cpus(4_096),
+    "diga_4k": lambda: _diga(4_096, CPU_SIDES),
+    "diga_4k_teacher": lambda: _diga(4_096, CPU_SIDES, teacher=True),
     "text_only_8k": lambda: _fill(_texts, 8_192),
     "many_small_16k": lambda: _fill(_small, 16_384),
+    "many_small_2k": lambda: _fill(_small, 2_100),
 }
 NAMES = tuple(_TRACES)
 

@@ -1,7 +1,23 @@
 """Training: stages (what is learnt), trainer (the loop), state (checkpoints, averages), run (settings to run)."""
 
-from unigendet.training.config import TrainConfig, load_train_config
-from unigendet.training.run import train
-from unigendet.training.trainer import Trainer, TrainingError, TrainResult
+from typing import Any
 
 __all__ = ["TrainConfig", "TrainResult", "Trainer", "TrainingError", "load_train_config", "train"]
+
+_HOME = {
+    "TrainConfig": "config",
+    "load_train_config": "config",
+    "train": "run",
+    "Trainer": "trainer",
+    "TrainingError": "trainer",
+    "TrainResult": "trainer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import the public names when they are asked for: the stages work without what the trainer shows progress with."""
+    if name in _HOME:
+        from importlib import import_module
+
+        return getattr(import_module(f"unigendet.training.{_HOME[name]}"), name)
+    raise AttributeError(f"module 'unigendet.training' has no attribute {name!r}")
