@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA = 2  # of the JSON; rises when a key changes its meaning or goes
+OPS = ("attention", "qk_norm_rope", "rms_norm", "swiglu", "stream_linear", "flow_matching", "alignment_loss")
+BENCHMARKS = (*OPS, "decoder_layer", "training_step", "packing_cost", "scaling")  # modules of this package, in order
 KEYS = ("op", "trace", "shape", "dtype", "direction", "backend", "sweep", "x")  # what identifies a row of a benchmark
 
 _WIDTHS = {

@@ -12,12 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .harness import kernels_hash
+from .environment import kernels_hash
+from .record import BENCHMARKS, OPS, SCHEMA
 
-SCHEMA = 2  # of the files that are read
 OTHER_RECORDS = ("quickstart",)  # folders beside the devices' that hold no benchmark of speed
-OPS = ("attention", "qk_norm_rope", "rms_norm", "swiglu", "stream_linear", "flow_matching", "alignment_loss")
-BENCHMARKS = (*OPS, "decoder_layer", "training_step", "packing_cost", "scaling")
+SIZED = ("decoder_layer", "gduf_step", "diga_step")  # the size of the model is part of their cases' names
 HEADLINE_TRACE = "gduf_32k"  # stands for an op where it was measured on it, else the op's first case does
 
 _HEADER = {"benchmark": str, "environment": dict, "ceilings": dict, "settings": dict, "complete": bool, "rows": list}
@@ -44,7 +43,7 @@ def usable(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that did the same by different backends. ``label`` is the trace, or the shape, or both if one is shared."""
+    """Rows that did the same by different backends. ``label``: the trace, the shape, or both where one is too little."""
 
     op: str
     label: str
@@ -107,7 +106,7 @@ class Result:
         cases = []
         for (op, trace, shape, dtype, direction), rows in groups.items():
             label = trace or shape
-            if trace and len(shapes[op, trace]) > 1:
+            if trace and (len(shapes[op, trace]) > 1 or op in SIZED):
                 label = f"{trace}, {shape}"
             cases.append(Case(op, label, dtype, direction, tuple(rows)))
         return cases

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import tables, targets
-from .harness import RESULTS, ROOT
+from .environment import RESULTS, ROOT
 from .plots import fingerprint, fingerprint_of, plots
 from .recorded import BENCHMARKS, Device, Recorded, Result, load
 

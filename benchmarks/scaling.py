@@ -4,7 +4,7 @@
 ``tokens``      packs of 4k to 128k tokens, of detection and generation samples of one kind of size
 ``image_size``  detection samples with square images of 128 to 1024 pixels, as many as fit
 ``text_share``  samples of 2,048 tokens, of which a share is text and the rest a latent image
-``samples``     one pack's tokens in 1 to 256 samples, each half text, half image
+``samples``     one pack's tokens in 1 to 256 samples, each half text, half images
 =============== ====================================================================================================
 
 Forward and backward together. Cost per useful operation should stay flat: more time should mean more work, not another
@@ -13,6 +13,7 @@ shape of it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -81,11 +82,12 @@ def share_pack(share: float, total: int) -> tuple[Sample, ...]:
 
 
 def equal_pack(number: int, total: int) -> tuple[Sample, ...]:
-    """``number`` equal samples: half a text, half a latent image in rows of 8 tokens."""
+    """``number`` equal samples: half a text, half square latent images of at most 64 tokens a side."""
     each = total // number
-    rows = each // 16
-    image = Segment(8 * rows + 2, "noise", True, (rows, 8))
-    return ((Segment(each - image.tokens, "causal"), image),) * number
+    side = min(64, math.isqrt(each // 2))
+    image = Segment(side * side + 2, "noise", True, (side, side))
+    images = (image,) * max(1, each // 2 // side**2)
+    return ((Segment(each - sum(i.tokens for i in images), "causal"), *images),) * number
 
 
 def cases(device: torch.device, size: str) -> Iterator[attention.Case]:

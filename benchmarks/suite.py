@@ -20,21 +20,8 @@ import torch
 from . import compare, environment, harness
 from .contest import Run
 from .progress import Progress
-from .record import SCHEMA, Record, table, write_json
+from .record import BENCHMARKS, SCHEMA, Record, table, write_json
 
-BENCHMARKS = (
-    "attention",
-    "qk_norm_rope",
-    "rms_norm",
-    "swiglu",
-    "stream_linear",
-    "flow_matching",
-    "alignment_loss",
-    "decoder_layer",
-    "training_step",
-    "packing_cost",
-    "scaling",
-)
 SIZES = ("full", "quick", "tiny")
 QUICK_SECONDS, FULL_SECONDS = 0.2, 1.0
 COMPILES = ("torch.compile", "flex", "flex_mask_per_pack")

@@ -51,6 +51,7 @@ OF_MATMUL = Measure("of the matrix product's rate", _of_matmul)
 OF_COPY = Measure("of copy bandwidth", _of_copy)
 MFU = Measure("of the matrix product's rate (MFU)", lambda result, case, row: row.get("mfu"))
 PEAK = Measure("of the published way's peak memory", _peak_share, at_most=True)
+USEFUL = Measure("of launched work", lambda result, case, row: row.get("useful_share"))
 MILLISECONDS = Measure("ms", lambda result, case, row: row["ms"], at_most=True)
 
 
@@ -150,4 +151,9 @@ CPU: Sequence[Target] = (
         "both",
     ),
     Target("tile schedule of 64k tokens", "packing_cost", "tile_schedule", MILLISECONDS, 5.0, trace="gduf_64k"),
+    *(Target(f"useful work, {trace}", "packing_cost", "tile_schedule", USEFUL, 0.90, trace=trace,
+             shape="tiles of 128 x 128") for trace in ("gduf_32k", "gduf_64k")),
+    Target("GDUF step, quickstart width", "training_step", "gduf_step", _over("published"), 2.0,
+           trace="many_small_16k", shape="quickstart width"),
+    Target("GDUF step, hidden 512, 4 layers", "training_step", "gduf_step", _over("published"), 1.5, trace="gduf_4k"),
 )  # fmt: skip

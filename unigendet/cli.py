@@ -171,7 +171,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--seconds", type=float, help="measuring time of one candidate (default: 1, with --quick 0.2)")
     bench.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after this time")
     bench.add_argument("--record", action="store_true",
-                       help="keep the results in the checkout's benchmarks/results, and write its documents anew")  # fmt: skip
+                       help="keep the results in the checkout, and write its documents anew")  # fmt: skip
 
 
 def _size(text: str) -> tuple[int, int]:
