@@ -31,12 +31,27 @@ from torch.utils.checkpoint import checkpoint
 from unigendet.config import ModelConfig
 from unigendet.model.losses import NoisedLatents
 from unigendet.model.unigendet import UniGenDet
-from unigendet.ops import rope_table
 from unigendet.packing import patchify
 
-from .published_layers import PublishedLayer, PublishedPack, PublishedVision, dense_masks, per_stream, stream_norm
+from .published_layers import (
+    PublishedLayer,
+    PublishedPack,
+    PublishedVision,
+    dense_masks,
+    per_stream,
+    rope_of,
+    stream_norm,
+)
 
-__all__ = ["PublishedAlignment", "PublishedLayer", "PublishedModel", "PublishedPack", "counterparts", "dense_masks"]
+__all__ = [
+    "PublishedAlignment",
+    "PublishedLayer",
+    "PublishedModel",
+    "PublishedPack",
+    "counterparts",
+    "dense_masks",
+    "rope_of",
+]
 
 _FUSED = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
 _SAME = ("embed_tokens", "lm_head", "connector", "vae2llm", "llm2vae", "time_embedding", "class_head", "align_head")
@@ -73,9 +88,7 @@ class PublishedDecoder(nn.Module):
         self, x: Tensor, pack: PublishedPack, capture: Collection[int] = ()
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """[T, hidden] after the final norm, and the output of the layers in ``capture``, numbered from 1."""
-        config = self.config
-        tables = rope_table(pack.max_position + 1, config.head_dim, config.rope_theta, device=x.device)
-        rope = tuple(torch.cat((y, y), 1)[pack.positions, None].to(x.dtype) for y in tables)
+        rope = rope_of(pack, self.config, x.dtype)
         captured = {}
         for number, layer in enumerate(self.layers, start=1):
             if self.recompute and torch.is_grad_enabled():
@@ -84,7 +97,7 @@ class PublishedDecoder(nn.Module):
                 x = layer(x, pack, rope)
             if number in capture:
                 captured[number] = x
-        return per_stream(x, pack, stream_norm(self.norm, config.rms_norm_eps))[0], captured
+        return per_stream(x, pack, stream_norm(self.norm, self.config.rms_norm_eps))[0], captured
 
 
 class PublishedModel(nn.Module):

@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from unigendet.config import ModelConfig
 from unigendet.model.transformer import DecoderLayer, StreamLinear, StreamNorm
 from unigendet.model.vision import VisionEncoder, VisionLayer
+from unigendet.ops import rope_table
 from unigendet.packing import PackedBatch
 
 STREAMS = ("und", "gen")
@@ -111,6 +112,13 @@ def _moved(value: object, device: torch.device | str) -> object:
     return [x.to(device) if isinstance(x, Tensor) else x for x in value] if isinstance(value, list) else value
 
 
+def rope_of(pack: PublishedPack, config: ModelConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [T, 1, head_dim] of the pack's positions, for both halves of a head; once per step."""
+    tables = rope_table(pack.max_position + 1, config.head_dim, config.rope_theta, device=pack.positions.device)
+    cos, sin = (torch.cat((y, y), 1)[pack.positions, None].to(dtype) for y in tables)
+    return cos, sin
+
+
 def per_stream(x: Tensor, pack: PublishedPack, *functions: Callable[[Tensor, str], Tensor]) -> list[Tensor]:
     """Each stream's rows of x, gathered once; function(rows, stream) of them, scattered into a zeroed buffer each."""
     gathered = {stream: x[rows] for stream, rows in pack.streams.items()}
@@ -188,7 +196,7 @@ class PublishedLayer(nn.Module):
         return own
 
     def forward(self, x: Tensor, pack: PublishedPack, rope: tuple[Tensor, Tensor]) -> Tensor:
-        """Apply the layer; ``rope``: cosines and sines [T, 1, head_dim] of the pack's positions."""
+        """Apply the layer; ``rope``: what ``rope_of`` gives for the pack."""
         (normed,) = per_stream(x, pack, stream_norm(self.norm1, self.eps))
         x = x + self._attend(normed, pack, rope)
         return x + per_stream(x, pack, self._mlp)[0]

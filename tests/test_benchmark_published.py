@@ -5,75 +5,19 @@ import dataclasses
 
 import pytest
 import torch
+from benchmark_cases import ALIGN, DETECTIONS, GDUF, GENERATIONS, TEACHER, TEACHERS, prepared, tiny_model
 
-from benchmarks import packs, published, traces
-from unigendet.config import quickstart
-from unigendet.model.losses import (
-    Counts,
-    NoisedLatents,
-    align_loss,
-    gduf_losses,
-    mse_loss,
-    noise_latents,
-    sample_timesteps,
-)
+from benchmarks import published, traces
+from unigendet.model.losses import Counts, align_loss, gduf_losses, mse_loss
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.stages import DIGAStage, alignment_grids
 
 RELATIVE = 1e-10  # of the largest value; both sides are float64
-ALIGN, TEACHER = 2, 3
-Segment = traces.Segment
-
-
-def image(rows, columns, mode="full", *, latent=True):
-    return Segment(rows * columns + 2, mode, latent, (rows, columns))
-
-
-def text(tokens):
-    return Segment(tokens, "causal")
-
-
-def vit(rows, columns):
-    return image(rows, columns, latent=False)
-
-
-DETECTIONS = ((image(3, 4), vit(4, 3), text(5), text(9)), (image(2, 2), vit(1, 4), text(4), text(2)))
-GENERATIONS = ((text(6), image(3, 4, "noise")), (text(2), image(2, 3, "noise")), (text(5), image(1, 1, "noise")))
-TEACHERS = ((image(3, 4), text(7), vit(4, 3)), (image(2, 3), text(3), vit(2, 2)), (image(1, 1), text(6), vit(3, 1)))
-TWO_IMAGES = (text(3), image(2, 3, "noise"), image(3, 1, "noise"), text(4))
-EDIT = (image(2, 2), vit(2, 3), text(4), image(2, 4, "noise"))
-GDUF = {
-    "mixed": (DETECTIONS[0], GENERATIONS[0], TWO_IMAGES, DETECTIONS[1], EDIT, (text(6),)),
-    "detection": DETECTIONS,
-    "generation": GENERATIONS,
-    "text": ((text(7),), (text(3),)),  # no token of the generation stream
-}
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    model = UniGenDet(dataclasses.replace(quickstart(), num_layers=4)).double()
-    with torch.no_grad():  # norm weights of 1 and biases of 0 would hide a mix-up of streams
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.3 * torch.randn_like(parameter))
-        torch.nn.init.normal_(model.llm2vae.weight, std=0.2)
-    model.backend = "torch"
-    return model
-
-
-def prepared(samples, model, dtype=torch.float64):
-    """A pack in both forms, and its noised latents."""
-    trace = traces.Trace("test", samples)
-    batch = packs.pack_of(trace, model.config)
-    latents = NoisedLatents(None, None, None)
-    if batch.latent_sizes:
-        generator = torch.Generator().manual_seed(1)
-        times = sample_timesteps(batch, 1.0, generator)
-        shape = (batch.latent_positions.shape[0], model.config.latent.token_dim)
-        latents = noise_latents(model, batch, times, torch.randn(shape, generator=generator))
-    return batch, published.PublishedPack.of(batch, trace.splits, dtype), latents
+    return tiny_model(torch.float64)
 
 
 def assert_close(have, need, what):
@@ -150,7 +94,7 @@ def test_a_layer_and_its_gradients(model, samples):
     rope = model.decoder.rope(x.device)
     rows, delta = layer(x[layout.stream_to_sequence], None, layout, rope, None, "reference")
     ours = (rows + delta)[layout.sequence_to_stream]
-    theirs = baseline(x, pack, tuple(torch.cat((y, y), 1)[pack.positions, None].double() for y in rope))
+    theirs = baseline(x, pack, published.rope_of(pack, config, x.dtype))
     assert_close(theirs.detach(), ours.detach(), "output")
     gradients = [torch.autograd.grad(y, x, incoming, retain_graph=True)[0] for y in (theirs, ours)]
     assert_close(*gradients, "input")
@@ -214,6 +158,14 @@ def test_the_teacher_stays_when_the_model_learns(model):
     assert torch.equal(alignment._features(teacher_pack), features)
     after = alignment.losses(pack, latents, teacher_pack)
     assert all(after[name] != before[name] for name in before)
+
+
+def test_a_pack_moves_whole(model):
+    _, pack, _ = prepared(GDUF["mixed"], model)
+    moved = pack.to("meta")
+    tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
+    assert all(x.is_meta for x in (*tensors, *moved.masks, *moved.streams.values()))
+    assert (moved.lengths, moved.vit_sizes, moved.latent_sizes) == (pack.lengths, pack.vit_sizes, pack.latent_sizes)
 
 
 def test_errors(model):

@@ -1,0 +1,98 @@
+"""Counts of work against what PyTorch's counter sees the baseline compute, and attention against the dense masks."""
+
+import pytest
+import torch
+from benchmark_cases import ALIGN, GDUF, GENERATIONS, TEACHERS, prepared, tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import packs, published, traces, work
+
+PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
+
+
+def counted(call):
+    """The result of a call, and the operations of its matrix products; attention is counted by formula."""
+    with FlopCounterMode(display=False) as counter:
+        result = call()
+    by_operator = counter.get_flop_counts()["Global"]
+    others = [name for name in by_operator if name not in PRODUCTS]
+    assert not any("attention" not in str(name) for name in others), others
+    return result, sum(by_operator.get(name, 0) for name in PRODUCTS)
+
+
+def without_attention(step):
+    kept = [part for name, part in step.parts.items() if "attention" not in name]
+    return sum(part.forward for part in kept), sum(part.backward for part in kept)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model(torch.float32)
+
+
+@pytest.mark.parametrize("samples", GDUF.values(), ids=GDUF)
+def test_gduf_step(model, samples):
+    baseline = published.PublishedModel.of(model)
+    batch, pack, latents = prepared(samples, model, torch.float32)
+    total, forward = counted(lambda: sum(baseline.gduf_losses(pack, latents).values()))
+    _, backward = counted(total.backward)
+    step = work.gduf_step(model.config, batch)
+    assert without_attention(step) == (forward, backward)
+    assert step.total == step.forward + step.backward == sum(part.total for part in step.parts.values())
+
+
+@pytest.mark.parametrize("teacher_layer", [1, 3])
+def test_diga_step(model, teacher_layer):
+    baseline = published.PublishedModel.of(model)
+    alignment = published.PublishedAlignment(baseline, align_layer=ALIGN, teacher_layer=teacher_layer)
+    batch, pack, latents = prepared(GENERATIONS, model, torch.float32)
+    teacher_batch, teacher_pack, _ = prepared(TEACHERS, model, torch.float32)
+    total, forward = counted(lambda: sum(alignment.losses(pack, latents, teacher_pack).values()))
+    _, backward = counted(total.backward)
+    step = work.diga_step(model.config, batch, teacher_batch, teacher_layer=teacher_layer)
+    teacher_pairs = visible_pairs(TEACHERS) * teacher_layer * model.config.hidden_size
+    teacher_pairs += sum((h * w) ** 2 for h, w in teacher_batch.vit_sizes) * 2 * 64  # the quickstart's ViT
+    assert without_attention(step) == (forward + 4 * teacher_pairs, backward)
+
+
+@pytest.mark.parametrize("trained", [("und", "gen"), ("gen",), ()])
+def test_decoder_layer(model, trained):
+    layer = published.PublishedLayer.of(model.decoder.layers[0], model.config)
+    for name, parameter in layer.named_parameters():
+        parameter.requires_grad_(any(f".{stream}" in name for stream in trained))
+    batch, pack, _ = prepared(GDUF["mixed"], model, torch.float32)
+    x = torch.randn(batch.layout.num_queries, model.config.hidden_size, requires_grad=True)
+    rope = published.rope_of(pack, model.config, x.dtype)
+    y, forward = counted(lambda: layer(x, pack, rope))
+    _, backward = counted(y.sum().backward)
+    own = work.decoder_layer(model.config, batch.layout, trained)
+    assert without_attention(own) == (forward, backward)
+
+
+def visible_pairs(samples):
+    splits = traces.Trace("test", samples).splits
+    return sum(int((mask == 0).sum()) for mask in published.dense_masks(splits, torch.float32))
+
+
+@pytest.mark.parametrize("samples", [*GDUF.values(), traces.trace("gduf_4k").samples], ids=[*GDUF, "gduf_4k"])
+def test_attention(samples):
+    config = packs.small_config(64, 3, heads=4)
+    step = work.gduf_step(config, packs.pack_of(traces.Trace("test", samples), config))
+    pairs = visible_pairs(samples)
+    assert step.parts["decoder attention"] == work.Work(4 * 64 * 3 * pairs, 8 * 64 * 3 * pairs)
+    grids = [s.grid for sample in samples for s in sample if s.grid and not s.latent]
+    assert step.parts["ViT attention"].forward == 4 * 256 * 4 * sum((h * w) ** 2 for h, w in grids)
+
+
+def test_published_convention(model):
+    baseline = published.PublishedModel.of(model)
+    weights = baseline.embed_tokens.weight.numel() + baseline.lm_head.weight.numel()
+    for name, parameter in baseline.decoder.named_parameters():
+        weights += parameter.numel() if ".und.weight" in name else 0
+    assert work.published_convention(model.config, 50, [20, 30]) == 6 * weights * 50 + 12 * 4 * 128 * (400 + 900)
+
+
+def test_a_teacher_deeper_than_the_model(model):
+    batch, _, _ = prepared(GENERATIONS, model, torch.float32)
+    with pytest.raises(ValueError, match=r"teacher_layer is 8; it must be in 1\.\.4"):
+        work.diga_step(model.config, batch, batch)
