@@ -72,8 +72,8 @@ def case(
 
     ``columns``: more columns of every row.
     """
-    setting = Setting(trace, trace.layout.to(device), device, *heads, head_dim)
-    tokens, pairs = setting.layout.num_queries, setting.layout.visible_pairs()
+    setting = Setting(trace, device, *heads, head_dim)
+    tokens, pairs = trace.layout.num_queries, trace.layout.visible_pairs()
 
     def inputs(seed: int) -> tuple[Tensor, ...]:
         make = random(device, dtype, seed)
@@ -120,8 +120,7 @@ def _truth(setting: Setting, case: Case, inputs: tuple[Tensor, ...]) -> Truth:
     rows, kv = slice(starts[smallest], starts[smallest + 1]), slice(setting.kv_heads - 1, setting.kv_heads)
     heads = slice(kv.start * (setting.heads // setting.kv_heads), setting.heads)
     splits = traces.Trace("smallest", (setting.trace.samples[smallest],))
-    layout = splits.layout.to(setting.device)
-    part = Setting(splits, layout, setting.device, heads.stop - heads.start, 1, setting.head_dim)
+    part = Setting(splits, setting.device, heads.stop - heads.start, 1, setting.head_dim)
     grad = incoming([inputs[0].detach()])[0][rows, heads]
 
     def results(candidate: Candidate, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -130,7 +129,7 @@ def _truth(setting: Setting, case: Case, inputs: tuple[Tensor, ...]) -> Truth:
         gradients = torch.autograd.grad(out, (q, k, v), grad.to(dtype))
         return {"output 0": out.detach(), **{f"gradient {i}": g for i, g in enumerate(gradients)}}
 
-    reference = lambda q, k, v: symbiotic_attention(q, k, v, layout, backend="reference")  # noqa: E731
+    reference = lambda q, k, v: symbiotic_attention(q, k, v, part.layout, backend="reference")  # noqa: E731
     exact = results(Candidate(reference), torch.float64)
     allowed = allowances(exact, results(eager(part), case.dtype), ERROR_FACTOR)
     select = lambda name, x: x[rows, heads if name in ("output 0", "gradient 0") else kv]  # noqa: E731
@@ -142,7 +141,7 @@ def dense_case(device: torch.device, dtype: torch.dtype, length: int, *, causal:
     mode = "causal" if causal else "full"
     trace = traces.Trace(f"dense_{mode}_{length}", ((traces.Segment(length, mode),),))
     made = case(device, dtype, trace, (28, 28), 128, only=())
-    setting = Setting(trace, trace.layout, device, 28, 28, 128)
+    setting = Setting(trace, device, 28, 28, 128)
     return Case(
         "dense_attention",
         made.shape,

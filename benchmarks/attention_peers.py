@@ -7,6 +7,7 @@ and may bring its inputs into the layout that it likes best: neither is timed, u
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import typing
 from collections.abc import Callable
@@ -30,14 +31,18 @@ MOST_COMPILED_SAMPLES = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """A pack and the shape of the attention that runs over it; ``layout`` is the trace's, on ``device``."""
+    """A pack and the shape of the attention that runs over it."""
 
     trace: Trace
-    layout: Layout
     device: torch.device
     heads: int
     kv_heads: int
     head_dim: int
+
+    @functools.cached_property
+    def layout(self) -> Layout:
+        """The trace's, on ``device``: there once somebody asks."""
+        return self.trace.layout.to(self.device)
 
     @property
     def scale(self) -> float:

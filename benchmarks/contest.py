@@ -88,13 +88,14 @@ class Truth:
     part: Callable[[str, Tensor], Tensor] = lambda _, x: x
 
     def errors(self, results: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """The largest absolute error of each result, and what is allowed; NaN counts as infinite."""
+        """The largest absolute error of each result, and what is allowed; NaN counts as the largest number."""
         found = {}
         for name, exact in self.exact.items():
             if name not in results:  # of a candidate without a backward pass
                 continue
             error = (self.part(name, results[name]) - exact).abs().max() if exact.numel() else torch.zeros(())
-            found[name] = {"error": float(error.nan_to_num(float("inf"))), "allowed": self.allowed[name]}
+            most = torch.finfo(error.dtype).max  # JSON knows neither NaN nor infinity
+            found[name] = {"error": float(error.nan_to_num(most, most)), "allowed": self.allowed[name]}
         return found
 
 

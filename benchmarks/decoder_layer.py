@@ -24,7 +24,7 @@ from . import packs, traces, work
 from .candidate import Candidate, incoming, why_not
 from .contest import Case, Truth, Work, allowances
 from .harness import CannotRun
-from .published import PublishedLayer, PublishedPack
+from .published import PublishedLayer, PublishedPack, rope_of
 from .stream_case import random
 
 OP = "decoder_layer"
@@ -99,8 +99,7 @@ def published_layer(layer: DecoderLayer, trace: traces.Trace, layout: Layout, co
     dtype, device = next(layer.parameters()).dtype, layout.device
     own = PublishedLayer.of(layer, config)
     pack = PublishedPack.of(packs.pack_of(trace, config), trace.splits, dtype).to(device)
-    tables = rope_table(layout.max_position + 1, config.head_dim, config.rope_theta, device=device)
-    rope = tuple(torch.cat((t, t), 1)[layout.positions, None].to(dtype) for t in tables)
+    rope = rope_of(pack, config, dtype)
     return Candidate(
         lambda x: own(x, pack, rope),
         arrange=lambda x: x.index_select(0, layout.sequence_to_stream),

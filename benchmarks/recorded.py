@@ -43,7 +43,7 @@ def usable(row: Row) -> bool:
 
 @dataclass(frozen=True)
 class Case:
-    """Rows that did the same by different backends. ``label``: the trace, the shape, or both where one is too little."""
+    """Rows that did the same by different backends. ``label``: the trace, the shape, or both if one is too little."""
 
     op: str
     label: str

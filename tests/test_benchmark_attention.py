@@ -1,154 +1,165 @@
-"""The attention benchmark and its harness, on the CPU."""
+"""Attention's peers describe the mask that the op defines, in each one's own words."""
 
-import dataclasses
-import json
+import sys
+import types
 
 import pytest
 import torch
 
-from benchmarks import attention, attention_candidates, harness, traces
+from benchmarks import attention, attention_peers, harness, stream_case, traces
+from benchmarks.attention_peers import Setting
+from unigendet.layout import Layout
+from unigendet.ops import symbiotic_attention
+from unigendet.ops import symbiotic_attention_flash as flash
 
 CPU = torch.device("cpu")
+SPLITS = [
+    [(5, "full"), (4, "causal"), (3, "noise"), (6, "causal"), (2, "full")],
+    [(4, "noise"), (3, "noise"), (5, "causal")],
+    [(7, "causal")],
+]
+TRACE = traces.Trace("test", tuple(tuple(traces.Segment(*split) for split in sample) for sample in SPLITS))
+SETTING = Setting(TRACE, CPU, heads=4, kv_heads=2, head_dim=16)
 
 
-def run(tmp_path, *options):
-    path = tmp_path / "attention.json"
-    code = attention.main(["--tiny", "--seconds", "0.01", "--json", str(path), *options])
-    return code, json.loads(path.read_text())
+def qkv():
+    generator = torch.Generator().manual_seed(0)
+    make = lambda heads: torch.randn(TRACE.layout.num_queries, heads, 16, generator=generator).double()  # noqa: E731
+    return [make(heads).requires_grad_() for heads in (4, 2, 2)]
 
 
-def test_a_tiny_run(tmp_path, capsys):
-    code, result = run(tmp_path)
-    assert code == 0
-    assert result["complete"]
-    assert result["schema"] == harness.SCHEMA
-    assert result["environment"]["versions"]["torch"] == torch.__version__
-    assert result["environment"]["kernels_sha256"] == harness.kernels_hash()
-    assert result["ceilings"]["matmul_tflops"] > 0
-    rows = {(row["trace"], row["backend"], row["direction"]): row for row in result["rows"]}
-    expected = {("tiny", name, d) for name in attention_candidates.CANDIDATES for d in attention.DIRECTIONS}
-    assert expected <= rows.keys()
-    assert len(result["rows"]) == len(rows)
-    assert {key[0] for key in rows.keys() - expected} == {"dense_full_64", "dense_causal_64"}
-    for direction, work in attention.DIRECTIONS.items():
-        row = rows["tiny", "torch", direction]
-        assert row["status"] == "ok"
-        assert row["correct"] is True
-        flops = 4 * 16 * 4 * traces.tiny().layout.visible_pairs() * work
-        assert row["tflops"] * row["ms"] * 1e9 == pytest.approx(flops)
-        assert row["of_matmul"] == pytest.approx(row["tflops"] / result["ceilings"]["matmul_tflops"])
-        assert row["p20"] <= row["ms"] <= row["p80"]
-        peer = rows["tiny", "sdpa_dense_mask", direction]
-        assert peer["status"] == "ok"
-        assert peer["correct"] is True
-        assert row["speedup_over"] == {"sdpa_dense_mask": peer["ms"] / row["ms"]}
-    assert set(rows["tiny", "torch", "both"]["error"]) == {"out", "dq", "dk", "dv"}
-    for name in ("flash", "flex", "flex_mask_per_pack"):
-        assert rows["tiny", name, "forward"]["status"].startswith("cannot run: ")
-    assert "sdpa_dense_mask" in capsys.readouterr().out
+def assert_is_attention(function):
+    """Output and gradients are those of the definition."""
+    results = []
+    for one in (function, lambda q, k, v: symbiotic_attention(q, k, v, TRACE.layout, backend="reference")):
+        q, k, v = qkv()
+        out = one(q, k, v)
+        weights = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).view(out.shape)
+        results.append((out, *torch.autograd.grad((out * weights).sum(), (q, k, v))))
+    for found, wanted in zip(*results, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
-def test_a_selection(tmp_path):
-    code, result = run(tmp_path, "--backends", "torch", "--directions", "forward")
-    assert code == 0
-    assert {(r["backend"], r["direction"]) for r in result["rows"]} == {("torch", "forward"), ("cudnn", "forward")}
+@pytest.mark.parametrize("name", ["eager", "sdpa_dense_mask"])
+def test_dense_peers(name):
+    assert_is_attention(attention_peers.PEERS[name](SETTING).function)
 
 
-def broken(change):
-    """The torch backend with something done to its output."""
-
-    def setup(case):
-        prepare = attention_candidates.CANDIDATES["torch"](case)
-        return lambda inputs: change(prepare(inputs))
-
-    return setup
-
-
-def test_a_wrong_answer_is_shown_as_wrong(tmp_path, monkeypatch):
-    wrong = broken(lambda p: dataclasses.replace(p, forward=lambda: p.forward() * 1.001))
-    monkeypatch.setitem(attention_candidates.CANDIDATES, "triton", wrong)
-    code, result = run(tmp_path, "--backends", "triton", "torch")
-    assert code == 1
-    found = {(r["backend"], r["direction"]): r["correct"] for r in result["rows"] if r["trace"] == "tiny"}
-    assert found == {(b, d): b == "torch" for b in ("triton", "torch") for d in attention.DIRECTIONS}
+def test_magi_slices_are_the_mask():
+    layout = Layout.from_splits(SPLITS)
+    queries, keys, types_ = attention_peers.magi_ranges(layout)
+    covered = torch.zeros(layout.num_queries, layout.num_keys, dtype=torch.int64)
+    for (q0, q1), (k0, k1), causal in zip(queries.tolist(), keys.tolist(), types_.tolist(), strict=True):
+        block = torch.ones(q1 - q0, k1 - k0, dtype=torch.int64)
+        covered[q0:q1, k0:k1] += block.tril((k1 - k0) - (q1 - q0)) if causal else block
+    assert torch.equal(covered, layout.dense_mask().long())  # nothing twice
 
 
-def test_a_failure_is_a_row(tmp_path, monkeypatch):
-    """A forward pass that works keeps its row when the backward pass fails."""
-
-    class Fails(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            raise RuntimeError("no kernel image\nsecond line")
-
-    failing = broken(lambda p: dataclasses.replace(p, forward=lambda: Fails.apply(p.forward())))
-    monkeypatch.setitem(attention_candidates.CANDIDATES, "triton", failing)
-    code, result = run(tmp_path, "--backends", "triton", "torch")
-    assert code == 0
-    status = {r["direction"]: r["status"] for r in result["rows"] if r["backend"] == "triton"}
-    failed = "failed: RuntimeError: no kernel image"
-    assert status == {"forward": "ok", "backward": failed, "both": failed}
-    assert [r["status"] for r in result["rows"] if r["backend"] == "torch"] == ["ok"] * 3
+def installed(monkeypatch, module, **attributes):
+    """A library that stands in for a peer's, on a CPU that counts as a CUDA device."""
+    fake = types.ModuleType(module)
+    vars(fake).update(attributes)
+    monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr(stream_case, "raise_if_not_cuda", lambda device: None)
 
 
-def test_an_interrupted_run_keeps_its_rows(tmp_path, monkeypatch):
-    def interrupt(case):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(attention_candidates.CANDIDATES, "flex", interrupt)
-    code, result = run(tmp_path, "--backends", "torch", "flex")
-    assert code == 130
-    assert not result["complete"]
-    assert [r["status"] for r in result["rows"] if r["trace"] == "tiny"] == ["ok"] * 3
-
-
-def test_past_the_time_limit_rows_say_so(tmp_path):
-    code, result = run(tmp_path, "--limit", "-1", "--backends", "torch")
-    assert code == 0
-    assert {r["status"] for r in result["rows"]} == {"cannot run: the time limit of the run was reached"}
+def problems(q, k, v, cu_q, cu_k, causal, scale):
+    """Varlen attention with lower-right causal masks."""
+    outs = []
+    for i in range(len(cu_q) - 1):
+        a, b = (slice(int(cu[i]), int(cu[i + 1])) for cu in (cu_q, cu_k))
+        own_k, own_v = (x[b].repeat_interleave(q.shape[1] // x.shape[1], 1).transpose(0, 1) for x in (k, v))
+        scores = q[a].transpose(0, 1) @ own_k.transpose(1, 2) * scale
+        if causal:
+            visible = torch.ones(scores.shape[1:], dtype=torch.bool).tril(scores.shape[2] - scores.shape[1])
+            scores = scores.masked_fill(~visible, float("-inf"))
+        outs.append((scores.softmax(-1) @ own_v).transpose(0, 1))
+    return torch.cat(outs)
 
 
-def test_without_a_device_the_full_run_refuses(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(SystemExit, match="no CUDA device; --tiny runs on the CPU"):
-        attention.main([])
+@pytest.mark.parametrize("returns_more", [False, True])
+def test_varlen_flash_attention(monkeypatch, returns_more):
+    def flash_attn_varlen_func(q, k, v, cu_q, cu_k, max_q, max_k, softmax_scale, causal):
+        assert (max_q, max_k) == (int(cu_q.diff().max()), int(cu_k.diff().max()))
+        out = problems(q, k, v, cu_q, cu_k, causal, softmax_scale)
+        return (out, None) if returns_more else out
+
+    installed(monkeypatch, "flash_attn_interface", flash_attn_varlen_func=flash_attn_varlen_func)
+    assert_is_attention(attention_peers.PEERS["flash_attn3"](SETTING).function)
 
 
-def test_candidates_get_keywords_only_where_the_op_has_them():
-    case = attention_candidates.Case(traces.tiny(), CPU, torch.float32, 4, 2, 16)
+def test_torch_varlen(monkeypatch):
+    def varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert enable_gqa
+        return problems(q, k, v, cu_q, cu_k, window_size == (-1, 0), scale)
+
+    installed(monkeypatch, "torch.nn.attention.varlen", varlen_attn=varlen_attn)
+    assert_is_attention(attention_peers.PEERS["torch_varlen"](SETTING).function)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_magi(monkeypatch, old):
+    def attend(q, k, v, q_ranges, k_ranges, attn_type_map, softmax_scale):
+        mask = torch.zeros(len(q), len(k), dtype=torch.bool)
+        slices = zip(q_ranges.tolist(), k_ranges.tolist(), attn_type_map.tolist(), strict=True)
+        for (q0, q1), (k0, k1), causal in slices:
+            block = torch.ones(q1 - q0, k1 - k0, dtype=torch.bool)
+            mask[q0:q1, k0:k1] |= block.tril((k1 - k0) - (q1 - q0)) if causal else block
+        k, v = (x.repeat_interleave(2, 1).transpose(0, 1) for x in (k, v))
+        scores = (q.transpose(0, 1) @ k.transpose(1, 2) * softmax_scale).masked_fill(~mask, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(0, 1), None
+
+    def new(q, k, v, q_ranges, k_ranges, attn_type_map=None, *, softmax_scale=None):
+        return attend(q, k, v, q_ranges, k_ranges, attn_type_map, softmax_scale)
+
+    def before(q, k, v, q_ranges, k_ranges, max_seqlen_q, max_seqlen_k, attn_type_map=None, softmax_scale=None):
+        assert (max_seqlen_q, max_seqlen_k) == (7, 9)
+        return attend(q, k, v, q_ranges, k_ranges, attn_type_map, softmax_scale)
+
+    monkeypatch.setitem(sys.modules, "magi_attention", types.ModuleType("magi_attention"))
+    installed(monkeypatch, "magi_attention.api", flex_flash_attn_func=before if old else new)
+    assert_is_attention(attention_peers.magi(SETTING).function)
+
+
+def test_peers_that_are_not_there_say_so():
+    for name, what in (
+        ("flash_attn2", "flash-attn is not installed"),
+        ("magi", "MagiAttention is not installed"),
+        ("torch_varlen", "needs a CUDA device"),
+        ("flex_flash4", "needs a CUDA device"),
+        ("flex_cudnn", "no backend CUDNN"),
+    ):
+        with pytest.raises(harness.CannotRun, match=what):
+            attention_peers.PEERS[name](SETTING)
+    many = traces.trace("many_small_16k")
+    with pytest.raises(harness.CannotRun, match="228 samples of different lengths"):
+        attention_peers.compiled_eager(Setting(many, CPU, 4, 2, 16))
+
+
+@pytest.mark.slow
+def test_flex_attention_on_a_cpu():
+    """Compiled, forward only."""
+    one = attention_peers.PEERS["flex"](SETTING)
+    assert one.forward_only == "FlexAttention has no backward pass on CPUs"
+    q, k, v = (x.detach().float() for x in qkv())
+    out = one.restore(one.function(*(one.arrange(x) for x in (q, k, v))))
+    torch.testing.assert_close(out, symbiotic_attention(q, k, v, TRACE.layout, backend="reference"))
+
+
+def test_a_backend_gets_keywords_only_where_the_op_has_them():
     with pytest.raises(harness.CannotRun, match="symbiotic_attention has no argument unheard_of"):
-        attention_candidates._ours("torch", unheard_of=1)(case)
-    attention_candidates._ours("torch", out_order="stream")(case)
+        attention.backend("torch", unheard_of=1)(SETTING)
+    assert_is_attention(attention.backend("torch", deterministic=True)(SETTING).function)
 
 
-def test_percentiles():
-    timing = harness.Timing.of([5.0, 1.0, 2.0, 4.0, 3.0])
-    assert (timing.p20, timing.ms, timing.p80, timing.runs) == (2.0, 3.0, 5.0, 5)
+def test_the_vit_pack_has_one_full_split_per_image():
+    trace = attention.vit_trace(traces.tiny())
+    assert trace.splits == [[(6, "full")]]
+    assert flash.plan(trace.layout.splits, CPU)[0].key_rows == slice(0, 6)
 
 
-def test_buffers_take_turns():
-    used = []
-    timing = harness.measure([lambda i=i: used.append(i) for i in range(3)], CPU, seconds=0.0)
-    assert timing.runs == 5
-    assert used[-5:] == [0, 1, 2, 0, 1]
-
-
-def test_the_hash_is_of_names_and_contents(tmp_path):
-    hashes = []
-    for name, content in (("a.py", "1"), ("a.py", "2"), ("b.py", "2")):
-        folder = tmp_path / str(len(hashes))
-        folder.mkdir()
-        (folder / name).write_text(content)
-        (folder / "notes.txt").write_text("not a kernel")
-        hashes.append(harness.kernels_hash(folder))
-    assert len(set(hashes)) == 3
-
-
-def test_the_file_is_named_after_the_device(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H200 (SXM)")
-    path = harness.default_path("attention", torch.device("cuda"))
-    assert path == harness.ROOT / "benchmarks" / "results" / "nvidia-h200-sxm" / "attention.json"
+def test_gpu_cases_are_made_without_one():
+    """They are lazy: nothing is on the device before a case runs."""
+    cases = list(attention.cases(torch.device("cuda"), "full"))
+    assert {case.trace for case in cases} >= {*attention.GPU_TRACES, "gduf_32k_vit", "dense_causal_8192"}
+    assert all("torch" not in case.candidates for case in cases)

@@ -113,6 +113,22 @@ def test_arrows_go_one_way(module, path):
             assert first in {"torch", "numpy"} | sys.stdlib_module_names, f"{module} imports {name}"
 
 
+def test_only_the_command_line_knows_benchmarks():
+    """They are installed as ``unigendet.benchmarks``, for the command ``bench``."""
+    knowing = {module for module, path in MODULES for name, _ in imports(module, path) if room_of(name) == "benchmarks"}
+    assert knowing == {"unigendet.cli"}
+
+
+def test_benchmarks_load_with_the_core_dependencies():
+    """But for those that document a run of the quickstart, or compile kernels: on a GPU machine little is installed."""
+    code = f"import sys\nfor name in {[n for n in HEAVY if n != 'triton']!r}: sys.modules[name] = None\n"
+    code += "sys.modules['matplotlib'] = None\n"
+    code += "from unigendet.benchmarks import record, suite\nimport importlib\n"
+    code += "for name in (*record.BENCHMARKS, 'report'): importlib.import_module('unigendet.benchmarks.' + name)\n"
+    code += "print(len(record.BENCHMARKS))"
+    assert int(run_fresh(code)) >= 11
+
+
 def test_kernels_know_no_ops_and_no_model():
     for module, path in sources(ROOT / "kernels", "unigendet.kernels"):
         for name, _ in imports(module, path):

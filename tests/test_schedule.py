@@ -1,7 +1,5 @@
 """Tile schedules against the dense mask, for random packs; and what the standard traces launch."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from test_layout import packs
 
-from benchmarks import schedule as benchmark
 from benchmarks import traces
 from unigendet import schedule as schedules
 from unigendet.layout import Layout
@@ -165,21 +162,3 @@ def test_more_pairs_than_32_bits_hold():
     assert schedule.launched_pairs == (782 * 128) ** 2
     assert len(schedule.whole_ranges) == 781
     assert len(schedule.edge_tiles) == 782 + 781
-
-
-def test_the_benchmark_prints_and_records_its_rows(tmp_path, capsys):
-    path = tmp_path / "schedule.json"
-    options = ["--traces", "text_only_8k", "--blocks", "128x128", "64x32", "--seconds", "0.001"]
-    assert benchmark.main([*options, "--json", str(path)]) == 0
-    record = json.loads(path.read_text())
-    assert record["complete"]
-    assert [(row["trace"], row["block_m"], row["block_n"]) for row in record["rows"]] == [
-        ("text_only_8k", 128, 128),
-        ("text_only_8k", 64, 32),
-    ]
-    for row in record["rows"]:
-        assert 0 < row["p20"] <= row["ms"] <= row["p80"]
-        assert 0 < row["useful"] <= 1
-    assert capsys.readouterr().out.count("text_only_8k") == 2
-    assert benchmark.main(options) == 0
-    assert list(tmp_path.iterdir()) == [path]
