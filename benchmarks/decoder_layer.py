@@ -21,15 +21,13 @@ from unigendet.ops import rope_table
 from unigendet.ops.backends import resolve
 
 from . import packs, traces, work
-from .candidate import Candidate, incoming, why_not
+from .candidate import Candidate, incoming
 from .contest import Case, Truth, Work, allowances
-from .harness import CannotRun
 from .published import PublishedLayer, PublishedPack, rope_of
 from .stream_case import random
 
 OP = "decoder_layer"
 ERROR_FACTOR = 4.0  # as for attention, which it holds
-OURS = ("triton", "torch")
 
 
 def case(
@@ -49,16 +47,10 @@ def case(
     def inputs(seed: int) -> tuple[Tensor]:
         return (random(device, dtype, seed)(layout.num_queries, config.hidden_size).requires_grad_(),)
 
-    def ours(backend: str) -> Candidate:
-        probe = torch.empty(1, config.num_heads, config.head_dim, device=device, dtype=dtype)
-        try:
-            resolve("symbiotic_attention", backend, probe)
-        except ValueError as error:
-            raise CannotRun(why_not(error)) from error
-        return own_layer(new_layer(config, device, dtype), layout, config, backend)
-
-    candidates = {name: lambda name=name: ours(name) for name in OURS if name != "torch" or device.type != "cuda"}
-    candidates["published"] = lambda: published_layer(new_layer(config, device, dtype), trace, layout, config)
+    candidates = {
+        default_backend(device): lambda: own_layer(new_layer(config, device, dtype), layout, config),
+        "published": lambda: published_layer(new_layer(config, device, dtype), trace, layout, config),
+    }
     return Case(
         OP,
         f"hidden {config.hidden_size}, {config.num_heads}/{config.num_kv_heads} heads, MLP {config.intermediate_size}",
@@ -82,7 +74,12 @@ def new_layer(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> 
     return layer.to(dtype)
 
 
-def own_layer(layer: DecoderLayer, layout: Layout, config: ModelConfig, backend: str) -> Candidate:
+def default_backend(device: torch.device) -> str:
+    """What ``auto`` chooses for attention, which stands for the layer: its linear layers are PyTorch's everywhere."""
+    return resolve("symbiotic_attention", "auto", torch.empty(1, 1, 1, device=device))
+
+
+def own_layer(layer: DecoderLayer, layout: Layout, config: ModelConfig, backend: str = "auto") -> Candidate:
     """Ours, on a layout of its device."""
     device = layout.device
     tables = rope_table(layout.max_position + 1, config.head_dim, config.rope_theta, device=device)

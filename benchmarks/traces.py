@@ -199,3 +199,12 @@ def tiny() -> Trace:
         (_text(4), _image((4, 4), "noise", latent=True)),
     )
     return Trace("tiny", samples)
+
+
+def tiny_diga() -> tuple[Trace, Trace]:
+    """A few generation samples, and their teacher's. Not standard traces."""
+    grids = ((3, 4), (2, 3), (4, 4))
+    view = _image((4, 3), "full", latent=False)
+    samples = tuple((_text(5), _image(grid, "noise", latent=True)) for grid in grids)
+    teacher = tuple((_image(grid, "full", latent=True), _text(7), view) for grid in grids)
+    return Trace("tiny_diga", samples), Trace("tiny_diga_teacher", teacher)

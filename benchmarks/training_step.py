@@ -32,13 +32,13 @@ from unigendet.model.losses import (
     sample_timesteps,
 )
 from unigendet.model.unigendet import UniGenDet
-from unigendet.ops.backends import resolve
 from unigendet.packing import PackedBatch
 from unigendet.training.stages import DIGAStage, GDUFStage, alignment_grids
 
 from . import packs, traces, work
 from .candidate import dtype_name
 from .contest import Entry, Measurement, Run, Truth, Work, allowances, make_rows
+from .decoder_layer import default_backend
 from .harness import CannotRun, first_call, measure_paired, peak_mib, reason
 from .profile import step_shares
 from .published import PublishedAlignment, PublishedModel, PublishedPack
@@ -124,9 +124,7 @@ class StepCase:
     @property
     def candidates(self) -> tuple[str, ...]:
         """Our default backend here, and the peer."""
-        config = self.config
-        probe = torch.empty(1, config.num_heads, config.head_dim, device=self.device, dtype=self.dtype)
-        return resolve("symbiotic_attention", "auto", probe), "published"
+        return default_backend(self.device), "published"
 
     @property
     def layer(self) -> int:
@@ -321,6 +319,7 @@ def cases(device: torch.device, size: str) -> Iterator[StepCase]:
     if size == "tiny":
         config = packs.small_config(32, 2, heads=4, kv_heads=2, intermediate=48, vocab=64)
         yield step("gduf", "hidden 32", config, traces.tiny())
+        yield step("diga", "hidden 32", config, *traces.tiny_diga())
         return
     if device.type == "cuda":
         layers = layers_that_fit(torch.cuda.get_device_properties(device).total_memory / 2**30)
