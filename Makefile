@@ -7,9 +7,11 @@ INSTALLED := $(VENV)/.installed
 # and any unigendet/_C there, with $(VENV).
 OLDEST_TRITON := $(VENV)/triton-oldest
 # The GPU machine's own Python, with its own torch, triton, pytest, pybind11, ninja and setuptools (77 or later):
-# `make gpu` takes nothing from the network. The benchmarks run even if a test fails.
+# `make gpu` takes nothing from the network. The benchmarks run even if a test fails, and begin nothing new when their
+# time is over: whatever is left is listed as such.
 GPU_PYTHON ?= python3
 GPU_LOG := runs/gpu.log
+GPU_SECONDS ?= 420
 
 .PHONY: help install test sanitize lint format quickstart gpu clean
 
@@ -75,9 +77,7 @@ gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results
 	mkdir -p $(dir $(GPU_LOG))
 	{ status=0; \
 	$(GPU_PYTHON) -m pytest -m gpu -q || status=$$?; \
-	for benchmark in alignment_loss stream_ops attention; do \
-	$(GPU_PYTHON) -m benchmarks.$$benchmark || status=$$?; \
-	done; \
+	$(GPU_PYTHON) -m unigendet bench --device cuda --record --limit $(GPU_SECONDS) || status=$$?; \
 	exit $$status; } 2>&1 | tee $(GPU_LOG)
 
 clean:  ## Remove the virtual environment and what the targets left

@@ -26,7 +26,7 @@ IMAGE_SIDES = (128, 256, 512, 768, 1024)
 TEXT_SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 SAMPLES = (1, 4, 16, 64, 256)
 SHARE_SAMPLE = 2048  # tokens of a sample in ``text_share``
-CANDIDATES = ("triton", "flash", "torch", "flex", "sdpa_dense_mask")
+CANDIDATES = ("triton", "flash", "torch", "sdpa_dense_mask")  # without those that compile anew for every pack
 
 
 def sweeps(size: str, *, on_gpu: bool) -> Iterator[tuple[str, float, Trace]]:

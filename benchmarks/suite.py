@@ -23,7 +23,7 @@ from .progress import Progress
 from .record import BENCHMARKS, SCHEMA, Record, table, write_json
 
 SIZES = ("full", "quick", "tiny")
-QUICK_SECONDS, FULL_SECONDS = 0.2, 1.0
+QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.2, 1.0, 0.3
 COMPILES = ("torch.compile", "flex", "flex_mask_per_pack")
 
 
@@ -137,7 +137,8 @@ def _run_benchmark(
     progress: Progress,
     deadline: float,
 ) -> None:
-    seconds = settings.seconds or (FULL_SECONDS if settings.size == "full" else QUICK_SECONDS)
+    full = GPU_SECONDS if settings.device.type == "cuda" else FULL_SECONDS
+    seconds = settings.seconds or (full if settings.size == "full" else QUICK_SECONDS)
     run = Run(
         record,
         settings.device,
@@ -227,7 +228,7 @@ def bench(settings: Settings, *, json: Path | None = None, old: Path | None = No
     """The command. Returns 0; 1 if an answer of ours was wrong, failed, or became worse than ``old``; 130 interrupted.
 
     ``json``: file for all rows together; ``old``: results to compare with; ``record``: keep whole benchmarks in the
-    checkout and write its documents anew. Otherwise results and a report go to ``settings.out``.
+    checkout. Otherwise results and a report go to ``settings.out``.
     """
     if record:
         settings = _recording(settings)
@@ -260,9 +261,9 @@ def _recording(settings: Settings) -> Settings:
 def _report(settings: Settings, record: bool) -> None:
     if settings.out is None:
         return
-    from . import report
-
     if record:
-        report.main([])
-    else:
-        print(f"\nThe report: {report.write_report(settings.out, settings.out)}")
+        print("\nRecorded. The documents follow with python -m benchmarks.report.")
+        return
+    from .report import write_report
+
+    print(f"\nThe report: {write_report(settings.out, settings.out)}")
