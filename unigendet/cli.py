@@ -168,7 +168,8 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--json", type=Path, metavar="FILE", help="also write all rows into this one file")
     bench.add_argument("--compare", type=Path, metavar="OLD",
                        help="file or folder of an earlier run on this machine: show what became slower")  # fmt: skip
-    bench.add_argument("--seconds", type=float, help="measuring time of one candidate (default: 1, on a GPU 0.3, with --quick 0.2)")
+    bench.add_argument("--seconds", type=float,
+                       help="measuring time of one candidate (default: 1, on a GPU 0.3, with --quick 0.2)")  # fmt: skip
     bench.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after this time")
     bench.add_argument("--record", action="store_true",
                        help="keep the results in the checkout's benchmarks/results instead")  # fmt: skip
