@@ -35,7 +35,7 @@ class Progress:
         """The next case has begun."""
         self._done += 1
         if self._bar is not None:
-            self._bar.update(self._task, completed=self._done - 1, text=case)
+            self._bar.update(self._task, completed=self._done - 1, text=case, refresh=True)
         elif not self._quiet:
             seconds = time.monotonic() - self._begin
             print(f"[{self._done}/{self._total}, {seconds:.0f} s] {case}", file=sys.stderr, flush=True)
@@ -43,7 +43,7 @@ class Progress:
     def detail(self, case: str, text: str) -> None:
         """What is being done within a case; shown by a bar only."""
         if self._bar is not None:
-            self._bar.update(self._task, text=f"{case}: {text}")
+            self._bar.update(self._task, text=f"{case}: {text}", refresh=True)
 
     def show(self, lines: Sequence[str]) -> None:
         """Print lines of results, above the bar if there is one."""
@@ -61,4 +61,5 @@ def _rich_bar() -> Any:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(bar_width=24), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.fields[text]}"))
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+    # It moves when it is told to: a thread of its own would run beside what is being measured.
+    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False, auto_refresh=False)
