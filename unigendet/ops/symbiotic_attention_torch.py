@@ -155,7 +155,7 @@ class _Sample:
 def _batch_calls(samples: list[_Sample], device: torch.device) -> Iterator[Call]:
     """Batches of small samples of similar size."""
     group: list[_Sample] = []
-    for sample in sorted(samples, key=lambda s: (s.keys, s.queries)):
+    for sample in sorted(samples, key=lambda s: (s.queries, s.keys)):
         candidate = [*group, sample]
         computed = len(candidate) * max(s.queries for s in candidate) * max(s.keys for s in candidate)
         if group and (computed > BATCH_PAIRS or computed > PADDING * sum(s.queries * s.keys for s in candidate)):
