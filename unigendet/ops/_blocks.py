@@ -1,8 +1,8 @@
 """Rows in blocks: what the ``torch`` backend's chains of elementwise operations work on.
 
-On a CPU a tensor of a whole pack does not stay in cache from one operation of a chain to the next, and new memory for it
-costs more than the arithmetic. A block's temporaries stay in a core's cache and are used again by the next block. On
-other devices a block is all rows.
+On a CPU a tensor of a whole pack does not stay in cache from one operation of a chain to the next, and fresh memory for
+it costs more than the arithmetic. A block's temporaries stay in cache, and their memory serves the next block. On other
+devices a block is all rows.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import torch
 
-BLOCK = 1 << 17  # numbers of a block
+BLOCK = 1 << 18  # numbers of a block
 
 
 def row_blocks(begin: int, end: int, columns: int, device: torch.device) -> Iterator[slice]:

@@ -10,9 +10,9 @@ Samples fall into two kinds, by their number of (query, key) pairs:
 
 The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen: it is computed once per pack.
 
-One call is ``attend`` / ``attend_backward`` on [batch, kv_heads, group, length, head_dim], where the group's query heads
-share a key head: PyTorch's fused CPU kernel where there is one, otherwise the same formulas on bounded chunks of query
-rows.
+One call is ``attend`` / ``attend_backward`` on [batch, kv_heads, group, length, head_dim], where the query heads of a
+group share a key head: PyTorch's fused CPU kernel where there is one, otherwise the same formulas on bounded chunks of
+query rows.
 """
 
 from __future__ import annotations
@@ -198,13 +198,8 @@ def forward(q: Tensor, k: Tensor, v: Tensor, splits: Tensor, scale: float) -> tu
     q, k, v = (_with_dense_heads(_grouped(x, kv_heads)) for x in (q, k, v))
     outs, lses = _grouped(out, kv_heads), _grouped(lse.T, kv_heads)
     for call in plan(splits, q.device):
-        part, part_lse = attend(
-            _take(q, call.query_rows, call.batch),
-            _take(k, call.key_rows, call.batch),
-            _take(v, call.key_rows, call.batch),
-            scale,
-            call,
-        )
+        take = functools.partial(_take, batch=call.batch)
+        part, part_lse = attend(take(q, call.query_rows), take(k, call.key_rows), take(v, call.key_rows), scale, call)
         rows = _flat(part, call.query_slots)
         lse_rows = _flat(part_lse, call.query_slots)
         if call.merged:
@@ -362,11 +357,7 @@ def attend_backward(
     if _fused(q) and grad_lse is None:
         heads = _Heads.of(q, call)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *map(heads.merge, (grad, q, k, v, out, lse)),
-            0.0,
-            call.causal,
-            attn_mask=heads.bias(q, call),
-            scale=scale,
+            *map(heads.merge, (grad, q, k, v, out, lse)), 0.0, call.causal, attn_mask=heads.bias(q, call), scale=scale
         )
         return heads.split(dq), heads.split_keys(dk), heads.split_keys(dv)
     dtype = compute_dtype(q)
