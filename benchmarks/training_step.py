@@ -128,8 +128,8 @@ class StepCase:
 
     @property
     def layer(self) -> int:
-        """DIGA's layer, of student and teacher."""
-        return min(8, self.config.num_layers)
+        """DIGA's layer, of student and teacher: as far up as the published 8 of 28."""
+        return max(1, round(self.config.num_layers * 8 / 28))
 
     @property
     def work(self) -> dict[str, Work]:
@@ -140,7 +140,8 @@ class StepCase:
         batch = packs.pack_of(self.packed, self.config)
         if self.teacher is None:
             return work.gduf_step(self.config, batch)
-        return work.diga_step(self.config, batch, packs.pack_of(self.teacher, self.config), teacher_layer=self.layer)
+        teacher = packs.pack_of(self.teacher, self.config)
+        return work.diga_step(self.config, batch, teacher, align_layer=self.layer, teacher_layer=self.layer)
 
     def run(self, run: Run) -> None:
         """A row for each candidate."""
@@ -252,7 +253,8 @@ class StepCase:
             capture = (self.layer,)
 
         def forward() -> Any:
-            return model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, capture=capture)
+            options = {"latent_tokens": latents.tokens, "timesteps": latents.timesteps}
+            return model(batch, **options, capture=capture, only_read=True)
 
         def losses() -> dict[str, Tensor]:
             output = forward()
@@ -271,6 +273,8 @@ class StepCase:
         own = PublishedModel.of(model)
         pack = PublishedPack.of(batch, self.packed.splits, dtype)
         order = batch.layout.stream_to_sequence
+        if batch.readout is not None and (teacher is None or self.layer < self.config.num_layers):
+            order = order.index_select(0, batch.readout.stream_rows)
         if teacher is None:
             if own.align_head is not None:
                 own.align_head.requires_grad_(False)

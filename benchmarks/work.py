@@ -2,16 +2,21 @@
 
 Counted are matrix products and attention, a multiplication and an addition as two operations: linear layers by the rows
 of each stream, attention by the visible pairs (docs/model.md §3), ``lm_head`` by the rows that predict a token, the
-other heads by the rows that they read, the time embedding once per latent image. Backward there is a product for the
-gradient of a layer's input, unless nothing that learns lies before it, and one for that of its weights, if they learn.
-What comes before a layer is judged for the pack as a whole, as autograd does, not row by row. Attention costs
-4·head_dim·heads per pair forward and 8 backward; computing anything a second time is no work.
+other heads by the rows that they read, the time embedding once per latent image. Of the last decoder layer counts
+what the losses read (``PackedBatch.readout``): keys and values of all tokens, all else of the tokens that are read. The
+teacher of DIGA counts whole.
+
+Backward there is a product for the gradient of a layer's input, unless nothing that learns lies before it, and one for
+that of its weights, if they learn. What comes before a layer is judged for the pack as a whole, as autograd does, not
+row by row. Attention costs 4·head_dim·heads per pair forward and 8 backward; computing anything a second time is no
+work.
 
 ``published_convention`` is the coarser count by which the utilisation of BAGEL's training is stated.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -86,7 +91,7 @@ def gduf_step(config: ModelConfig, batch: PackedBatch) -> StepWork:
         {
             **_vision(config, batch, learns=True),
             "latent embedding": _latent_embedding(config, batch),
-            **_decoder(config, batch.layout, STREAMS),
+            **_decoder(config, batch, STREAMS),
             "text head": _products(targets * hidden * config.vocab_size),
             "real/fake head": _products(labels * head),
             "velocity head": _velocity_head(config, batch),
@@ -95,25 +100,27 @@ def gduf_step(config: ModelConfig, batch: PackedBatch) -> StepWork:
 
 
 def diga_step(
-    config: ModelConfig, batch: PackedBatch, teacher_batch: PackedBatch, *, teacher_layer: int = 8
+    config: ModelConfig, batch: PackedBatch, teacher_batch: PackedBatch, *, align_layer: int = 8, teacher_layer: int = 8
 ) -> StepWork:
     """Forward and backward pass of DIGA, where the generation stream, the latent projections and φ learn.
 
-    The teacher, up to decoder layer ``teacher_layer``, has no backward pass and is one part. Raises ValueError if the
-    model has fewer layers.
+    The student is aligned after decoder layer ``align_layer``: if that is the last one, all of it is read. The teacher,
+    up to layer ``teacher_layer``, has no backward pass and is one part. Raises ValueError if it has fewer layers.
     """
+    if align_layer == config.num_layers:
+        batch = dataclasses.replace(batch, readout=None)
     if not 1 <= teacher_layer <= config.num_layers:
         raise ValueError(f"teacher_layer is {teacher_layer}; it must be in 1..{config.num_layers}")
     teacher = [
         *_vision(config, teacher_batch, learns=False).values(),
         _latent_embedding(config, teacher_batch),
-        *_decoder(config, teacher_batch.layout, (), layers=teacher_layer).values(),
+        *_decoder(config, teacher_batch, (), layers=teacher_layer).values(),
     ]
     return StepWork(
         {
             **_vision(config, batch, learns=False),
             "latent embedding": _latent_embedding(config, batch),
-            **_decoder(config, batch.layout, ("gen",)),
+            **_decoder(config, batch, ("gen",)),
             "velocity head": _velocity_head(config, batch),
             "alignment head": _products(batch.noised_tokens.shape[0] * 8 * config.hidden_size**2),
             "teacher": Work(sum(part.forward for part in teacher)),
@@ -149,11 +156,26 @@ def _attention(pairs: int, width: int) -> Work:
 
 
 def _decoder(
-    config: ModelConfig, layout: Layout, trained: Collection[str], layers: int | None = None
+    config: ModelConfig, batch: PackedBatch, trained: Collection[str], layers: int | None = None
 ) -> dict[str, Work]:
     layers = config.num_layers if layers is None else layers
-    parts = decoder_layer(config, layout, trained).parts
-    return {f"decoder {name}": Work(layers * w.forward, layers * w.backward) for name, w in parts.items()}
+    parts = decoder_layer(config, batch.layout, trained).parts
+    found = {name: Work(layers * w.forward, layers * w.backward) for name, w in parts.items()}
+    for name, unread in _unread(config, batch, trained).items():
+        found[name] = Work(found[name].forward - unread.forward, found[name].backward - unread.backward)
+    return {f"decoder {name}": w for name, w in found.items()}
+
+
+def _unread(config: ModelConfig, batch: PackedBatch, trained: Collection[str]) -> dict[str, Work]:
+    """What the last layer need not compute, since no loss reads it: but for keys and values, which all tokens have."""
+    if batch.readout is None:
+        return {}
+    size, linear = _layer_size(config) - config.hidden_size * 2 * config.num_kv_heads * config.head_dim, Work()
+    rows = (batch.layout.stream_lengths - batch.readout.layout.stream_lengths).tolist()
+    for stream, unread in zip(STREAMS, rows, strict=True):
+        linear += _products(unread * size, weights=stream in trained)
+    pairs = batch.layout.visible_pairs() - batch.readout.layout.visible_pairs()
+    return {"linear layers": linear, "attention": _attention(pairs, config.num_heads * config.head_dim)}
 
 
 def _vision(config: ModelConfig, batch: PackedBatch, *, learns: bool) -> dict[str, Work]:

@@ -1,5 +1,7 @@
 """Counts of work against what PyTorch's counter sees the baseline compute, and attention against the dense masks."""
 
+import dataclasses
+
 import pytest
 import torch
 from benchmark_cases import ALIGN, GDUF, GENERATIONS, TEACHERS, prepared, tiny_model
@@ -36,7 +38,7 @@ def test_gduf_step(model, samples):
     batch, pack, latents = prepared(samples, model, torch.float32)
     total, forward = counted(lambda: sum(baseline.gduf_losses(pack, latents).values()))
     _, backward = counted(total.backward)
-    step = work.gduf_step(model.config, batch)
+    step = work.gduf_step(model.config, dataclasses.replace(batch, readout=None))  # the baseline computes all rows
     assert without_attention(step) == (forward, backward)
     assert step.total == step.forward + step.backward == sum(part.total for part in step.parts.values())
 
@@ -49,7 +51,8 @@ def test_diga_step(model, teacher_layer):
     teacher_batch, teacher_pack, _ = prepared(TEACHERS, model, torch.float32)
     total, forward = counted(lambda: sum(alignment.losses(pack, latents, teacher_pack).values()))
     _, backward = counted(total.backward)
-    step = work.diga_step(model.config, batch, teacher_batch, teacher_layer=teacher_layer)
+    batch = dataclasses.replace(batch, readout=None)
+    step = work.diga_step(model.config, batch, teacher_batch, align_layer=ALIGN, teacher_layer=teacher_layer)
     teacher_pairs = visible_pairs(TEACHERS) * teacher_layer * model.config.hidden_size
     teacher_pairs += sum((h * w) ** 2 for h, w in teacher_batch.vit_sizes) * 2 * 64  # the quickstart's ViT
     assert without_attention(step) == (forward + 4 * teacher_pairs, backward)
@@ -77,11 +80,41 @@ def visible_pairs(samples):
 @pytest.mark.parametrize("samples", [*GDUF.values(), traces.trace("gduf_4k").samples], ids=[*GDUF, "gduf_4k"])
 def test_attention(samples):
     config = packs.small_config(64, 3, heads=4)
-    step = work.gduf_step(config, packs.pack_of(traces.Trace("test", samples), config))
+    batch = packs.pack_of(traces.Trace("test", samples), config)
+    step = work.gduf_step(config, dataclasses.replace(batch, readout=None))
     pairs = visible_pairs(samples)
     assert step.parts["decoder attention"] == work.Work(4 * 64 * 3 * pairs, 8 * 64 * 3 * pairs)
     grids = [s.grid for sample in samples for s in sample if s.grid and not s.latent]
     assert step.parts["ViT attention"].forward == 4 * 256 * 4 * sum((h * w) ** 2 for h, w in grids)
+
+
+def test_of_the_last_layer_counts_what_is_read(model):
+    """Keys and values of all tokens; queries, attention and the rest of those from the first split on that is read."""
+    config = model.config
+    batch, _, _ = prepared(GDUF["mixed"], model, torch.float32)
+    full, own = (work.gduf_step(config, b).parts for b in (dataclasses.replace(batch, readout=None), batch))
+    assert {name for name in full if full[name] != own[name]} == {"decoder linear layers", "decoder attention"}
+    read = torch.zeros(batch.layout.num_queries, dtype=torch.bool)
+    read[batch.layout.stream_to_sequence[batch.readout.stream_rows]] = True
+    pairs = int(batch.layout.dense_mask()[~read].sum())
+    assert pairs > 0
+    assert full["decoder attention"].forward - own["decoder attention"].forward == 4 * config.hidden_size * pairs
+    assert full["decoder attention"].backward - own["decoder attention"].backward == 8 * config.hidden_size * pairs
+    heads = config.num_heads * config.head_dim
+    weights = config.hidden_size * (2 * heads + 3 * config.intermediate_size)  # q, output, MLP
+    unread = int((~read).sum())
+    assert full["decoder linear layers"].forward - own["decoder linear layers"].forward == 2 * weights * unread
+    assert full["decoder linear layers"].backward - own["decoder linear layers"].backward == 4 * weights * unread
+
+
+def test_an_aligned_last_layer_is_read_whole(model):
+    batch, _, _ = prepared(GENERATIONS, model, torch.float32)
+    teacher_batch, _, _ = prepared(TEACHERS, model, torch.float32)
+    last, third, whole = (
+        work.diga_step(model.config, b, teacher_batch, align_layer=layer, teacher_layer=1).total
+        for b, layer in ((batch, 4), (batch, 3), (dataclasses.replace(batch, readout=None), 3))
+    )
+    assert last == whole > third
 
 
 def test_published_convention(model):

@@ -18,7 +18,9 @@ Source: the attention of the paper, section 3.2 (symbiotic multimodal self-atten
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -241,6 +243,61 @@ class Layout:
             num_samples=len(counts),
             max_position=int(positions.max()),
         )
+
+
+@dataclass(frozen=True, eq=False)
+class Readout:
+    """The part of a pack that the heads read: what the last decoder layer has to compute, R of the T tokens.
+
+    In each sample they are the tokens from the first split on that is read; all tokens before them are keys only.
+    """
+
+    layout: Layout  # R queries, T keys
+    query_rows: Tensor  # int64 [R]: the pack's sequence rows that are its queries
+    stream_rows: Tensor  # int64 [R]: the pack's stream-major rows, in its own stream-major order
+    places: Tensor  # int64 [T]: the inverse, own stream-major row of each of the pack's; -1 where there is none
+
+    @classmethod
+    def of(cls, layout: Layout, rows: np.ndarray) -> Readout | None:
+        """The readout of a pack without cache, on the CPU, of which the sequence ``rows`` (int64) are read.
+
+        None if nothing is read, or if the part is the whole.
+        """
+        splits = layout.splits.view(-1, len(SPLIT_FIELDS)).numpy()
+        mode, length, begin = splits[:, 0], splits[:, 6] - splits[:, 5], splits[:, 5]
+        first, sample = np.unique(splits[:, 3], return_inverse=True)  # of each sample; of each split
+        tokens = np.diff(layout.cu_seqlens_q.numpy())
+        unread = tokens.astype(np.int64)
+        read = np.searchsorted(begin, rows, side="right") - 1  # splits
+        np.minimum.at(unread, sample[read], begin[read] - first[sample[read]])
+        if unread.sum() in (0, layout.num_queries):
+            return None
+        query_rows = np.flatnonzero(np.arange(layout.num_queries) >= np.repeat(first + unread, tokens))
+        lists = [[] for _ in first]
+        for i, n, m in zip(sample.tolist(), length.tolist(), mode.tolist(), strict=True):
+            lists[i].append((n, MODES[m]))
+        stream_row = layout.sequence_to_stream.numpy()[query_rows]
+        part = Layout.from_splits(
+            lists,
+            streams=stream_row >= layout.stream_lengths[0].item(),
+            positions=layout.positions.numpy()[query_rows],
+            cached=unread,
+        )
+        stream_rows = stream_row[part.stream_to_sequence.numpy()]
+        places = np.full(layout.num_queries, -1)
+        places[stream_rows] = np.arange(len(stream_rows))
+        return cls(part, *(torch.from_numpy(x) for x in (query_rows, stream_rows, places)))
+
+    def _map(self, move: Callable[[Any], Any]) -> Readout:
+        return Readout(*(move(getattr(self, field.name)) for field in dataclasses.fields(self)))
+
+    def to(self, device: torch.device | str, *, non_blocking: bool = False) -> Readout:
+        """The same on ``device``."""
+        return self._map(lambda value: value.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> Readout:
+        """The same in page-locked memory."""
+        return self._map(lambda value: value.pin_memory())
 
 
 def _rebuild(fields: dict[str, Any]) -> Layout:

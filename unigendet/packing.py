@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from unigendet.config import ConditionDropout, ModelConfig
-from unigendet.layout import Layout
+from unigendet.layout import Layout, Readout
 
 
 @dataclass(frozen=True)
@@ -96,11 +96,12 @@ class PackedBatch:
     label_rows: Tensor  # int64 [L]: stream-major row of the answer's first token, per labelled sample
     labels: Tensor  # int64 [L]: 1 = real, 0 = fake
     last_rows: Tensor  # int64 [S]: stream-major row of each sample's last token; −1 if the sample has no query
+    readout: Readout | None  # what the training losses read; None if that is everything, or nothing, or with a cache
     names: tuple[str, ...]  # of the samples
 
     def _map(self, move: Any) -> PackedBatch:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return PackedBatch(**{k: move(v) if isinstance(v, Tensor | Layout) else v for k, v in values.items()})
+        return PackedBatch(**{k: move(v) if isinstance(v, Tensor | Layout | Readout) else v for k, v in values.items()})
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> PackedBatch:
         """The same batch on ``device``."""
@@ -337,6 +338,8 @@ class _Builder:
         tokens_per_image = [rows * columns for rows, columns in self.latent_sizes]
         latent_image = np.repeat(np.arange(len(tokens_per_image)), tokens_per_image)
         noised = np.array(self.noised, bool)
+        noised_tokens = np.flatnonzero(noised[latent_image])
+        read = np.concatenate((self.target_rows, self.label_rows, np.flatnonzero(kinds == _LATENT)[noised_tokens]))
         rows_of = lambda rows: torch.from_numpy(to_stream[np.asarray(rows, np.int64)])  # noqa: E731
         return PackedBatch(
             layout=layout,
@@ -352,7 +355,7 @@ class _Builder:
             latent_positions=_table_positions(self.latent_sizes, config.latent.max_size),
             latent_image=torch.from_numpy(latent_image),
             noised_images=torch.from_numpy(noised),
-            noised_tokens=torch.from_numpy(np.flatnonzero(noised[latent_image])),
+            noised_tokens=torch.from_numpy(noised_tokens),
             source_rows=torch.from_numpy(source[to_sequence]),
             vit_rows=rows_of(np.flatnonzero(kinds == _VIT)),
             target_rows=rows_of(self.target_rows),
@@ -360,6 +363,7 @@ class _Builder:
             label_rows=rows_of(self.label_rows),
             labels=torch.tensor(self.labels, dtype=torch.int64),
             last_rows=torch.tensor([to_stream[row] if row >= 0 else -1 for row in self.last_rows]),
+            readout=Readout.of(layout, read.astype(np.int64)) if layout.num_queries == layout.num_keys else None,
             names=names,
         )
 

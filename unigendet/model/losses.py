@@ -88,7 +88,7 @@ def mse_loss(
     model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts
 ) -> Tensor:
     """Flow-matching loss of the noised latent tokens. The batch must have at least one, which callers see to."""
-    rows = latent_rows(batch).index_select(0, batch.noised_tokens)
+    rows = output.places(latent_rows(batch).index_select(0, batch.noised_tokens))
     error = flow_matching_loss(
         model.velocity(output.hidden, rows), latents.target.index_select(0, batch.noised_tokens), backend=model.backend
     )
@@ -97,13 +97,13 @@ def mse_loss(
 
 def text_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
     """Cross-entropy of the predicted tokens."""
-    logits = model.text_logits(output.hidden, batch.target_rows)
+    logits = model.text_logits(output.hidden, output.places(batch.target_rows))
     return _cross_entropy(logits, batch.targets) / counts.targets
 
 
 def label_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts: Counts) -> Tensor:
     """Cross-entropy of the real/fake head over the labelled samples."""
-    logits = model.class_logits(output.hidden, batch.label_rows)
+    logits = model.class_logits(output.hidden, output.places(batch.label_rows))
     return _cross_entropy(logits, batch.labels) / counts.labels
 
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from unigendet.config import ModelConfig
-from unigendet.layout import Layout
+from unigendet.layout import Layout, Readout
 from unigendet.model.cache import KVCache
 from unigendet.ops import qk_norm_rope, rms_norm, rope_table, stream_linear, swiglu, symbiotic_attention
 
@@ -76,8 +76,12 @@ class DecoderLayer(nn.Module):
         rope: tuple[Tensor, Tensor],
         cache: tuple[Tensor, Tensor] | None = None,
         backend: str = "auto",
+        readout: Readout | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Apply the layer. ``delta`` None stands for zeros; ``cache``: this layer's k and v."""
+        """Apply the layer. ``delta`` None stands for zeros; ``cache``: this layer's k and v.
+
+        With ``readout`` only its rows come out, in its own stream-major order: all other tokens are keys and no more.
+        """
         n, x = self._norm(self.norm1, x, delta, layout, backend)
         qkv = self.qkv(n, layout, backend)
         q, k, v = qk_norm_rope(
@@ -91,6 +95,9 @@ class DecoderLayer(nn.Module):
             cache=cache,
             backend=backend,
         )
+        if readout is not None:
+            q, x = q.index_select(0, readout.query_rows), x.index_select(0, readout.stream_rows)
+            layout = readout.layout
         attended = symbiotic_attention(q, k, v, layout, out_order="stream", backend=backend)
         m, x = self._norm(self.norm2, x, self.out(attended.flatten(1), layout, backend), layout, backend)
         return x, self.down(swiglu(self.gate_up(m, layout, backend), backend=backend), layout, backend)
@@ -131,6 +138,7 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         capture: Collection[int] = (),
         stop_after: int | None = None,
+        readout: Readout | None = None,
         backend: str = "auto",
     ) -> tuple[Tensor, dict[int, Tensor]]:
         """Run the layers.
@@ -141,10 +149,12 @@ class Decoder(nn.Module):
             cache: keys and values of earlier tokens; new ones are written into it (no gradients then).
             capture: numbers of layers (1 = the first) whose output, before any final norm, is wanted.
             stop_after: number of layers to run; default all.
+            readout: the rows that are wanted of the last layer; default all. It cannot be captured then.
             backend: for every op.
 
         Returns:
-            The final norm's output [T, hidden], and the captured outputs by layer number, all stream-major.
+            The final norm's output [T, hidden], or [R, hidden] with ``readout``, and the captured outputs by layer
+            number, all stream-major.
 
         Raises:
             ValueError: a layer number is out of range.
@@ -153,6 +163,8 @@ class Decoder(nn.Module):
         for name, number, most in (("stop_after", last, len(self.layers)), *(("capture", n, last) for n in capture)):
             if not 1 <= number <= most:
                 raise ValueError(f"{name} names layer {number}; layers are numbered 1 to {most}")
+        if readout is not None and last in capture:
+            raise ValueError(f"capture names the last layer, {last}, of which only the rows of readout are computed")
         rope = self.rope(x.device)
         delta: Tensor | None = None
         captured: dict[int, Tensor] = {}
@@ -164,6 +176,7 @@ class Decoder(nn.Module):
                 rope,
                 None if cache is None else cache.layer(number - 1),
                 backend,
+                readout if number == last else None,
             )
             if self.recompute and torch.is_grad_enabled():
                 x, delta = checkpoint(layer, *arguments, use_reentrant=False)
@@ -173,6 +186,7 @@ class Decoder(nn.Module):
                 x, delta = x + delta, None
                 captured[number] = x
         eps = self.config.rms_norm_eps
+        layout = layout if readout is None else readout.layout
         if delta is None:
             return rms_norm(x, self.norm.weights, layout, eps=eps, backend=backend), captured
         return rms_norm(delta, self.norm.weights, layout, residual=x, eps=eps, backend=backend)[0], captured

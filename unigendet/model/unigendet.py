@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unigendet.config import ModelConfig
+from unigendet.layout import Readout
 from unigendet.model.cache import KVCache
 from unigendet.model.embeddings import Mlp, TimestepEmbedding, sincos_table
 from unigendet.model.transformer import Decoder
@@ -29,10 +30,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ModelOutput:
-    """``hidden`` [T, hidden], final norm applied, stream-major; ``captured``: layers asked for, before any norm."""
+    """``hidden`` [T, hidden], final norm applied, stream-major; ``captured``: layers asked for, before any norm.
+
+    Where only a part was computed, ``hidden`` has the rows of ``readout``, in its order.
+    """
 
     hidden: Tensor
     captured: dict[int, Tensor]
+    readout: Readout | None = None
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where ``hidden`` has the given stream-major rows of the pack."""
+        return rows if self.readout is None else self.readout.places.index_select(0, rows)
 
 
 class UniGenDet(nn.Module):
@@ -92,6 +101,7 @@ class UniGenDet(nn.Module):
         cache: KVCache | None = None,
         capture: Collection[int] = (),
         stop_after: int | None = None,
+        only_read: bool = False,
     ) -> ModelOutput:
         """Embed a pack and run the decoder.
 
@@ -103,15 +113,17 @@ class UniGenDet(nn.Module):
             cache: keys and values of the tokens the batch has cached; new ones are written into it.
             capture: layers whose output is wanted, numbered from 1.
             stop_after: number of layers to run.
+            only_read: the last layer may leave out the rows that no training loss reads.
 
         Returns:
             ``ModelOutput``.
         """
         x = self.embed(batch, latent_tokens, timesteps)
-        hidden, captured = self.decoder(
-            x, batch.layout, cache=cache, capture=capture, stop_after=stop_after, backend=self.backend
-        )
-        return ModelOutput(hidden, captured)
+        whole = not only_read or (stop_after or self.config.num_layers) in capture
+        readout = None if whole else batch.readout
+        options = {"cache": cache, "capture": capture, "stop_after": stop_after, "backend": self.backend}
+        hidden, captured = self.decoder(x, batch.layout, readout=readout, **options)
+        return ModelOutput(hidden, captured, readout)
 
     def embed(self, batch: PackedBatch, latent_tokens: Tensor | None, timesteps: Tensor | None) -> Tensor:
         """The residual stream's first rows [T, hidden], stream-major."""

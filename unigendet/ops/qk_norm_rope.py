@@ -35,6 +35,7 @@ from unigendet.ops._arguments import (
     first_stream,
     reject,
 )
+from unigendet.ops._blocks import stream_blocks
 from unigendet.ops._launching import capability, run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
@@ -138,28 +139,36 @@ def _torch(
     to_sequence, to_stream, positions = maps
     n = first_stream("qkv", qkv, lengths)
     qk, v = _split(qkv, heads)
-    wide = qk.to(compute_dtype(qkv))
-    h = wide * torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(wide.shape[-1]).add_(eps)).unsqueeze(-1)
-    for rows, columns, weight in _blocks(norms, n, heads):
-        h[rows, columns] *= weight
-    rotated = torch.empty(h.shape, dtype=qkv.dtype, device=qkv.device)
-    _rotate(h, cos, sin, positions.index_select(0, to_sequence), out=rotated)
-    q, k = rotated[:, : heads[0]], rotated[:, heads[0] :]
-    return q.index_select(0, to_stream), k.index_select(0, to_stream), v.index_select(0, to_stream)
+    q, k, _ = outputs = _allocate(qkv, heads)
+    weights = _stream_weights(norms, heads, compute_dtype(qkv))
+    for stream, rows in stream_blocks(n, len(qkv), qk[:1].numel(), qkv.device):
+        wide = qk[rows].to(weights[0].dtype)
+        h = wide * _rstd(wide, eps)
+        h *= weights[stream]
+        y = _rotate(h, cos, sin, positions.index_select(0, to_sequence[rows]), torch.empty_like(h)).to(qkv.dtype)
+        for out, part in ((q, y[:, : heads[0]]), (k, y[:, heads[0] :])):
+            out.index_copy_(0, to_sequence[rows], part)
+    torch.index_select(v, 0, to_stream, out=outputs[2])
+    return outputs
 
 
-def _blocks(norms: Sequence[Tensor], n: int, heads: Sequence[int]) -> tuple[tuple[slice, slice, Tensor], ...]:
-    """(rows, heads, weight) of the four norm weights, in their order: q of both streams, k of both streams."""
-    und, gen, q, k = slice(0, n), slice(n, None), slice(0, heads[0]), slice(heads[0], None)
-    return tuple(zip((und, gen, und, gen), (q, q, k, k), norms, strict=True))
+def _stream_weights(norms: Sequence[Tensor], heads: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both streams' norm weights of all heads of q and k, each [Hq + Hkv, D]."""
+    q_und, q_gen, k_und, k_gen = (w.to(dtype) for w in norms)
+    return _per_head(q_und, k_und, heads), _per_head(q_gen, k_gen, heads)
+
+
+def _rstd(x: Tensor, eps: float) -> Tensor:
+    """1 / RMS of the heads x [T, H, D], as [T, H, 1]."""
+    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, out: Tensor) -> Tensor:
-    """Rotate the heads x [T, H, D] by their rows' angles; pass −sin to rotate back."""
+    """Rotate the heads x [T, H, D] by their rows' angles, into other memory; pass −sin to rotate back."""
     c, s = (t.index_select(0, positions).to(x.dtype).unsqueeze(1) for t in (cos, sin))
-    first, second = x.chunk(2, -1)
-    out[..., : first.shape[-1]] = first * c - second * s
-    out[..., first.shape[-1] :] = second * c + first * s
+    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
+    torch.mul(first, c, out=out_first).addcmul_(second, s, value=-1)
+    torch.mul(second, c, out=out_second).addcmul_(first, s)
     return out
 
 
@@ -180,22 +189,28 @@ def _torch_backward(
     to_sequence, _, positions = maps
     n = first_stream("qkv", qkv, lengths)
     results = _allocate_gradients(qkv, norms, output_mask)
-    wide = _split(qkv, heads)[0].to(compute_dtype(qkv))
-    dn = torch.empty(wide.shape, dtype=wide.dtype, device=wide.device)
-    dn[:, : heads[0]] = dq.index_select(0, to_sequence)
-    dn[:, heads[0] :] = dk.index_select(0, to_sequence)
-    _rotate(dn.clone(), cos, -sin, positions.index_select(0, to_sequence), out=dn)
-    rstd = torch.rsqrt(torch.linalg.vecdot(wide, wide).div_(wide.shape[-1]).add_(eps)).unsqueeze(-1)
-    h = wide * rstd
-    for i, (rows, columns, weight) in enumerate(_blocks(norms, n, heads), start=1):
-        if output_mask[i]:
-            results[i].copy_((dn[rows, columns] * h[rows, columns]).sum((0, 1)))
-        dn[rows, columns] *= weight
-    if output_mask[0]:
-        dqk, dv_rows = _split(results[0], heads)
-        mean = torch.linalg.vecdot(dn, h).div_(h.shape[-1]).unsqueeze(-1)
-        dqk.copy_(dn.sub_(h.mul_(mean)).mul_(rstd))
-        dv_rows.copy_(dv.index_select(0, to_sequence))
+    qk = _split(qkv, heads)[0]
+    weights = _stream_weights(norms, heads, compute_dtype(qkv))
+    sums = [torch.zeros_like(w) for w in weights]
+    for stream, rows in stream_blocks(n, len(qkv), qk[:1].numel(), qkv.device):
+        sequence_rows = to_sequence[rows]
+        wide = qk[rows].to(weights[0].dtype)
+        dy = torch.cat([x.index_select(0, sequence_rows) for x in (dq, dk)], 1).to(wide.dtype)
+        dn = _rotate(dy, cos, -sin, positions.index_select(0, sequence_rows), torch.empty_like(dy))
+        rstd = _rstd(wide, eps)
+        h = wide * rstd
+        if output_mask[1 + stream] or output_mask[3 + stream]:
+            sums[stream] += (dn * h).sum(0)
+        if output_mask[0]:
+            dqk, dv_rows = (x[rows] for x in _split(results[0], heads))
+            dn *= weights[stream]
+            mean = torch.linalg.vecdot(dn, h).div_(h.shape[-1]).unsqueeze(-1)
+            dqk.copy_(dn.sub_(h.mul_(mean)).mul_(rstd))
+            dv_rows.copy_(dv.index_select(0, sequence_rows))
+    by_head = [s[columns] for columns in (slice(0, heads[0]), slice(heads[0], None)) for s in sums]
+    for needed, result, gradient in zip(output_mask[1:], results[1:], by_head, strict=True):
+        if needed:
+            result.copy_(gradient.sum(0))
     return results
 
 

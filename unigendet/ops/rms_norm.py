@@ -28,6 +28,7 @@ from unigendet.ops._arguments import (
     empty_unless,
     first_stream,
 )
+from unigendet.ops._blocks import stream_blocks
 from unigendet.ops._launching import run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
@@ -54,13 +55,13 @@ def _torch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = first_stream("x", x, lengths)
     normed, summed, rstd = _allocate(x, residual)
-    source = x if residual is None else torch.add(x, residual, out=summed)
-    wide = source.to(rstd.dtype)
-    torch.linalg.vecdot(wide, wide, out=rstd)
-    rstd.div_(x.shape[1]).add_(eps).rsqrt_()
-    torch.mul(wide, rstd[:, None], out=normed)  # computed in rstd's dtype, rounded to x's
-    normed[:n] *= weight_und.to(x.dtype)
-    normed[n:] *= weight_gen.to(x.dtype)
+    weights = (weight_und.to(x.dtype), weight_gen.to(x.dtype))
+    for stream, rows in stream_blocks(n, *x.shape, x.device):
+        source = x[rows] if residual is None else torch.add(x[rows], residual[rows], out=summed[rows])
+        wide = source.to(rstd.dtype)
+        torch.linalg.vecdot(wide, wide, out=rstd[rows]).div_(x.shape[1]).add_(eps).rsqrt_()
+        torch.mul(wide, rstd[rows, None], out=normed[rows])  # computed in rstd's dtype, rounded to x's
+        normed[rows] *= weights[stream]
     return normed, summed, rstd
 
 
@@ -100,21 +101,20 @@ def _torch_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = first_stream("dy", dy, lengths)
     gradients = _allocate_gradients(summed, weight_und, weight_gen, output_mask)
-    h = summed * rstd[:, None]
-    product = dy * h  # [T, D] in rstd's dtype
-    streams = ((slice(0, n), weight_und, 1), (slice(n, None), weight_gen, 2))
-    for rows, _, i in streams:
-        if output_mask[i]:
-            gradients[i].copy_(product[rows].sum(0))
-    if output_mask[0]:
-        for rows, weight, _ in streams:
-            product[rows] *= weight
-        mean = product.mean(1, keepdim=True)
-        g = torch.mul(dy, rstd[:, None], out=product)
-        for rows, weight, _ in streams:
-            g[rows] *= weight
-        g -= h.mul_(mean).mul_(rstd[:, None])
-        torch.add(g, dsummed, out=gradients[0]) if dsummed is not None else gradients[0].copy_(g)
+    weights = (weight_und, weight_gen)
+    sums = torch.zeros((2, summed.shape[1]), dtype=rstd.dtype, device=rstd.device)
+    for stream, rows in stream_blocks(n, *summed.shape, summed.device):
+        h = summed[rows] * rstd[rows, None]  # [block, D] in rstd's dtype, as all that follows
+        if output_mask[1 + stream]:
+            sums[stream] += (dy[rows] * h).sum(0)
+        if output_mask[0]:
+            g = dy[rows].to(rstd.dtype) * weights[stream]
+            mean = torch.linalg.vecdot(g, h).div_(h.shape[1])
+            g.sub_(h.mul_(mean[:, None])).mul_(rstd[rows, None])
+            gradients[0][rows].copy_(g if dsummed is None else g.add_(dsummed[rows]))
+    for stream in range(2):
+        if output_mask[1 + stream]:
+            gradients[1 + stream].copy_(sums[stream])
     return gradients
 
 

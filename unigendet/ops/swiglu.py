@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from unigendet.ops._arguments import check_floating, compute_dtype, reject
+from unigendet.ops._blocks import row_blocks
 from unigendet.ops._launching import run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
 
@@ -29,7 +30,9 @@ def _reference(gate_up: Tensor) -> Tensor:
 def _torch(gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
     y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    return torch.mul(F.silu(gate), up, out=y)
+    for rows in row_blocks(0, *gate.shape, gate.device):
+        torch.mul(F.silu(gate[rows]), up[rows], out=y[rows])
+    return y
 
 
 def _reference_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
@@ -45,8 +48,9 @@ def _torch_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
     gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
     dgate, dup = gradient.chunk(2, dim=1)
-    torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-    torch.mul(dy, F.silu(gate), out=dup)
+    for rows in row_blocks(0, *gate.shape, gate.device):
+        torch.ops.aten.silu_backward.grad_input(dy[rows] * up[rows], gate[rows], grad_input=dgate[rows])
+        torch.mul(dy[rows], F.silu(gate[rows]), out=dup[rows])
     return gradient
 
 

@@ -10,13 +10,15 @@ Samples fall into two kinds, by their number of (query, key) pairs:
 
 The grouping follows from ``Layout.splits`` alone and is kept for the last packs seen: it is computed once per pack.
 
-One call is ``attend`` / ``attend_backward`` on [batch, heads, length, head_dim]: PyTorch's fused CPU kernel where there
-is one, otherwise the same formulas on bounded chunks of query rows.
+One call is ``attend`` / ``attend_backward`` on [batch, kv_heads, group, length, head_dim], where the query heads of a
+group share a key head: PyTorch's fused CPU kernel where there is one, otherwise the same formulas on bounded chunks of
+query rows.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -46,15 +48,19 @@ class Call:
     query_padding: Tensor | None = None  # bool [B, 1, Lq], the others
     key_slots: Tensor | None = None
     merged: bool = False  # its queries also attend in the call before: outputs are merged
-    _biases: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
+    _biases: dict[tuple[torch.dtype, int], Tensor] = field(default_factory=dict, repr=False)
 
-    def bias(self, dtype: torch.dtype) -> Tensor | None:
-        """The mask as an additive one [B, 1, Lq, Lk]: 0 where visible, −∞ elsewhere. Made once, for all layers."""
-        if self.mask is not None and dtype not in self._biases:
+    def bias(self, dtype: torch.dtype, repeats: int) -> Tensor | None:
+        """The mask as an additive one [B, 1, repeats·Lq, Lk]: 0 where visible, −∞ elsewhere. Made once, for all layers.
+
+        The rows come ``repeats`` times, one set after another.
+        """
+        if self.mask is not None and (dtype, repeats) not in self._biases:
             with torch.inference_mode(False):  # or a first call in inference mode would leave it unfit for training
-                zeros = torch.zeros(self.mask.shape, dtype=dtype, device=self.mask.device)
-                self._biases[dtype] = zeros.masked_fill_(~self.mask, float("-inf")).unsqueeze(1)
-        return self._biases.get(dtype)
+                mask = self.mask.repeat(1, repeats, 1)
+                zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
+                self._biases[dtype, repeats] = zeros.masked_fill_(~mask, float("-inf")).unsqueeze(1)
+        return self._biases.get((dtype, repeats))
 
 
 @functools.lru_cache(maxsize=64)
@@ -149,7 +155,7 @@ class _Sample:
 def _batch_calls(samples: list[_Sample], device: torch.device) -> Iterator[Call]:
     """Batches of small samples of similar size."""
     group: list[_Sample] = []
-    for sample in sorted(samples, key=lambda s: (s.keys, s.queries)):
+    for sample in sorted(samples, key=lambda s: (s.queries, s.keys)):
         candidate = [*group, sample]
         computed = len(candidate) * max(s.queries for s in candidate) * max(s.keys for s in candidate)
         if group and (computed > BATCH_PAIRS or computed > PADDING * sum(s.queries * s.keys for s in candidate)):
@@ -186,23 +192,20 @@ def _as_rows(rows: np.ndarray, device: torch.device) -> slice | Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, splits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Output [T, Hq, D] and lse [Hq, T] in sequence order. Shapes as in ``symbiotic_attention``."""
-    q, k, v = (_with_dense_heads(x) for x in (q, k, v))
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=compute_dtype(q), device=q.device)
+    kv_heads = k.shape[1]
+    q, k, v = (_with_dense_heads(_grouped(x, kv_heads)) for x in (q, k, v))
+    outs, lses = _grouped(out, kv_heads), _grouped(lse.T, kv_heads)
     for call in plan(splits, q.device):
-        part, part_lse = attend(
-            _take(q, call.query_rows, call.batch),
-            _take(k, call.key_rows, call.batch),
-            _take(v, call.key_rows, call.batch),
-            scale,
-            call,
-        )
+        take = functools.partial(_take, batch=call.batch)
+        part, part_lse = attend(take(q, call.query_rows), take(k, call.key_rows), take(v, call.key_rows), scale, call)
         rows = _flat(part, call.query_slots)
         lse_rows = _flat(part_lse, call.query_slots)
         if call.merged:
-            rows, lse_rows = _merge(out[call.query_rows], lse[:, call.query_rows].T, rows, lse_rows)
-        _put(out, call.query_rows, call.query_slots, rows.to(out.dtype))
-        _put(lse.T, call.query_rows, call.query_slots, lse_rows)
+            rows, lse_rows = _merge(outs[call.query_rows], lses[call.query_rows], rows, lse_rows)
+        _put(outs, call.query_rows, call.query_slots, rows.to(out.dtype))
+        _put(lses, call.query_rows, call.query_slots, lse_rows)
     return out, lse
 
 
@@ -218,27 +221,34 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k, v; everything in sequence order. Keys that nobody sees get zeros."""
-    grad_out, q, k, v = (_with_dense_heads(x) for x in (grad_out, q, k, v))
     dq = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     # Several splits may add to one key: in full precision, in the order of the calls, hence deterministically.
     dk, dv = (torch.zeros(x.shape, dtype=compute_dtype(x), device=x.device) for x in (k, v))
+    kv_heads = k.shape[1]
+    grad_out, q, k, v = (_with_dense_heads(_grouped(x, kv_heads)) for x in (grad_out, q, k, v))
+    out, lse, dqs, dks, dvs = (_grouped(x, kv_heads) for x in (out, lse.T, dq, dk, dv))
+    grad_lse = None if grad_lse is None else _grouped(grad_lse.T, kv_heads)
     for call in plan(splits, q.device):
         query = functools.partial(_take, rows=call.query_rows, batch=call.batch)
         key = functools.partial(_take, rows=call.key_rows, batch=call.batch)
-        grad, grad_lse_part = query(grad_out), None if grad_lse is None else query(grad_lse.T)
+        grad, grad_lse_part = query(grad_out), None if grad_lse is None else query(grad_lse)
         if call.query_padding is not None:  # padded queries repeat a real row, whose gradient must count once
-            grad = grad.masked_fill(call.query_padding[..., None], 0)
-            grad_lse_part = None if grad_lse is None else grad_lse_part.masked_fill(call.query_padding, 0)
-        gq, gk, gv = attend_backward(
-            grad, grad_lse_part, query(q), key(k), key(v), query(out), query(lse.T), scale, call
-        )
+            padding = call.query_padding.unsqueeze(1)  # [B, 1, 1, Lq]
+            grad = grad.masked_fill(padding[..., None], 0)
+            grad_lse_part = None if grad_lse is None else grad_lse_part.masked_fill(padding, 0)
+        gq, gk, gv = attend_backward(grad, grad_lse_part, query(q), key(k), key(v), query(out), query(lse), scale, call)
         rows = _flat(gq, call.query_slots)
         if call.merged:
-            rows = rows + dq[call.query_rows]
-        _put(dq, call.query_rows, call.query_slots, rows.to(dq.dtype))
-        _add(dk, call.key_rows, call.key_slots, _flat(gk, call.key_slots))
-        _add(dv, call.key_rows, call.key_slots, _flat(gv, call.key_slots))
+            rows = rows + dqs[call.query_rows]
+        _put(dqs, call.query_rows, call.query_slots, rows.to(dq.dtype))
+        _add(dks, call.key_rows, call.key_slots, _flat(gk, call.key_slots))
+        _add(dvs, call.key_rows, call.key_slots, _flat(gv, call.key_slots))
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _grouped(x: Tensor, kv_heads: int) -> Tensor:
+    """x [T, H, ...] as [T, kv_heads, group, ...]: beside a key head the query heads that use it, or just itself."""
+    return x.unflatten(1, (kv_heads, -1))
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:
@@ -247,14 +257,14 @@ def _with_dense_heads(x: Tensor) -> Tensor:
 
 
 def _take(x: Tensor, rows: slice | Tensor, batch: int) -> Tensor:
-    """Rows of x [T, H, ...] as [batch, H, L, ...]."""
+    """Rows of x [T, kv_heads, group, ...] as [batch, kv_heads, group, L, ...]."""
     taken = x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
-    return taken.unflatten(0, (batch, -1)).transpose(1, 2)
+    return taken.unflatten(0, (batch, -1)).movedim(1, 3)
 
 
 def _flat(x: Tensor, slots: Tensor | None) -> Tensor:
-    """[batch, H, L, ...] → [real rows, H, ...]."""
-    rows = x.transpose(1, 2).flatten(0, 1)
+    """[batch, kv_heads, group, L, ...] → [real rows, kv_heads, group, ...]."""
+    rows = x.movedim(3, 1).flatten(0, 1)
     return rows if slots is None else rows.index_select(0, slots)
 
 
@@ -273,7 +283,7 @@ def _add(x: Tensor, rows: slice | Tensor, slots: Tensor | None, values: Tensor) 
 
 
 def _merge(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over the union of two key sets from the results over each. out [L, H, D], lse [L, H]."""
+    """Attention over the union of two key sets from the results over each. out [L, ..., D], lse [L, ...]."""
     weight = torch.sigmoid(lse_a - lse_b).unsqueeze(-1)  # the weights sum to 1, however large and rounded the lse are
     return out_a * weight + out_b * (1 - weight), torch.logaddexp(lse_a, lse_b)
 
@@ -282,27 +292,54 @@ def _fused(q: Tensor) -> bool:
     return q.device.type == "cpu"
 
 
-def _expand(x: Tensor, heads: int) -> Tensor:
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], dim=1)
+@dataclass(frozen=True)
+class _Heads:
+    """The five dimensions of a call as the four [batch, heads, length, ...] of the fused kernel.
 
+    Either the query heads of a group lie one below the other as rows of one problem, which reads its keys once and sums
+    their gradients, or every query head is a problem, with keys repeated. The kernel's backward has one thread per
+    problem, so there must be enough of them; and its causal mask knows no groups.
+    """
 
-def _reduce(grad: Tensor, kv_heads: int) -> Tensor:
-    return grad if grad.shape[1] == kv_heads else grad.unflatten(1, (kv_heads, -1)).sum(2)
+    kv_heads: int
+    group: int
+    stacked: bool
+
+    @classmethod
+    def of(cls, q: Tensor, call: Call) -> _Heads:
+        batch, kv_heads, group = q.shape[:3]
+        return cls(kv_heads, group, not call.causal and batch * kv_heads >= torch.get_num_threads())
+
+    def merge(self, x: Tensor) -> Tensor:
+        """[B, kv_heads, group or 1, L, ...] → [B, heads, rows, ...]."""
+        return x.flatten(2, 3) if self.stacked else x.expand(-1, -1, self.group, *x.shape[3:]).flatten(1, 2)
+
+    def split(self, x: Tensor) -> Tensor:
+        """The inverse of ``merge`` for what belongs to queries."""
+        return x.unflatten(2, (self.group, -1)) if self.stacked else x.unflatten(1, (self.kv_heads, -1))
+
+    def split_keys(self, grad: Tensor) -> Tensor:
+        """The gradient of keys or values [B, kv_heads, 1, L, D], summed over the group."""
+        return grad.unsqueeze(2) if self.stacked else self.split(grad).sum(2, keepdim=True)
+
+    def bias(self, q: Tensor, call: Call) -> Tensor | None:
+        return call.bias(q.dtype, self.group if self.stacked else 1)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, call: Call) -> tuple[Tensor, Tensor]:
-    """softmax(q kᵀ scale + mask) v and lse. q [B, Hq, Lq, D], k and v [B, Hkv, Lk, D] → [B, Hq, Lq, D], [B, Hq, Lq]."""
+    """softmax(q kᵀ scale + mask) v, like q, and lse. q [B, Hkv, group, Lq, D], k and v [B, Hkv, 1, Lk, D]."""
     if _fused(q):
-        heads = q.shape[1]
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, _expand(k, heads), _expand(v, heads), 0.0, call.causal, attn_mask=call.bias(q.dtype), scale=scale
+        heads = _Heads.of(q, call)
+        results = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            *map(heads.merge, (q, k, v)), 0.0, call.causal, attn_mask=heads.bias(q, call), scale=scale
         )
+        return tuple(map(heads.split, results))
     outs, lses = [], []
     for rows, keys in _chunks(q, k, call.causal):
-        scores = _scores(q[:, :, rows], k[:, :, keys], scale, call, rows, keys)
+        scores = _scores(q[..., rows, :], k[..., keys, :], scale, call, rows, keys)
         lses.append(scores.logsumexp(-1))
-        outs.append(scores.softmax(-1) @ _expand(v[:, :, keys], q.shape[1]).to(scores.dtype))
-    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+        outs.append(scores.softmax(-1) @ v[..., keys, :].to(scores.dtype))
+    return torch.cat(outs, dim=3), torch.cat(lses, dim=3)
 
 
 def attend_backward(
@@ -317,56 +354,46 @@ def attend_backward(
     call: Call,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of ``attend``; out and lse may be those of a larger key set that this call is a part of."""
-    heads, kv_heads = q.shape[1], k.shape[1]
     if _fused(q) and grad_lse is None:
+        heads = _Heads.of(q, call)
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad,
-            q,
-            _expand(k, heads),
-            _expand(v, heads),
-            out,
-            lse,
-            0.0,
-            call.causal,
-            attn_mask=call.bias(q.dtype),
-            scale=scale,
+            *map(heads.merge, (grad, q, k, v, out, lse)), 0.0, call.causal, attn_mask=heads.bias(q, call), scale=scale
         )
-        return dq, _reduce(dk, kv_heads), _reduce(dv, kv_heads)
+        return heads.split(dq), heads.split_keys(dk), heads.split_keys(dv)
     dtype = compute_dtype(q)
     delta = (grad.to(dtype) * out.to(dtype)).sum(-1)
     if grad_lse is not None:
         delta = delta - grad_lse
-    dk, dv = (torch.zeros(*x.shape[:1], heads, *x.shape[2:], dtype=dtype, device=x.device) for x in (k, v))
+    # Per query head, [B, Hkv, group, Lk, D]
+    dk, dv = (torch.zeros(*q.shape[:3], *x.shape[3:], dtype=dtype, device=x.device) for x in (k, v))
     dqs = []
     for rows, keys in _chunks(q, k, call.causal):
-        p = torch.exp(_scores(q[:, :, rows], k[:, :, keys], scale, call, rows, keys) - lse[:, :, rows].unsqueeze(-1))
-        g = grad[:, :, rows].to(dtype)
-        dv[:, :, keys] += p.transpose(-1, -2) @ g
-        ds = (
-            p
-            * (g @ _expand(v[:, :, keys], heads).to(dtype).transpose(-1, -2) - delta[:, :, rows].unsqueeze(-1))
-            * scale
-        )
-        dqs.append(ds @ _expand(k[:, :, keys], heads).to(dtype))
-        dk[:, :, keys] += ds.transpose(-1, -2) @ q[:, :, rows].to(dtype)
-    return torch.cat(dqs, dim=2), _reduce(dk, kv_heads), _reduce(dv, kv_heads)
+        p = torch.exp(_scores(q[..., rows, :], k[..., keys, :], scale, call, rows, keys) - lse[..., rows, None])
+        g = grad[..., rows, :].to(dtype)
+        dv[..., keys, :] += p.transpose(-1, -2) @ g
+        dp = g @ v[..., keys, :].to(dtype).transpose(-1, -2)
+        ds = p * (dp - delta[..., rows, None]) * scale
+        dqs.append(ds @ k[..., keys, :].to(dtype))
+        dk[..., keys, :] += ds.transpose(-1, -2) @ q[..., rows, :].to(dtype)
+    return torch.cat(dqs, dim=3), dk.sum(2, keepdim=True), dv.sum(2, keepdim=True)
 
 
 def _chunks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[slice, slice]]:
     """Runs of query rows whose scores fit into CHUNK_SCORES, each with the keys it can see."""
-    step = max(1, CHUNK_SCORES // (q.shape[0] * q.shape[1] * k.shape[2]))
-    for begin in range(0, q.shape[2], step):
-        end = min(begin + step, q.shape[2])
-        yield slice(begin, end), slice(0, end if causal else k.shape[2])
+    length, keys = q.shape[3], k.shape[3]
+    step = max(1, CHUNK_SCORES // (math.prod(q.shape[:3]) * keys))
+    for begin in range(0, length, step):
+        end = min(begin + step, length)
+        yield slice(begin, end), slice(0, end if causal else keys)
 
 
 def _scores(q: Tensor, k: Tensor, scale: float, call: Call, rows: slice, keys: slice) -> Tensor:
-    """Scaled, masked scores of a chunk in full precision [B, Hq, rows, keys]."""
+    """Scaled, masked scores of a chunk in full precision [B, Hkv, group, rows, keys]."""
     dtype = compute_dtype(q)
-    scores = q.to(dtype) @ _expand(k, q.shape[1]).to(dtype).transpose(-1, -2) * scale
+    scores = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * scale
     if call.causal:
         query, key = (torch.arange(s.start, s.stop, device=q.device) for s in (rows, keys))
         scores.masked_fill_(key[None, :] > query[:, None], float("-inf"))
     elif call.mask is not None:
-        scores.masked_fill_(~call.mask[:, None, rows, keys], float("-inf"))
+        scores.masked_fill_(~call.mask[:, None, None, rows, keys], float("-inf"))
     return scores

@@ -128,7 +128,7 @@ class GDUFStage(Stage):
     def losses(self, batch: PackedBatch, generator: torch.Generator, counts: Counts | None = None) -> StageLosses:
         """Terms ``mse``, ``ce`` and ``label``, as far as the pack has something for them."""
         latents = self._noised(batch, generator)
-        output = self.model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps)
+        output = self.model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, only_read=True)
         terms = gduf_losses(self.model, batch, output, latents, counts)
         if not terms:
             raise ValueError(
@@ -198,6 +198,7 @@ class DIGAStage(Stage):
             latent_tokens=latents.tokens,
             timesteps=latents.timesteps,
             capture=(self.align_layer,) if weight else (),
+            only_read=True,
         )
         mse = mse_loss(self.model, pack, output, latents, counts)
         if not weight:
