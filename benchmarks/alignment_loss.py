@@ -16,7 +16,8 @@ from torch import Tensor
 
 from unigendet.ops import ImageGrids, alignment_loss
 
-from .contest import Case, Work, whole
+from .contest import Case, Work
+from .judge import whole
 from .stream_case import candidates, random
 
 OP = "alignment_loss"

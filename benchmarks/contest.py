@@ -4,8 +4,7 @@ A case is an op on one set of shapes: random inputs, the useful work of each dir
 functions of the inputs: backends of ours and peers. All candidates of a case are timed in turns on the same inputs.
 Work counts what has to be computed and moved, whatever a candidate does besides; the floor of a call is the longer of
 its operations at the machine's matmul rate and its bytes at the copy rate. Every result is compared with the definition
-in float64: where its error is larger than a small factor times that of plain PyTorch in the inputs' own precision, plus
-a rounding, the row says that it is wrong, and its speed counts for nothing.
+in float64 (``judge.py``): one that is wrong says so, and its speed counts for nothing.
 """
 
 from __future__ import annotations
@@ -21,10 +20,13 @@ import torch
 import torch._functorch.config
 from torch import Tensor
 
-from .candidate import PLAIN, Candidate, Function, calls, dtype_name, leaf, outputs_and_gradients
-from .harness import CannotRun, buffer_sets, first_call, measure_paired, peak_mib, reason
+from .candidate import Candidate, Function, calls, dtype_name, outputs_and_gradients
+from .harness import CannotRun, Timing, buffer_sets, first_call, measure_paired, peak_mib, reason, synchronize
+from .judge import Truth
 from .progress import Progress
 from .record import Record, table
+
+OUT_OF_TIME = "the time limit of the run was reached"
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,10 @@ class Work:
         return found
 
 
+class LostDevice(RuntimeError):
+    """A kernel has left the device in a state in which every further call fails."""
+
+
 @dataclass
 class Run:
     """What all cases of a run share. ``deadline`` (time.monotonic) is when nothing new is begun any more."""
@@ -60,14 +66,26 @@ class Run:
     progress: Progress
     seconds: float = 1.0
     deadline: float = float("inf")
+    sets: int | None = None  # of buffers; default: as each case needs
     backends: Collection[str] | None = None  # of candidates; None: all
     directions: Collection[str] | None = None
     without: Mapping[str, str] = field(default_factory=dict)  # candidates that are left out, and why
 
+    out_of_time: bool = False  # whether anything was left out for that
+
     def check_time(self) -> None:
         """Raise CannotRun once the time is over."""
         if time.monotonic() > self.deadline:
-            raise CannotRun("the time limit of the run was reached")
+            self.out_of_time = True
+            raise CannotRun(OUT_OF_TIME)
+
+    def failure(self, error: Exception) -> str:
+        """The status of a row for ``error``. Raises LostDevice if the device works no more, so that nothing would."""
+        try:
+            synchronize(self.device)
+        except Exception as lost:
+            raise LostDevice(f"the device works no more after this: {reason(error)}") from lost
+        return reason(error)
 
     def wants(self, candidate: str) -> bool:
         """Whether rows of a candidate are asked for."""
@@ -77,26 +95,6 @@ class Run:
         """Keep rows; returns them."""
         self.record.add(rows)
         return rows
-
-
-@dataclass(frozen=True)
-class Truth:
-    """What results are compared with: exact values by name, the largest errors allowed, and which part is compared."""
-
-    exact: Mapping[str, Tensor]
-    allowed: Mapping[str, float]
-    part: Callable[[str, Tensor], Tensor] = lambda _, x: x
-
-    def errors(self, results: Mapping[str, Tensor]) -> dict[str, dict[str, float]]:
-        """The largest absolute error of each result, and what is allowed; NaN counts as the largest number."""
-        found = {}
-        for name, exact in self.exact.items():
-            if name not in results:  # of a candidate without a backward pass
-                continue
-            error = (self.part(name, results[name]) - exact).abs().max() if exact.numel() else torch.zeros(())
-            most = torch.finfo(error.dtype).max  # JSON knows neither NaN nor infinity
-            found[name] = {"error": float(error.nan_to_num(most, most)), "allowed": self.allowed[name]}
-        return found
 
 
 @dataclass(frozen=True)
@@ -119,6 +117,7 @@ class Case:
     truth: Callable[[Case, tuple[Tensor, ...]], Truth] | None
     trace: str | None = None
     columns: Mapping[str, Any] = field(default_factory=dict)
+    sets: int | None = None  # of buffers; default: as many as exceed the caches by their size
 
     @property
     def title(self) -> str:
@@ -127,10 +126,13 @@ class Case:
 
     def run(self, run: Run) -> None:
         """A row for each candidate and direction, whatever happens."""
+        if time.monotonic() > run.deadline:
+            run.progress.show(table(self._without_time(run)))
+            return
         torch._dynamo.reset()  # compiled graphs of other cases count towards a limit
         inputs = [self.inputs(0)]
         size = sum(x.numel() * x.element_size() for x in inputs[0])
-        inputs += [self.inputs(seed) for seed in range(1, buffer_sets(size, run.device))]
+        inputs += [self.inputs(seed) for seed in range(1, run.sets or self.sets or buffer_sets(size, run.device))]
         # A compiled graph whose backward pass is timed alone must keep what it saved.
         with torch._functorch.config.patch(donated_buffer="backward" not in self.work):
             entries, failures = _entries(self, inputs[0], run)
@@ -141,9 +143,13 @@ class Case:
                 gc.collect()
         run.progress.show(table(rows))
         del entries, inputs
-        gc.collect()
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(run.device)
+
+    def _without_time(self, run: Run) -> Sequence[dict[str, Any]]:
+        run.out_of_time = True
+        failures = dict.fromkeys(filter(run.wants, self.candidates), reason(CannotRun(OUT_OF_TIME)))
+        directions = [d for d in self.work if run.directions is None or d in run.directions]
+        return run.add([row for d in directions for row in _rows(self, d, {}, failures, (), run)])
 
 
 @dataclass(frozen=True)
@@ -161,6 +167,7 @@ def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str
     entries: dict[str, Entry] = {}
     failures: dict[str, str] = {}
     truth, judge = None, None
+    run.progress.detail(case.title, "float64")
     try:
         truth = None if case.truth is None else case.truth(case, inputs)
     except Exception as error:  # say, out of memory: speed without a judge is shown as such
@@ -177,7 +184,7 @@ def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str
             errors = None if truth is None else truth.errors(results)
             entries[name] = Entry(candidate, setup + seconds, errors, judge)
         except Exception as error:  # also of a peer's compiler, or out of memory: the next may still run
-            failures[name] = reason(error)
+            failures[name] = run.failure(error)
     return entries, failures
 
 
@@ -200,17 +207,49 @@ def _rows(
             peaks[name] = peak_mib(turns[name][0], run.device)
         except Exception as error:
             turns.pop(name, None)
-            failures[name] = reason(error)
+            failures[name] = run.failure(error)
     run.progress.detail(case.title, f"{direction}, in turns")
-    timings = measure_paired(turns, run.device, seconds=run.seconds) if turns else {}
-    measured = {
-        name: Measurement(dataclasses.asdict(timing), entries[name], peaks[name], _of_direction(direction))
-        for name, timing in timings.items()
-    }
+    measured = {}
+    for name, (timing, columns) in race(turns, run, failures).items():
+        prefix = {"forward": "output", "backward": "gradient"}.get(direction, "")
+        measured[name] = Measurement(dataclasses.asdict(timing), entries[name], peaks[name], prefix, columns)
     common = {"op": case.op, "trace": case.trace, "shape": case.shape, "dtype": dtype_name(case.dtype)}
     common |= {"direction": direction, **case.columns}
     names = [name for name in case.candidates if run.wants(name)]
     return make_rows(common, names, case.peers, measured, failures, case.work[direction], run.ceilings)
+
+
+def race(
+    turns: Mapping[str, Sequence[Callable[[], Any]]], run: Run, failures: dict[str, str], **options: Any
+) -> dict[str, tuple[Timing, dict[str, Any]]]:
+    """Time candidates in turns, with more columns for their rows.
+
+    If that fails, say, since the memory does not hold all at once, each is timed alone, which its row says
+    (``paired``); who fails even then goes to ``failures``. ``options`` are ``measure_paired``'s.
+    """
+    if not turns:
+        return {}
+    try:
+        timings = measure_paired(turns, run.device, seconds=run.seconds, **options)
+        return {name: (timing, {}) for name, timing in timings.items()}
+    except Exception as error:
+        run.failure(error)
+    found = {}
+    for name, calls_ in turns.items():
+        free(run.device)
+        try:
+            timing = measure_paired({name: calls_}, run.device, seconds=run.seconds, **options)[name]
+            found[name] = timing, {"paired": False}
+        except Exception as error:
+            failures[name] = run.failure(error)
+    return found
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody holds any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 @dataclass(frozen=True)
@@ -234,7 +273,8 @@ def make_rows(
     limits: Mapping[str, float],
 ) -> list[dict[str, Any]]:
     """A row for every name, measured or failed. Only right answers are compared, and only with right ones."""
-    right = {name: _correct(m) is not False for name, m in measured.items()}
+    # Where nobody judges by design, speed counts; where a judge failed, it does not.
+    right = {name: _correct(m) or (m.entry.errors is None and m.entry.why is None) for name, m in measured.items()}
     rows = []
     for name in names:
         row = {**common, "backend": name, "ours": name not in peers}
@@ -262,33 +302,3 @@ def _correct(found: Measurement) -> bool | None:
     if found.entry.errors is None:
         return None
     return all(e["error"] <= e["allowed"] for e in _errors(found).values())
-
-
-def _of_direction(direction: str) -> str:
-    """How the names of its results begin."""
-    return {"forward": "output", "backward": "gradient"}.get(direction, "")
-
-
-def whole(exact: Function, *, factor: float = 2.0) -> Callable[[Case, tuple[Tensor, ...]], Truth]:
-    """The judge of cases whose definition is affordable: all of ``exact``'s results in float64.
-
-    ``factor``: how many times the error of plain PyTorch in the inputs' precision is allowed, as in the op's tests.
-    """
-
-    def truth(case: Case, inputs: tuple[Tensor, ...]) -> Truth:
-        wide = tuple(leaf(x.double() if x.is_floating_point() else x, x.requires_grad) for x in inputs)
-        plain = case.candidates[PLAIN]()
-        plain = plain if isinstance(plain, Candidate) else Candidate(plain)
-        true = outputs_and_gradients(Candidate(exact), wide)
-        return Truth(true, allowances(true, outputs_and_gradients(plain, inputs), factor))
-
-    return truth
-
-
-def allowances(exact: Mapping[str, Tensor], plain: Mapping[str, Tensor], factor: float) -> dict[str, float]:
-    """The error allowed for each result: ``factor`` times that of ``plain``, plus one rounding of the largest value."""
-    allowed = {}
-    for name, value in exact.items():
-        rounding = torch.finfo(plain[name].dtype).eps * float(value.abs().max())
-        allowed[name] = factor * float((plain[name] - value).abs().max()) + rounding
-    return allowed

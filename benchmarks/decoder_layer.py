@@ -2,7 +2,7 @@
 
 The layer passes its result on as two summands, which the next norm adds; here they are added at the end, as every other
 layer does, at this one's cost. The published layer works in sequence order and gets its input in it. Results are judged
-on the smallest sample of the pack.
+on a sample of each kind.
 """
 
 from __future__ import annotations
@@ -22,12 +22,14 @@ from unigendet.ops.backends import resolve
 
 from . import packs, traces, work
 from .candidate import Candidate, incoming
-from .contest import Case, Truth, Work, allowances
+from .contest import Case, Work
+from .judge import Truth, allowances
 from .published import PublishedLayer, PublishedPack, rope_of
 from .stream_case import random
 
 OP = "decoder_layer"
 ERROR_FACTOR = 4.0  # as for attention, which it holds
+LARGEST_DENSE = 4096  # tokens that are judged by the dense definition; more of them by PyTorch's operations
 
 
 def case(
@@ -62,6 +64,7 @@ def case(
         truth=lambda case, inputs: _truth(trace, layout, config, inputs[0]),
         trace=trace.name,
         columns=columns or {},
+        sets=2,  # weights and activations exceed any cache
     )
 
 
@@ -106,13 +109,13 @@ def published_layer(layer: DecoderLayer, trace: traces.Trace, layout: Layout, co
 
 
 def _truth(trace: traces.Trace, layout: Layout, config: ModelConfig, x: Tensor) -> Truth:
-    """The rows of the smallest sample, in float64 by the definition of every op, and in x's dtype as published."""
+    """The rows of a sample of each kind, in float64 by the definition of every op, and in x's dtype as published."""
     starts = layout.cu_seqlens_q.tolist()
-    smallest = min(range(layout.num_samples), key=lambda i: starts[i + 1] - starts[i])
-    small = traces.Trace("smallest", (trace.samples[smallest],))
+    small = trace.part(trace.judged())
     sub = small.layout.to(x.device)
-    # Its rows, stream-major in the pack, in their own stream-major order.
-    rows = layout.sequence_to_stream[starts[smallest] : starts[smallest + 1]][sub.stream_to_sequence]
+    # Their rows, stream-major in the pack, in their own stream-major order.
+    in_sequence = torch.cat([layout.sequence_to_stream[starts[i] : starts[i + 1]] for i in trace.judged()])
+    rows = in_sequence[sub.stream_to_sequence]
     gradient = incoming([x.detach()])[0][rows]
 
     def results(candidate: Candidate, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -123,7 +126,8 @@ def _truth(trace: traces.Trace, layout: Layout, config: ModelConfig, x: Tensor) 
 
     layer = new_layer(config, x.device, x.dtype)
     plain = results(published_layer(layer, small, sub, config), x.dtype)
-    exact = results(own_layer(layer.double(), sub, config, "reference"), torch.float64)
+    definition = "reference" if sub.num_queries <= LARGEST_DENSE else "torch"
+    exact = results(own_layer(layer.double(), sub, config, definition), torch.float64)
     return Truth(exact, allowances(exact, plain, ERROR_FACTOR), lambda _, value: value[rows])
 
 

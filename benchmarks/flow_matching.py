@@ -13,7 +13,8 @@ from torch import Tensor
 
 from unigendet.ops import LatentGrids, flow_matching, flow_matching_loss
 
-from .contest import Case, Work, whole
+from .contest import Case, Work
+from .judge import whole
 from .stream_case import candidates, random
 
 PATCH, CHANNELS = 2, 16  # BAGEL's latents

@@ -8,6 +8,8 @@ elsewhere the monotonic clock is read around each call.
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import gc
 import math
 import re
@@ -22,6 +24,7 @@ import torch
 
 TURN = 3  # calls that a competitor makes before the next one's turn
 MOST_RUNS = 200  # of one competitor
+MOST_SETS = 32  # of buffers
 CYCLES_PER_MS = 2_000_000  # of a GPU's clock, or fewer: a wait that lasts longer than it must costs nothing but time
 
 
@@ -58,12 +61,14 @@ def measure_paired(
     seconds: float = 0.5,
     turn: int = TURN,
     rounds: int = 2,
+    on_host: bool = False,
 ) -> dict[str, Timing]:
     """Time what competes in turns.
 
     ``calls`` are each competitor's, one for each set of buffers; each runs about ``seconds`` (at least ``rounds`` turns
-    of ``turn`` calls, at most 200 calls). Of the calls of a turn the first may meet memory and caches as another
-    competitor left them, the others as it did itself.
+    of ``turn`` calls, at most 200 calls; the faster ones make more calls at a turn). Of the calls of a turn the first
+    may meet memory and caches as another competitor left them, the others as it did itself. ``on_host``: the work is
+    the host's, so that the clock is read, after the device has done what it was given.
     """
     estimates, queueing = {}, {}
     for name, own in calls.items():
@@ -75,13 +80,15 @@ def measure_paired(
         queueing[name] = time.monotonic() - begin
         synchronize(device)
         estimates[name] = max(time.monotonic() - begin, 1e-6)
-    most = max(1, MOST_RUNS // turn)
-    rounds = min(most, max(rounds, int(seconds * len(calls) / sum(estimates.values()) / turn)))
+    runs = {name: min(MOST_RUNS, max(rounds * turn, int(seconds / each))) for name, each in estimates.items()}
+    rounds = max(rounds, min(runs.values()) // turn)
     of: dict[str, list[float]] = {name: [] for name in calls}
-    for r in range(rounds):
+    for _ in range(rounds):
         for name, own in calls.items():
-            each = [own[i % len(own)] for i in range(r * turn, (r + 1) * turn)]
-            of[name] += _with_events(each, queueing[name]) if device.type == "cuda" else _with_clock(each)
+            done = len(of[name])
+            each = [own[i % len(own)] for i in range(done, done + -(-runs[name] // rounds))]
+            with_events = device.type == "cuda" and not on_host
+            of[name] += _with_events(each, queueing[name]) if with_events else _with_clock(each, device)
     return {name: Timing.of(own) for name, own in of.items()}
 
 
@@ -97,11 +104,13 @@ def _with_events(turn: Sequence[Callable[[], Any]], queueing: float) -> list[flo
     return [begin.elapsed_time(end) for begin, end in events]
 
 
-def _with_clock(turn: Sequence[Callable[[], Any]]) -> list[float]:
+def _with_clock(turn: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
     milliseconds = []
     for call in turn:
+        synchronize(device)
         begin = time.monotonic()
         call()
+        synchronize(device)
         milliseconds.append(1e3 * (time.monotonic() - begin))
     return milliseconds
 
@@ -124,8 +133,8 @@ def first_call(call: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
     """MiB that a call has at its peak beyond what was there before, its results included.
 
-    On a CPU it is the process's resident memory, by Linux's high-water mark; None where that cannot be reset. Less than
-    32 MiB may come from what the C library has kept, and not show.
+    On a CPU it is the process's resident memory, by Linux's high-water mark, after the C library has given back what it
+    kept; None where that mark cannot be reset.
     """
     if device.type != "cuda":
         return _peak_resident_mib(call)
@@ -140,6 +149,10 @@ def peak_mib(call: Callable[[], Any], device: torch.device) -> float | None:
 def _peak_resident_mib(call: Callable[[], Any]) -> float | None:
     gc.collect()
     try:
+        ctypes.CDLL(None).malloc_trim(0)  # or memory that was freed before would be used again, and not show
+    except (AttributeError, OSError):
+        return None
+    try:
         Path("/proc/self/clear_refs").write_text("5")
         before = _resident_kib("VmRSS")
         call()
@@ -153,11 +166,18 @@ def _resident_kib(field: str) -> int:
 
 
 def buffer_sets(num_bytes: int, device: torch.device) -> int:
-    """How many sets of ``num_bytes`` to take turns with: at least 2, together at least four times the cache."""
-    if device.type != "cuda":
-        return 2
-    cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(4 * cache / num_bytes))
+    """How many sets of ``num_bytes`` to take turns with: at least 2, together at least four times the last cache."""
+    on_gpu = device.type == "cuda"
+    cache = torch.cuda.get_device_properties(device).L2_cache_size if on_gpu else _cpu_cache()
+    return max(2, min(MOST_SETS, math.ceil(4 * cache / num_bytes)))
+
+
+@functools.cache
+def _cpu_cache() -> int:
+    """Bytes of the largest cache of the first core, on Linux; 32 MiB where it does not say."""
+    sizes = [file.read_text().strip() for file in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    units = {"K": 2**10, "M": 2**20}
+    return max((int(size[:-1]) * units[size[-1]] for size in sizes if size[-1:] in units), default=2**25)
 
 
 def ceilings(device: torch.device, *, tiny: bool = False, seconds: float = 0.5) -> dict[str, float]:

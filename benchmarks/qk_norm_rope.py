@@ -15,7 +15,8 @@ from torch import Tensor
 from unigendet.ops import qk_norm_rope, rope_table
 
 from . import traces
-from .contest import Case, Work, whole
+from .contest import Case, Work
+from .judge import whole
 from .stream_case import candidates, random
 
 OP = "qk_norm_rope"

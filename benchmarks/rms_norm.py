@@ -15,7 +15,8 @@ from torch import Tensor
 from unigendet.ops import rms_norm
 
 from .candidate import Function
-from .contest import Case, Work, whole
+from .contest import Case, Work
+from .judge import whole
 from .stream_case import candidates, library, random, streams
 
 OP = "rms_norm"

@@ -16,7 +16,8 @@ from torch import Tensor
 from unigendet.ops import stream_linear
 
 from .candidate import Function, raise_if_not_cuda
-from .contest import Case, Work, whole
+from .contest import Case, Work
+from .judge import whole
 from .stream_case import candidates, random, streams
 
 OP = "stream_linear"

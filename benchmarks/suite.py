@@ -146,6 +146,7 @@ def _run_benchmark(
         progress,
         seconds=seconds if settings.size != "tiny" else 0.01,
         deadline=deadline,
+        sets=2 if settings.size == "tiny" else None,
         backends=settings.backends,
         directions=settings.directions,
         without=_left_out(settings),

@@ -22,7 +22,7 @@ Height and width of an image are drawn independently; samples are drawn until th
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -36,6 +36,7 @@ CPU_SIDES = (192, 256, 320)
 DETECTION_SHARE = 5 / 6
 TEACHER_PROMPT = 35  # words and punctuation of DataConfig's default, without the caption
 SMALL_GRID = (4, 4)
+JUDGED_TOKENS = 1024  # enough for several tiles of every kernel
 
 
 class Segment(NamedTuple):
@@ -71,6 +72,23 @@ class Trace:
             if segment.latent:
                 parts[-1][[0, -1]] = 0
         return np.concatenate(parts)
+
+    def judged(self) -> list[int]:
+        """The samples that stand for all when results are compared with a definition that costs a lot.
+
+        One of each kind, a kind being the modes of a sample's splits: the shortest of at least 1,024 tokens, or the
+        longest if there is none.
+        """
+        kinds: dict[tuple[str, ...], list[int]] = {}
+        for i, sample in enumerate(self.samples):
+            kinds.setdefault(tuple(segment.mode for segment in sample), []).append(i)
+        length = [sum(segment.tokens for segment in sample) for sample in self.samples]
+        far = lambda i: (length[i] < JUDGED_TOKENS, abs(length[i] - JUDGED_TOKENS))  # noqa: E731
+        return sorted(min(own, key=far) for own in kinds.values())
+
+    def part(self, chosen: Sequence[int]) -> Trace:
+        """The pack of some of the samples."""
+        return Trace(f"part of {self.name}", tuple(self.samples[i] for i in chosen))
 
     @functools.cached_property
     def layout(self) -> Layout:

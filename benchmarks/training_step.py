@@ -37,9 +37,10 @@ from unigendet.training.stages import DIGAStage, GDUFStage, alignment_grids
 
 from . import packs, traces, work
 from .candidate import dtype_name
-from .contest import Entry, Measurement, Run, Truth, Work, allowances, make_rows
+from .contest import Entry, Measurement, Run, Work, make_rows
 from .decoder_layer import default_backend
 from .harness import CannotRun, first_call, measure_paired, peak_mib, reason
+from .judge import Truth, allowances
 from .profile import step_shares
 from .published import PublishedAlignment, PublishedModel, PublishedPack
 from .record import table

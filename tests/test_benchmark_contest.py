@@ -32,7 +32,7 @@ def measured(case, path=None, **options):
     """The rows of a case, by backend and direction."""
     record = Record(path, "test", {})
     options = {"without": {"torch.compile": COMPILED, "flex": COMPILED, "flex_mask_per_pack": COMPILED}} | options
-    run = contest.Run(record, CPU, LIMITS, Progress(1, quiet=True), seconds=0.01, **options)
+    run = contest.Run(record, CPU, LIMITS, Progress(1, quiet=True), seconds=0.01, sets=2, **options)
     case.run(run)
     rows = {(row["backend"], row["direction"]): row for row in record.rows}
     assert len(rows) == len(record.rows)
