@@ -23,8 +23,8 @@ from unigendet.ops import symbiotic_attention_flash, symbiotic_attention_torch
 from unigendet.schedule import TileSchedule, layout_schedule
 
 from . import packs, traces
-from .contest import Entry, Measurement, Run, Work, make_rows
-from .harness import first_call, measure_paired, peak_mib, reason
+from .contest import Entry, Measurement, Run, Work, make_rows, race
+from .harness import first_call, peak_mib
 from .published import dense_masks
 from .record import table
 
@@ -61,14 +61,13 @@ class HostCase:
                 _, seconds = first_call(self.candidates[name], run.device)
                 entries[name] = Entry(None, seconds, None)
             except Exception as error:  # the others may still run
-                failures[name] = reason(error)
+                failures[name] = run.failure(error)
         slow = max((entry.first_call_s for entry in entries.values()), default=0.0) > run.seconds
-        turns = {name: [self.candidates[name]] for name in entries}
         often = {"turn": 1, "rounds": 3} if slow else {}
-        timings = measure_paired(turns, run.device, seconds=run.seconds, **often) if turns else {}
-        for name, timing in timings.items():
-            peak = peak_mib(self.candidates[name], run.device)
-            columns = self.columns.get(name, {})
+        turns = {name: [self.candidates[name]] for name in entries}
+        for name, (timing, columns) in race(turns, run, failures, on_host=True, **often).items():
+            peak = peak_mib(self.candidates[name], torch.device("cpu"))
+            columns = {**columns, **self.columns.get(name, {})}
             measured[name] = Measurement(dataclasses.asdict(timing), entries[name], peak, columns=columns)
         common = {"op": self.op, "trace": self.trace, "shape": self.shape, "dtype": "", "direction": "host"}
         rows = make_rows(common, names, self.peers, measured, failures, Work(), run.ceilings)

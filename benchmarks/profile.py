@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 REST = "embedding, ViT, heads, losses and the rest"
@@ -36,9 +37,12 @@ def step_shares(step: Callable[[], Any], device: torch.device) -> dict[str, floa
             torch.cuda.synchronize(device)
     events = profiler.key_averages()
     on_gpu = device.type == "cuda"
-    total = sum(e.self_device_time_total if on_gpu else e.self_cpu_time_total for e in events)
+    # A kernel's time is its own row's and, once more, that of the operator that launched it.
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA and not getattr(e, "is_user_annotation", False)]
+    on_host = [e for e in events if e.device_type == DeviceType.CPU]
+    total = sum(e.self_device_time_total for e in kernels) if on_gpu else sum(e.self_cpu_time_total for e in on_host)
     found: dict[str, float] = {}
-    for event in events:
+    for event in on_host:
         part = _part(event.key)
         if part is not None:
             time = event.device_time_total if on_gpu else event.cpu_time_total

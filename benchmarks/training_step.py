@@ -6,14 +6,14 @@ holds one at a time, each with the largest number of decoder layers that fits bo
 
 Useful work is counted exactly (``benchmarks/work.py``); ``mfu`` is its rate over the measured matmul rate, and
 ``mfu_published`` the utilisation by the convention published for BAGEL, which GDUF alone has. ``shares`` says where our
-step's time goes, by op and direction. A step is judged, before any update, by its final hidden states and, on a CPU,
-the gradients of the first norm, against the published way in float64.
+step's time goes, by op and direction. A step is judged, before any update, on a pack with a sample of each kind: its
+final hidden states where they are read, and the gradients of the first norm, against the published way in float64.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -37,9 +37,9 @@ from unigendet.training.stages import DIGAStage, GDUFStage, alignment_grids
 
 from . import packs, traces, work
 from .candidate import dtype_name
-from .contest import Entry, Measurement, Run, Work, make_rows
+from .contest import Entry, Measurement, Run, Work, free, make_rows, race
 from .decoder_layer import default_backend
-from .harness import CannotRun, first_call, measure_paired, peak_mib, reason
+from .harness import CannotRun, first_call, peak_mib, reason
 from .judge import Truth, allowances
 from .profile import step_shares
 from .published import PublishedAlignment, PublishedModel, PublishedPack
@@ -70,15 +70,13 @@ class Step:
         """The weighted loss."""
         return torch.stack([WEIGHTS[name] * term for name, term in self.losses().items()]).sum()
 
-    def judged(self, *, with_gradients: bool) -> dict[str, Tensor]:
+    def judged(self) -> dict[str, Tensor]:
         """What a truth compares."""
         with torch.no_grad():
             found = {"hidden": self.hidden()}
-        if with_gradients:
-            norms = {name: p for name, p in self.learning().items() if name.startswith(JUDGED)}
-            gradients = torch.autograd.grad(self.total(), list(norms.values()))
-            found |= {f"gradient of {name}": g for name, g in zip(norms, gradients, strict=True)}
-        return found
+        norms = {name: p for name, p in self.learning().items() if name.startswith(JUDGED)}
+        gradients = torch.autograd.grad(self.total(), list(norms.values()))
+        return found | {f"gradient of {name}": g for name, g in zip(norms, gradients, strict=True)}
 
     def stepper(self) -> Callable[[], None]:
         """The whole step, with an optimizer of its own."""
@@ -106,6 +104,7 @@ class StepCase:
     dtype: torch.dtype
     packed: traces.Trace
     teacher: traces.Trace | None = None
+    lacks: str | None = None  # what the device lacks for it
 
     @property
     def op(self) -> str:
@@ -132,7 +131,7 @@ class StepCase:
         """DIGA's layer, of student and teacher: as far up as the published 8 of 28."""
         return max(1, round(self.config.num_layers * 8 / 28))
 
-    @property
+    @functools.cached_property
     def work(self) -> dict[str, Work]:
         """Useful work of a step."""
         return {"step": Work(self._count().total)}
@@ -147,14 +146,18 @@ class StepCase:
     def run(self, run: Run) -> None:
         """A row for each candidate."""
         names = [name for name in self.candidates if run.wants(name)]
-        truth, why = self._truth(run)
         found: dict[str, Measurement] = {}
         failures: dict[str, str] = {}
-        if self.device.type == "cpu":
-            self._race(names, truth, why, run, found, failures)
+        try:
+            if self.lacks is not None:
+                raise CannotRun(self.lacks)
+            run.check_time()
+        except CannotRun as error:
+            failures = dict.fromkeys(names, reason(error))
         else:
-            for name in names:
-                self._race([name], truth, why, run, found, failures)
+            truth, why = self._truth(run)
+            for together in [names] if self.device.type == "cpu" else [[name] for name in names]:
+                self._race(together, truth, why, run, found, failures)
         common = {"op": self.op, "trace": self.trace, "shape": self.size, "dtype": dtype_name(self.dtype)}
         common |= {"direction": "step"}
         rows = make_rows(common, names, {"published"}, found, failures, self.work["step"], run.ceilings)
@@ -176,40 +179,48 @@ class StepCase:
             run.progress.detail(self.title, f"{name}, first step")
             try:
                 run.check_time()
-                one = self._step(name, self.dtype)
-                errors = None if truth is None else truth.errors(one.judged(with_gradients=self._judges_gradients))
-                steps[name] = one.stepper()
+                errors = None if truth is None else truth.errors(self._small()._step(name, self.dtype).judged())
+                base = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
+                steps[name] = self._step(name, self.dtype).stepper()
                 _, seconds = first_call(steps[name], self.device)
                 entries[name] = Entry(None, seconds, errors, why)
             except Exception as error:  # say, out of memory: the other may still run
-                failures[name] = reason(error)
+                failures[name] = run.failure(error)
         run.progress.detail(self.title, "in turns")
         turns = {name: [steps[name]] for name in entries}
-        timings = measure_paired(turns, self.device, seconds=2 * run.seconds, turn=1, rounds=3) if turns else {}
-        for name, timing in timings.items():
-            columns = self._columns(timing.ms, run.ceilings["matmul_tflops"])
-            if name != "published":
-                columns["shares"] = step_shares(steps[name], self.device)
-            peak = peak_mib(steps[name], self.device)
+        for name, (timing, columns) in race(turns, run, failures, turn=1, rounds=5).items():
+            columns = {**columns, **self._columns(timing.ms, run.ceilings["matmul_tflops"])}
+            peak = None
+            try:
+                peak = peak_mib(steps[name], self.device)
+                if base is not None:  # a GPU holds one model at a time: with its weights and its optimizer's state
+                    peak = (torch.cuda.max_memory_allocated(self.device) - base) / 2**20
+                if name != "published":
+                    columns["shares"] = step_shares(steps[name], self.device)
+            except Exception as error:  # the time stands, whatever the profiler does
+                columns["not_profiled"] = run.failure(error)
             found[name] = Measurement(dataclasses.asdict(timing), entries[name], peak, columns=columns)
         steps.clear()
-        gc.collect()
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+        free(self.device)
 
-    @property
-    def _judges_gradients(self) -> bool:
-        return self.device.type == "cpu"
+    def _small(self) -> StepCase:
+        """The same with a sample of each kind."""
+        chosen = self.packed.judged()
+        teacher = None if self.teacher is None else self.teacher.part(chosen)
+        return dataclasses.replace(self, packed=self.packed.part(chosen), teacher=teacher)
 
     def _truth(self, run: Run) -> tuple[Truth | None, str | None]:
         """The published way in float64, and in the step's own dtype."""
         run.progress.detail(self.title, "float64")
         try:
             run.check_time()
-            exact = self._step("published", torch.float64).judged(with_gradients=self._judges_gradients)
-            plain = self._step("published", self.dtype).judged(with_gradients=self._judges_gradients)
+            exact = self._small()._step("published", torch.float64).judged()
+            free(self.device)
+            plain = self._small()._step("published", self.dtype).judged()
         except Exception as error:  # say, out of memory: speed without a judge is shown as such
-            return None, reason(error)
+            return None, run.failure(error)
+        finally:
+            free(self.device)
         return Truth(exact, allowances(exact, plain, ERROR_FACTOR)), None
 
     def _columns(self, ms: float, matmul_tflops: float) -> dict[str, Any]:
@@ -303,13 +314,8 @@ def _more(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def layers_that_fit(memory_gib: float) -> int:
-    """Decoder layers of BAGEL-7B's width whose step fits a GPU both ways. Raises CannotRun if not even one does."""
-    layers = int((0.9 * memory_gib - FIXED_GIB) / LAYER_GIB)
-    if layers < 1:
-        raise CannotRun(
-            f"a step at BAGEL-7B's width needs about {FIXED_GIB + LAYER_GIB} GiB; there are {memory_gib:.0f}"
-        )
-    return min(layers, 28)
+    """Decoder layers of BAGEL-7B's width whose step fits a GPU both ways; 0 if not even one does."""
+    return max(0, min(28, int((0.9 * memory_gib - FIXED_GIB) / LAYER_GIB)))
 
 
 def cases(device: torch.device, size: str) -> Iterator[StepCase]:
@@ -327,10 +333,15 @@ def cases(device: torch.device, size: str) -> Iterator[StepCase]:
         yield step("diga", "hidden 32", config, *traces.tiny_diga())
         return
     if device.type == "cuda":
-        layers = layers_that_fit(torch.cuda.get_device_properties(device).total_memory / 2**30)
-        config, text = packs.bagel_width(layers), f"BAGEL-7B width, {layers} layers"
-        yield step("gduf", text, config, traces.trace("gduf_32k"))
-        yield step("diga", text, config, traces.trace("diga_23k"), traces.trace("diga_23k_teacher"))
+        memory = torch.cuda.get_device_properties(device).total_memory / 2**30
+        layers = layers_that_fit(memory)
+        lacks = f"it needs about {FIXED_GIB + LAYER_GIB} GiB; the device has {memory:.0f}" if layers < 1 else None
+        config, text = packs.bagel_width(max(1, layers)), f"BAGEL-7B width, {max(1, layers)} layers"
+        for one in (
+            step("gduf", text, config, traces.trace("gduf_32k")),
+            step("diga", text, config, traces.trace("diga_23k"), traces.trace("diga_23k_teacher")),
+        ):
+            yield dataclasses.replace(one, lacks=lacks)
         return
     small, text = packs.quickstart_config(), "quickstart width"
     yield step("gduf", text, small, traces.trace("many_small_2k"))
