@@ -27,6 +27,7 @@ from .stream_case import library
 from .traces import Trace
 
 MOST_COMPILED_SAMPLES = 32
+LARGEST_SCORES_GIB = 12  # of a peer that keeps them for its backward pass, on a GPU
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,10 @@ def _samples(setting: Setting) -> tuple[list[int], list[Tensor]]:
 
 def eager(setting: Setting) -> Candidate:
     """Sample by sample: scores, mask, softmax, product. kv heads are repeated."""
+    squares = sum(n * n for n in setting.trace.layout.cu_seqlens_q.diff().tolist())
+    scores_gib = 2 * setting.heads * squares / 2**30
+    if setting.device.type == "cuda" and scores_gib > LARGEST_SCORES_GIB:
+        raise CannotRun(f"its scores alone take {scores_gib:.0f} GiB in bfloat16")
     lengths, masks = _samples(setting)
     group = setting.heads // setting.kv_heads
 
@@ -107,7 +112,9 @@ def sdpa_dense_mask(setting: Setting) -> Candidate:
         k, v = (x.repeat_interleave(group, 1) for x in (k, v))
         samples = zip(*(x.transpose(0, 1).split(lengths, 1) for x in (q, k, v)), biases[q.dtype], strict=True)
         with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION) if on_gpu else contextlib.nullcontext():
-            outs = [F.scaled_dot_product_attention(*(x[None] for x in sample)) for sample in samples]
+            outs = [
+                F.scaled_dot_product_attention(*(x[None] for x in sample), attn_mask=bias) for *sample, bias in samples
+            ]
         return torch.cat(outs, 2)[0].transpose(0, 1)
 
     return Candidate(attend)
@@ -166,10 +173,13 @@ def _call_flash_attention(function: Callable[..., typing.Any]) -> Callable[..., 
 
 
 def _call_torch_varlen(function: Callable[..., typing.Any]) -> Callable[..., Tensor]:
+    # Releases differ in whether grouped heads must be announced.
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(function).parameters else {}
+
     def run(q: Tensor, k: Tensor, v: Tensor, call: flash.Call, scale: float) -> Tensor:
         lengths = (call.cu_seqlens_q, call.cu_seqlens_k, call.max_seqlen_q, call.max_seqlen_k)
         window = (-1, 0) if call.causal else (-1, -1)
-        return function(q, k, v, *lengths, scale=scale, window_size=window, enable_gqa=True)
+        return function(q, k, v, *lengths, scale=scale, window_size=window, **grouped)
 
     return run
 
@@ -180,16 +190,18 @@ def varlen(name: str, module: str, attribute: str, adapt: Callable[..., Callable
     def setup(setting: Setting) -> Candidate:
         run = adapt(library(name, module, attribute, setting.device))
         calls = flash.plan(setting.layout.splits, setting.device)
+        every = torch.arange(setting.layout.num_queries, device=setting.device)
+        places = torch.cat([every[call.query_rows] for call in calls]).argsort()  # of each row in the calls' outputs
+
+        def take(x: Tensor, rows: slice | Tensor) -> Tensor:
+            return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            out = torch.empty_like(q)
-            for call in calls:
-                keys = call.key_rows
-                part = run(q[call.query_rows], k[keys], v[keys], call, setting.scale)
-                rows = call.query_rows
-                index = rows if isinstance(rows, Tensor) else torch.arange(rows.start, rows.stop, device=q.device)
-                out = out.index_copy(0, index.long(), part)
-            return out
+            keys = [(take(k, call.key_rows), take(v, call.key_rows)) for call in calls]
+            outs = [
+                run(take(q, call.query_rows), *kv, call, setting.scale) for call, kv in zip(calls, keys, strict=True)
+            ]
+            return outs[0] if len(outs) == 1 else torch.cat(outs).index_select(0, places)
 
         return Candidate(attend)
 

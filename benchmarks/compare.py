@@ -3,7 +3,7 @@
 Machines drift between runs. The peers of a case, which nobody changed, say by how much: a row's time is divided by the
 median drift of the right peers in its case and direction (1 where it has none). A row is *slower* if then even its 20th
 percentile lies above the old run's 80th and its median is more than 5 % longer, *faster* the other way round. An answer
-that was right and is wrong, and a row that ran and does not, count as slower.
+that was right and is wrong, and a row that ran and fails, count as slower; what a run had no time for does not.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .record import identity, number, read_json
+from .contest import OUT_OF_TIME
+from .record import KEYS, identity, number, read_json
 
 THRESHOLD = 1.05  # of medians: less is not worth a word, even if it is no noise
 Row = Mapping[str, Any]
@@ -79,7 +80,7 @@ def _differences(
 ) -> Iterator[Difference]:
     for key, row in new.items():
         before = old.get(key)
-        if before is None or not row["ours"] or before["status"] != "ok":
+        if before is None or not row["ours"] or before["status"] != "ok" or row["status"].endswith(OUT_OF_TIME):
             continue
         if row["status"] != "ok":
             yield Difference("broken", row, before)
@@ -95,7 +96,11 @@ def _differences(
 
 
 def _case(row: Row) -> tuple:
-    return tuple(row.get(key) for key in ("benchmark", "op", "trace", "shape", "dtype", "direction", "sweep", "x"))
+    return tuple(row.get(key) for key in ("benchmark", *KEYS) if key != "backend")
+
+
+def _is_right(row: Row) -> bool:
+    return row["status"] == "ok" and row.get("correct") is not False
 
 
 def _drifts(old: Mapping[tuple, Row], new: Mapping[tuple, Row]) -> dict[tuple, float]:
@@ -103,6 +108,6 @@ def _drifts(old: Mapping[tuple, Row], new: Mapping[tuple, Row]) -> dict[tuple, f
     factors: dict[tuple, list[float]] = {}
     for key, row in new.items():
         before = old.get(key)
-        if before is not None and not row["ours"] and row["status"] == before["status"] == "ok":
+        if before is not None and not row["ours"] and _is_right(row) and _is_right(before):
             factors.setdefault(_case(row), []).append(row["ms"] / before["ms"])
     return {case: statistics.median(values) for case, values in factors.items()}

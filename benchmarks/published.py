@@ -39,6 +39,7 @@ from .published_layers import (
     PublishedVision,
     dense_masks,
     per_stream,
+    plain_norm,
     rope_of,
     stream_norm,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "PublishedPack",
     "counterparts",
     "dense_masks",
+    "plain_norm",
     "rope_of",
 ]
 

@@ -132,7 +132,7 @@ def per_stream(x: Tensor, pack: PublishedPack, *functions: Callable[[Tensor, str
     return results
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def plain_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Statistics in at least float32, rounded to x's dtype before the weight."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
@@ -140,7 +140,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def stream_norm(norm: StreamNorm, eps: float) -> Callable[[Tensor, str], Tensor]:
     """The norm as ``per_stream`` applies it."""
-    return lambda rows, stream: rms_norm(rows, getattr(norm, stream), eps)
+    return lambda rows, stream: plain_norm(rows, getattr(norm, stream), eps)
 
 
 def _rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
@@ -218,7 +218,7 @@ class PublishedLayer(nn.Module):
         return per_stream(attended, pack, lambda rows, stream: self.out[stream](rows))[0]
 
     def _mlp(self, rows: Tensor, stream: str) -> Tensor:
-        m = rms_norm(rows, getattr(self.norm2, stream), self.eps)
+        m = plain_norm(rows, getattr(self.norm2, stream), self.eps)
         return self.down[stream](F.silu(self.gate[stream](m)) * self.up[stream](m))
 
 

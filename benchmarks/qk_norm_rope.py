@@ -1,7 +1,7 @@
 """``qk_norm_rope``: per-head norm with the stream's weight, RoPE, and the move from stream-major to sequence order.
 
-Peers: the published way (each stream's heads are gathered, normed, and scattered into a zeroed buffer, then rotated; it
-keeps sequence order, so there is no row to move), eager and compiled.
+Peers: the same with PyTorch's norm on slices, eager and compiled; the published way (each stream's heads are gathered,
+normed, and scattered into a zeroed buffer, then rotated), which gets its rows in sequence order and moves none.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from collections.abc import Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from unigendet.ops import qk_norm_rope, rope_table
 
 from . import traces
+from .candidate import Candidate
 from .contest import Case, Work
 from .judge import whole
+from .published import plain_norm
 from .stream_case import candidates, random
 
 OP = "qk_norm_rope"
@@ -42,19 +45,38 @@ def case(device: torch.device, dtype: torch.dtype, trace: traces.Trace, heads: t
         weights = (q_und, q_gen), (k_und, k_gen)
         return qk_norm_rope(qkv, *weights, *tables, layout, **heads, eps=EPS, backend=backend)
 
-    def normed(x: Tensor, weight_und: Tensor, weight_gen: Tensor) -> Tensor:
-        wide = x.to(torch.float64 if x.dtype == torch.float64 else torch.float32)
-        h = (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + EPS)).to(x.dtype)
-        result = torch.zeros_like(h)
-        result[und] = weight_und * h[und]
-        result[gen] = weight_gen * h[gen]
-        first, second = result.chunk(2, -1)
-        return result * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
+    def rotated(x: Tensor) -> Tensor:
+        first, second = x.chunk(2, -1)
+        return x * cos.to(x.dtype) + torch.cat((-second, first), -1) * sin.to(x.dtype)
+
+    def heads_of(qkv: Tensor) -> tuple[Tensor, ...]:
+        rows = qkv.unflatten(1, (query_heads + 2 * kv_heads, head_dim))
+        return rows.split((query_heads, kv_heads, kv_heads), dim=1)
 
     def eager(qkv: Tensor, q_und: Tensor, q_gen: Tensor, k_und: Tensor, k_gen: Tensor) -> tuple[Tensor, ...]:
-        in_sequence = qkv[layout.sequence_to_stream].unflatten(1, (query_heads + 2 * kv_heads, head_dim))
-        q, k, v = in_sequence.split((query_heads, kv_heads, kv_heads), dim=1)
-        return normed(q, q_und, q_gen), normed(k, k_und, k_gen), v.clone()
+        q, k, v = heads_of(qkv)
+        found = []
+        for x, weights in ((q, (q_und, q_gen)), (k, (k_und, k_gen))):
+            parts = zip(x.split(layout.stream_lengths.tolist()), weights, strict=True)
+            normed = torch.cat([F.rms_norm(part, (head_dim,), weight, EPS) for part, weight in parts])
+            found.append(rotated(normed.index_select(0, layout.sequence_to_stream)))
+        return *found, v.index_select(0, layout.sequence_to_stream)
+
+    def published(qkv: Tensor, q_und: Tensor, q_gen: Tensor, k_und: Tensor, k_gen: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = heads_of(qkv)
+        found = []
+        for x, weight_und, weight_gen in ((q, q_und, q_gen), (k, k_und, k_gen)):
+            normed = torch.zeros_like(x)
+            normed[und] = plain_norm(x[und], weight_und, EPS)
+            normed[gen] = plain_norm(x[gen], weight_gen, EPS)
+            found.append(rotated(normed))
+        return *found, v.clone()
+
+    def in_sequence() -> Candidate:
+        """Its input and its gradient in sequence order; outputs are in it anyway."""
+        arrange = lambda x: x.index_select(0, layout.sequence_to_stream) if x.dim() == 2 else x  # noqa: E731
+        restore = lambda x: x.index_select(0, layout.stream_to_sequence) if x.dim() == 2 else x  # noqa: E731
+        return Candidate(published, arrange, restore)
 
     size = dtype.itemsize * rows * (query_heads + 2 * kv_heads) * head_dim
     return Case(
@@ -65,7 +87,7 @@ def case(device: torch.device, dtype: torch.dtype, trace: traces.Trace, heads: t
         work={"forward": Work(bytes=2 * size), "backward": Work(bytes=3 * size)},
         truth=whole(partial(own, backend="reference")),
         trace=trace.name,
-        **candidates(OP, device, dtype, eager, own),
+        **candidates(OP, device, dtype, eager, own, {"published": in_sequence}),
     )
 
 

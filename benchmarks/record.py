@@ -37,7 +37,11 @@ _WIDTHS = {
 
 
 class Record:
-    """The rows of a benchmark, kept in a file as they come (``path`` None: in memory only)."""
+    """The rows of a benchmark, kept in a file as they come (``path`` None: in memory only).
+
+    While it runs, and after a run that was not finished where an earlier one was, that is ``<path>.partial``: what was
+    complete is replaced by what is complete.
+    """
 
     def __init__(self, path: Path | None, benchmark: str, header: Mapping[str, Any]) -> None:
         self.path, self.benchmark = path, benchmark
@@ -50,10 +54,24 @@ class Record:
         self.rows += rows
         self.write()
 
-    def finish(self) -> None:
-        """The benchmark has run to its end."""
-        self.complete = True
+    def close(self, *, complete: bool) -> Path | None:
+        """The run is over, by its end or not; returns the file that its rows are in."""
+        self.complete = complete
         self.write()
+        if self.path is None or not (complete or not self._earlier_is_complete()):
+            return self._partial
+        self._partial.replace(self.path)
+        return self.path
+
+    def _earlier_is_complete(self) -> bool:
+        try:
+            return bool(read_json(self.path)["complete"])
+        except (OSError, ValueError, KeyError):
+            return False
+
+    @property
+    def _partial(self) -> Path | None:
+        return None if self.path is None else self.path.with_name(self.path.name + ".partial")
 
     @property
     def content(self) -> dict[str, Any]:
@@ -61,15 +79,15 @@ class Record:
         return {**self.header, "complete": self.complete, "rows": self.rows}
 
     def write(self) -> None:
-        """Write the file; one that is being written never replaces a whole one."""
-        if self.path is not None:
-            write_json(self.path, self.content)
+        """Write what there is so far."""
+        if self._partial is not None:
+            write_json(self._partial, self.content)
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write a file of results, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".partial")
+    temporary = path.with_name(path.name + ".new")
     temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     temporary.replace(path)
 

@@ -1,7 +1,8 @@
 """``stream_linear``: both streams' matrix products into one buffer.
 
-Peers: the published way (each stream is gathered, multiplied, and scattered into a zeroed buffer), eager and compiled;
-one grouped matrix product.
+Peers: two products on slices and a concatenation, eager and compiled; the published way (each stream is gathered,
+multiplied, and scattered into a zeroed buffer); one grouped matrix product, which
+wants the weights stacked.
 """
 
 from __future__ import annotations
@@ -29,32 +30,39 @@ def case(device: torch.device, dtype: torch.dtype, rows: int, columns: int, out:
     und, gen = torch.arange(n, device=device), torch.arange(n, rows, device=device)
     ends = torch.tensor([n, rows], dtype=torch.int32, device=device)
 
-    def inputs(seed: int) -> tuple[Tensor, Tensor]:
+    def inputs(seed: int) -> tuple[Tensor, ...]:
         make = random(device, dtype, seed)
-        return make(rows, columns).requires_grad_(), (make(2, out, columns) * columns**-0.5).requires_grad_()
+        weights = (make(out, columns) * columns**-0.5 for _ in range(2))
+        return tuple(x.requires_grad_() for x in (make(rows, columns), *weights))
 
-    def own(x: Tensor, weights: Tensor, backend: str) -> Tensor:
-        return stream_linear(x, (weights[0], weights[1]), layout, backend=backend)
+    def own(x: Tensor, weight_und: Tensor, weight_gen: Tensor, backend: str) -> Tensor:
+        return stream_linear(x, (weight_und, weight_gen), layout, backend=backend)
 
-    def eager(x: Tensor, weights: Tensor) -> Tensor:
+    def eager(x: Tensor, weight_und: Tensor, weight_gen: Tensor) -> Tensor:
+        return torch.cat((F.linear(x[:n], weight_und), F.linear(x[n:], weight_gen)))
+
+    def published(x: Tensor, weight_und: Tensor, weight_gen: Tensor) -> Tensor:
         y = torch.zeros(rows, out, device=x.device, dtype=x.dtype)
-        y[und] = F.linear(x[und], weights[0])
-        y[gen] = F.linear(x[gen], weights[1])
+        y[und] = F.linear(x[und], weight_und)
+        y[gen] = F.linear(x[gen], weight_gen)
         return y
 
     def grouped() -> Function:
         raise_if_not_cuda(device)
-        return lambda x, weights: torch.nn.functional.grouped_mm(x, weights.transpose(1, 2), offs=ends)
+        both = lambda *weights: torch.stack(weights).transpose(1, 2)  # noqa: E731
+        return lambda x, *weights: torch.nn.functional.grouped_mm(x, both(*weights), offs=ends)
 
-    flops, size = 2 * rows * columns * out, dtype.itemsize * (rows * (columns + out) + 2 * columns * out)
+    more = {"published": lambda: published, "grouped_mm": grouped}
+    flops, read = 2 * rows * columns * out, rows * columns + 2 * columns * out  # x and the weights
+    sizes = {"forward": dtype.itemsize * (read + rows * out), "backward": dtype.itemsize * (2 * read + rows * out)}
     return Case(
         OP,
         f"{rows} x {columns} to {out}",
         dtype,
         inputs,
-        work={"forward": Work(flops, size), "backward": Work(2 * flops, 2 * size)},
+        work={"forward": Work(flops, sizes["forward"]), "backward": Work(2 * flops, sizes["backward"])},
         truth=whole(partial(own, backend="reference")),
-        **candidates(OP, device, dtype, eager, own, {"grouped_mm": grouped}, backends=("torch",)),  # cuBLAS on GPUs
+        **candidates(OP, device, dtype, eager, own, more, backends=("torch",)),  # cuBLAS on GPUs
     )
 
 

@@ -18,13 +18,14 @@ from typing import Any
 import torch
 
 from . import compare, environment, harness
-from .contest import Run
+from .contest import LostDevice, Run
 from .progress import Progress
 from .record import BENCHMARKS, SCHEMA, Record, table, write_json
 
 SIZES = ("full", "quick", "tiny")
 QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.2, 1.0, 0.3
-COMPILES = ("torch.compile", "flex", "flex_mask_per_pack")
+QUICK_LIMIT = 100.0  # seconds
+COMPILES = ("torch.compile", "flex", "flex_mask_per_pack", "flex_flash4", "flex_cudnn")
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class Settings:
     """A run. ``ops`` are names of ops or benchmarks; ``ops``, ``traces``, ``backends``, ``directions`` None: all.
 
     ``out``: folder for ``<device>/<benchmark>.json``; None keeps nothing. ``seconds``: for one measurement of one
-    candidate (default: by size). ``limit``: seconds after which nothing new is begun.
+    candidate (default: by size). ``limit``: seconds after which nothing new is begun (default: 100 for "quick").
     """
 
     device: torch.device
@@ -43,7 +44,7 @@ class Settings:
     directions: Collection[str] | None = None
     out: Path | None = None
     seconds: float | None = None
-    limit: float = float("inf")
+    limit: float | None = None
     quiet: bool = False
 
     @property
@@ -107,36 +108,39 @@ def _check(name: str, wanted: Collection[str] | None, known: set[str]) -> None:
 def run(settings: Settings) -> Outcome:
     """Run benchmarks. Ctrl-C keeps what is done."""
     cases = find_cases(settings)
+    if settings.device.type == "cuda" and settings.device.index is not None:
+        torch.cuda.set_device(settings.device)  # events and waits are of the current device
+    limit = QUICK_LIMIT if settings.limit is None and settings.size == "quick" else settings.limit
+    deadline = time.monotonic() + (float("inf") if limit is None else limit)
+    header = _header(settings)
+    records: list[Record] = []
+    interrupted = False
     with Progress(sum(map(len, cases.values())), quiet=settings.quiet) as progress:
-        limits = harness.ceilings(settings.device, tiny=settings.size == "tiny")
-        header = _header(settings, limits)
         progress.show(_heading(header))
-        rows: list[dict[str, Any]] = []
-        interrupted = False
-        deadline = time.monotonic() + settings.limit
         try:
             for name, own in cases.items():
-                record = Record(_path(settings, name), name, header)
-                try:
-                    _run_benchmark(settings, record, own, limits, progress, deadline)
-                finally:
-                    record.write()
-                    rows += [{"benchmark": name, **row} for row in record.rows]
+                records.append(Record(_path(settings, name), name, header))
+                _run_benchmark(settings, records[-1], own, progress, deadline)
         except KeyboardInterrupt:
             progress.show(["", "Interrupted; what is done is kept."])
             interrupted = True
-    content = {"schema": SCHEMA, "benchmark": "all", **header, "complete": not interrupted, "rows": rows}
-    return Outcome(content, interrupted)
+        except LostDevice as error:
+            progress.show(["", f"Ended: {error}. What is done is kept."])
+    rows = [{"benchmark": record.benchmark, **row} for record in records for row in record.rows]
+    ceilings = records[0].header["ceilings"]
+    content = {"schema": SCHEMA, "benchmark": "all", **header, "ceilings": ceilings, "rows": rows}
+    return Outcome({**content, "complete": all(r.complete for r in records) and not interrupted}, interrupted)
 
 
 def _run_benchmark(
-    settings: Settings,
-    record: Record,
-    cases: Sequence[Any],
-    limits: Mapping[str, float],
-    progress: Progress,
-    deadline: float,
+    settings: Settings, record: Record, cases: Sequence[Any], progress: Progress, deadline: float
 ) -> None:
+    """Measure the ceilings and run the cases of one benchmark."""
+    limits = harness.ceilings(
+        settings.device, tiny=settings.size == "tiny", seconds=0.5 if settings.size == "full" else 0.1
+    )
+    record.header["ceilings"] = limits
+    progress.show(_ceilings(limits))
     full = GPU_SECONDS if settings.device.type == "cuda" else FULL_SECONDS
     seconds = settings.seconds or (full if settings.size == "full" else QUICK_SECONDS)
     run = Run(
@@ -151,15 +155,27 @@ def _run_benchmark(
         directions=settings.directions,
         without=_left_out(settings),
     )
-    for case in cases:
-        progress.begin(case.title)
-        try:
-            case.run(run)
-        except Exception as error:  # a case that cannot even be set up is a row, too
-            common = {"op": case.op, "trace": case.trace, "shape": case.title, "dtype": "", "direction": ""}
-            rows = [common | {"backend": "all", "ours": True, "status": harness.reason(error)}]
-            progress.show(table(run.add(rows)))
-    record.finish()
+    complete = False
+    try:
+        for case in cases:
+            _run_case(case, run)
+        complete = not run.out_of_time
+    finally:
+        kept = record.close(complete=complete)
+        if kept != record.path:
+            progress.show(["", f"{record.path} holds an earlier complete run, and stays; this one: {kept}"])
+
+
+def _run_case(case: Any, run: Run) -> None:
+    run.progress.begin(case.title)
+    try:
+        case.run(run)
+    except Exception as error:  # a case that cannot even be set up is a row, too
+        common = {"op": case.op, "trace": case.trace, "shape": case.title, "dtype": "", "direction": ""}
+        rows = [common | {"backend": "all", "ours": True, "status": harness.reason(error)}]
+        run.progress.show(table(run.add(rows)))
+        if isinstance(error, LostDevice):
+            raise
 
 
 def _left_out(settings: Settings) -> dict[str, str]:
@@ -173,22 +189,25 @@ def _left_out(settings: Settings) -> dict[str, str]:
     }
 
 
-def _header(settings: Settings, limits: Mapping[str, float]) -> dict[str, Any]:
+def _header(settings: Settings) -> dict[str, Any]:
     chosen: dict[str, Any] = {"size": settings.size, "threads": torch.get_num_threads()}
     if settings.selection:
         chosen["selection"] = settings.selection
-    return {"environment": environment.environment(settings.device), "ceilings": dict(limits), "settings": chosen}
+    return {"environment": environment.environment(settings.device), "ceilings": {}, "settings": chosen}
 
 
 def _heading(header: Mapping[str, Any]) -> list[str]:
-    device, limits = header["environment"]["device"], header["ceilings"]
+    device = header["environment"]["device"]
     processor = f", {device['processor']}" if device["processor"] else ""
     return [
         f"{device['name']}{processor}; PyTorch {header['environment']['versions']['torch']}, "
-        f"{header['settings']['threads']} CPU threads",
-        f"ceilings measured here: {limits['matmul_tflops']:.3g} TFLOP/s (matrix product), "
-        f"{limits['copy_gbs']:.3g} GB/s (copy, bytes read and written)",
+        f"{header['settings']['threads']} CPU threads"
     ]
+
+
+def _ceilings(limits: Mapping[str, float]) -> list[str]:
+    rates = f"{limits['matmul_tflops']:.3g} TFLOP/s (matrix product), {limits['copy_gbs']:.3g} GB/s (copy)"
+    return ["", f"measured ceilings: {rates}"]
 
 
 def _path(settings: Settings, benchmark: str) -> Path | None:
@@ -197,9 +216,8 @@ def _path(settings: Settings, benchmark: str) -> Path | None:
     return settings.out / environment.device_slug(environment.device_name(settings.device)) / f"{benchmark}.json"
 
 
-def show_comparison(outcome: Outcome, old: Path) -> bool:
-    """Print what differs from an earlier run; returns whether anything became worse."""
-    device, before = compare.read_results(old)
+def show_comparison(outcome: Outcome, old: Path, device: str, before: Mapping[tuple, compare.Row]) -> bool:
+    """Print what differs from an earlier run, of ``device``, that was in ``old``; whether anything became worse."""
     here = outcome.content["environment"]["device"]["name"]
     if device != here:
         raise ValueError(f"--compare {old} was measured on {device}, this run on {here}; they must be the same")
@@ -233,8 +251,10 @@ def bench(settings: Settings, *, json: Path | None = None, old: Path | None = No
     """
     if record:
         settings = _recording(settings)
-    if old is not None:
-        compare.read_results(old)  # before minutes are spent
+    for name, path in (("json", json), ("out", settings.out)):
+        _check_writable(name, path, folder=name == "out")
+    # Before minutes are spent, and before the run writes to the same place.
+    earlier = None if old is None else compare.read_results(old)
     outcome = run(settings)
     if json is not None:
         write_json(json, outcome.content)
@@ -243,8 +263,15 @@ def bench(settings: Settings, *, json: Path | None = None, old: Path | None = No
     for row in outcome.failures:
         what = "the answer is wrong" if row["status"] == "ok" else row["status"]
         print(f"  {row['op']} {row['direction']} {row['backend']}: {what}")
-    worse = old is not None and show_comparison(outcome, old)
+    worse = earlier is not None and show_comparison(outcome, old, *earlier)
     return 130 if outcome.interrupted else int(worse or bool(outcome.failures))
+
+
+def _check_writable(name: str, path: Path | None, *, folder: bool) -> None:
+    if path is not None and path.exists() and path.is_dir() != folder:
+        raise ValueError(
+            f"--{name} is {path}, a {'file' if folder else 'folder'}; it must be a {'folder' if folder else 'file'}"
+        )
 
 
 def _recording(settings: Settings) -> Settings:

@@ -70,9 +70,10 @@ def test_every_op(case):
 
 def test_useful_work():
     """Of the four directions in which it is easy to say."""
-    (norm,), (linear,), (alignment,) = (list(m.cases(CPU, "tiny")) for m in (rms_norm, stream_linear, alignment_loss))
+    norm, linear, alignment = (next(m.cases(CPU, "tiny")) for m in (rms_norm, stream_linear, alignment_loss))
     assert norm.work["forward"].bytes == 4 * 4 * 24 * 16
     assert linear.work["backward"].flops == 2 * 2 * 24 * 16 * 16
+    assert linear.work["backward"].bytes == 4 * (2 * (24 * 16 + 2 * 16 * 16) + 24 * 16)  # dy, x, W; dx, dW
     assert alignment.work["both"].bytes == 4 * 16 * (2 * 32 + 50)
     (one,) = attention.cases(CPU, "tiny")
     assert one.work["backward"].flops == 2.5 * 4 * 16 * 4 * traces.tiny().layout.visible_pairs()
@@ -197,6 +198,7 @@ def test_without_a_judge_nothing_is_called_right():
     rows = measured(dataclasses.replace(tiny_swiglu(), truth=truth))
     row = rows["torch", "forward"]
     assert (row["status"], row["correct"], row["not_judged"]) == ("ok", None, "failed: OutOfMemoryError: too large")
+    assert "speedup_over" not in row
     assert "not_judged" not in measured(dataclasses.replace(tiny_swiglu(), truth=None))["torch", "forward"]
 
 
@@ -214,10 +216,66 @@ def test_past_the_time_limit_rows_say_so():
 def test_rows_are_on_disk_as_soon_as_they_are_there(tmp_path):
     path = tmp_path / "rows.json"
     rows = measured(tiny_swiglu(), path)
-    content = json.loads(path.read_text())
+    content = json.loads((tmp_path / "rows.json.partial").read_text())
     assert len(content["rows"]) == len(rows)
     assert not content["complete"]
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_only_a_complete_run_replaces_a_complete_one(tmp_path):
+    def kept(*, complete):
+        record = Record(path, "test", {})
+        record.add([{"number": next(numbers)}])
+        file = record.close(complete=complete)
+        return file.name, json.loads(path.read_text())["rows"][0]["number"]
+
+    path, numbers = tmp_path / "rows.json", iter(range(10))
+    assert kept(complete=False) == ("rows.json", 0)
+    assert kept(complete=False) == ("rows.json", 1)
+    assert kept(complete=True) == ("rows.json", 2)
+    assert kept(complete=False) == ("rows.json.partial", 2)
+    assert kept(complete=True) == ("rows.json", 4)
     assert [file.name for file in tmp_path.iterdir()] == ["rows.json"]
+
+
+def test_what_does_not_fit_together_is_timed_alone(monkeypatch):
+    real = contest.measure_paired
+
+    def measure_paired(turns, device, **options):
+        if len(turns) > 1:
+            raise torch.OutOfMemoryError("too much at once")
+        return real(turns, device, **options)
+
+    monkeypatch.setattr(contest, "measure_paired", measure_paired)
+    rows = measured(tiny_swiglu())
+    assert rows["torch", "forward"]["status"] == rows["eager", "backward"]["status"] == "ok"
+    assert rows["torch", "forward"]["paired"] is False
+
+
+def test_a_lost_device_ends_the_run(monkeypatch):
+    """Every later row would be worthless."""
+
+    def synchronize(device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    case = tiny_swiglu()
+
+    def fails():
+        monkeypatch.setattr(contest, "synchronize", synchronize)
+        raise RuntimeError("launch failed")
+
+    with pytest.raises(contest.LostDevice, match="works no more after this: failed: RuntimeError: launch failed"):
+        measured(changed(case, torch=fails))
+
+
+def test_a_mistake_everywhere_is_seen_though_no_error_is_large():
+    """In a precision whose roundings are larger than the mistake at any one place."""
+    case = swiglu.case(CPU, torch.bfloat16, 256, 64)
+    eager = case.candidates["eager"]()
+    rows = measured(changed(case, scaled=lambda: lambda x: 0.98 * eager(x)))
+    row = rows["scaled", "forward"]
+    assert row["correct"] is False
+    assert row["error"]["output 0, rms"]["error"] > row["error"]["output 0, rms"]["allowed"]
 
 
 def test_the_table_groups_what_did_not_run():

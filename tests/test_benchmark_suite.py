@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from unigendet.benchmarks import compare, environment, harness, suite
+from unigendet.benchmarks import compare, contest, environment, harness, suite
 from unigendet.benchmarks.record import KEYS, SCHEMA, read_json, write_json
 
 from unigendet.cli import main
@@ -62,14 +62,14 @@ def test_compilers_are_left_out_of_short_runs_unless_asked_for():
 
 
 def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
-    real = suite.importlib.import_module("unigendet.benchmarks.contest").Case.run
+    real = contest.Case.run
 
     def run(self, run):
         if self.op == "flow_matching_loss":
             raise KeyboardInterrupt
         real(self, run)
 
-    monkeypatch.setattr("unigendet.benchmarks.contest.Case.run", run)
+    monkeypatch.setattr(contest.Case, "run", run)
     outcome = suite.run(tiny(out=tmp_path))
     assert outcome.interrupted
     assert {row["op"] for row in outcome.rows} == {"swiglu", "flow_matching"}
@@ -83,7 +83,7 @@ def test_a_case_that_cannot_be_set_up_is_a_failure(monkeypatch):
     def run(self, run):
         raise RuntimeError("no memory for inputs")
 
-    monkeypatch.setattr("unigendet.benchmarks.contest.Case.run", run)
+    monkeypatch.setattr(contest.Case, "run", run)
     outcome = suite.run(tiny(ops=["swiglu"]))
     assert [row["status"] for row in outcome.failures] == ["failed: RuntimeError: no memory for inputs"]
 
@@ -95,7 +95,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     selection = ["bench", "--quick", "--op", "flow_matching_loss", "--device", "cpu"]
     assert main([*selection, "--json", "all.json"]) == 0
     out = capsys.readouterr().out
-    assert "ceilings measured here: " in out
+    assert "measured ceilings: " in out
     assert "flow_matching_loss · 4096 x 64 · float32" in out
     assert "torch.compile: cannot run: left out of a quick run" in out
     page = tmp_path / "unigendet-bench" / "report.md"
@@ -107,8 +107,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for row in slow["rows"]:
         if row["ours"] and row["status"] == "ok":
             row |= {name: row[name] / 1e3 for name in ("ms", "p20", "p80")}
-    write_json(tmp_path / "old.json", slow)
-    assert main([*selection, "--compare", "old.json"]) == 1
+    for file in (tmp_path / "unigendet-bench").rglob("*.json"):  # the run compares with what was there before it
+        write_json(file, {**slow, "benchmark": file.stem})
+    assert main([*selection, "--compare", "unigendet-bench"]) == 1
     out = capsys.readouterr().out
     assert "rows of ours in both runs" in out
     assert "slower  flow_matching_loss · 4096 x 64 · float32 · forward · torch" in out
@@ -127,6 +128,7 @@ def test_the_list(capsys):
         (["--seconds", "0"], "--seconds is 0.0; it must be a positive number of seconds"),
         (["--device", "cuda:99"], "device is 'cuda:99'"),
         (["--op", "nothing"], "--op is 'nothing'"),
+        (["--json", "."], "--json is ., a folder; it must be a file"),
         (["--compare", "absent.json"], "no results to compare with at absent.json"),
         (["--record", "--quick"], "--record keeps whole benchmarks"),
         (["--record", "--op", "flow_matching_loss"], "--op must name benchmarks"),
@@ -211,7 +213,26 @@ def test_results_to_compare_with(tmp_path):
         compare.read_results(tmp_path / "d.json")
     outcome = suite.Outcome({**header, "environment": {"device": {"name": "two"}}}, False)
     with pytest.raises(ValueError, match="was measured on one, this run on two"):
-        suite.show_comparison(outcome, tmp_path / "a")
+        suite.show_comparison(outcome, tmp_path / "a", *compare.read_results(tmp_path / "a"))
+
+
+def test_past_the_limit_a_run_is_incomplete_and_says_so(tmp_path):
+    outcome = suite.run(tiny(out=tmp_path, limit=1e-9))
+    assert {row["status"] for row in outcome.rows} == {"cannot run: the time limit of the run was reached"}
+    assert not outcome.content["complete"]
+    assert not any(read_json(file)["complete"] for file in tmp_path.rglob("*.json"))
+    missing = [{**row("torch", 1.0), "status": "cannot run: the time limit of the run was reached"}]
+    assert kinds([row("torch", 1.0)], missing) == []
+
+
+def test_a_lost_device_is_a_failure(monkeypatch):
+    def run(self, run):
+        raise contest.LostDevice("the device works no more")
+
+    monkeypatch.setattr(contest.Case, "run", run)
+    outcome = suite.run(tiny())
+    assert [row["status"] for row in outcome.failures] == ["failed: LostDevice: the device works no more"]
+    assert not outcome.content["complete"]
 
 
 @pytest.mark.gpu

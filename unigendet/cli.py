@@ -158,7 +158,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
         ("op", "only these ops or benchmarks"),
         ("trace", "only these packs"),
         ("backend", "only these backends and peers"),
-        ("direction", "only these directions: forward, backward, both"),
+        ("direction", "only these directions: forward, backward, both, step, host"),
     ):
         bench.add_argument(f"--{name}", nargs="+", action="extend", metavar="NAME", help=f"{text} (see --list)")
     bench.add_argument("--list", action="store_true", help="show what there is to measure, and stop")
@@ -170,7 +170,12 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
                        help="file or folder of an earlier run on this machine: show what became slower")  # fmt: skip
     bench.add_argument("--seconds", type=float,
                        help="measuring time of one candidate (default: 1, on a GPU 0.3, with --quick 0.2)")  # fmt: skip
-    bench.add_argument("--limit", type=float, metavar="SECONDS", help="begin nothing new after this time")
+    bench.add_argument(
+        "--limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin nothing new after this time (default: none, with --quick 100)",
+    )
     bench.add_argument("--record", action="store_true",
                        help="keep the results in the checkout's benchmarks/results instead")  # fmt: skip
 
@@ -326,7 +331,7 @@ def _bench(options: argparse.Namespace) -> int:
         directions=options.direction,
         out=options.out,
         seconds=options.seconds,
-        limit=float("inf") if options.limit is None else options.limit,
+        limit=options.limit,
     )
     if options.list:
         print("\n".join(describe(settings)))
