@@ -1,4 +1,4 @@
-// What kernels are called with: pointers, sizes, strides. Plain data only; bindings.cpp fills it in and has checked it.
+// What kernels are called with: pointers, sizes, strides. Plain data only; the bindings fill it in and have checked it.
 #pragma once
 
 #include <stdint.h>
