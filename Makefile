@@ -39,19 +39,27 @@ SANITIZE_LEVELS := baseline
 ifeq ($(shell uname -m),x86_64)
 SANITIZE_FLAGS += -DUNIGENDET_X86_LEVELS
 SANITIZE_LEVELS += x86_64_v3 x86_64_v4
-$(SANITIZED)/x86_64_v3.o: LEVEL_FLAGS := -mavx2 -mfma -mf16c
-$(SANITIZED)/x86_64_v4.o: LEVEL_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
+$(SANITIZED)/x86_64_v3/%.o: LEVEL_FLAGS := -mavx2 -mfma -mf16c
+$(SANITIZED)/x86_64_v4/%.o: LEVEL_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
 endif
 
-$(SANITIZED)/%.o: csrc/alignment_loss_cpu.cpp $(wildcard csrc/*.h csrc/*.cuh)
-	mkdir -p $(SANITIZED)
-	$(CXX) $(SANITIZE_FLAGS) $(LEVEL_FLAGS) -DUNIGENDET_ISA=$* -c $< -o $@
+SANITIZE_SOURCES := alignment_loss_cpu qk_norm_rope_cpu rms_norm_cpu swiglu_cpu
+SANITIZE_OBJECTS := $(foreach level,$(SANITIZE_LEVELS),$(SANITIZE_SOURCES:%=$(SANITIZED)/$(level)/%.o))
+SANITIZE_PROGRAMS := $(SANITIZED)/fuzz_alignment_loss $(SANITIZED)/fuzz_rows
 
-$(SANITIZED)/fuzz: tests/csrc/fuzz_alignment_loss.cpp $(SANITIZE_LEVELS:%=$(SANITIZED)/%.o)
-	$(CXX) $(SANITIZE_FLAGS) $^ -o $@
+define SANITIZE_RULE
+$(SANITIZED)/$(1)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/*.cuh)
+	mkdir -p $$(@D)
+	$$(CXX) $$(SANITIZE_FLAGS) $$(LEVEL_FLAGS) -DUNIGENDET_ISA=$(1) -c $$< -o $$@
+endef
+$(foreach level,$(SANITIZE_LEVELS),$(eval $(call SANITIZE_RULE,$(level))))
 
-sanitize: $(SANITIZED)/fuzz  ## Run the C++ sources on random inputs under sanitizers
-	$(SANITIZED)/fuzz
+$(SANITIZED)/fuzz_%: tests/csrc/fuzz_%.cpp $(SANITIZE_OBJECTS) $(wildcard tests/csrc/*.h)
+	$(CXX) $(SANITIZE_FLAGS) $(filter %.cpp %.o,$^) -o $@
+
+.SECONDARY: $(SANITIZE_OBJECTS)
+sanitize: $(SANITIZE_PROGRAMS)  ## Run the C++ sources on random inputs under sanitizers
+	for program in $^; do $$program || exit 1; done
 
 test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
 test: $(INSTALLED) $(OLDEST_TRITON)/.installed sanitize  ## Run the tests that need no GPU

@@ -4,15 +4,9 @@
 #include <stdint.h>
 #include <string.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "alignment_loss.cuh"
-#include "alignment_loss_cpu.h"
+#include "cpu_kernels.h"
+#include "threads_cpu.h"
 #include "vectors_cpu.h"
 
 namespace unigendet {
@@ -21,18 +15,10 @@ namespace {
 constexpr int64_t kChunkTokens = 512;       // student rows that a thread takes at a time
 constexpr int64_t kChunkTeacherRows = 64;
 constexpr int64_t kChunkBytes = 1 << 18;    // of a gradient that is scaled
-constexpr int64_t kLargeOutput = 8 << 20;   // bytes from which on an output would only push others out of the caches
-
-template <class T>
-UNIGENDET_INLINE const T* row_of(const Rows& rows, int64_t i) {
-  return static_cast<const T*>(rows.data) + i * rows.stride;
-}
 
 UNIGENDET_INLINE float weight_at(const AlignmentLossParams& p, int64_t row) {
   return p.token_weights == nullptr ? 1.0f : p.token_weights[row];
 }
-
-UNIGENDET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // The teacher's columns at one line of the student's grid, each interpolated between two teacher rows when it is asked
 // for. Neighbouring tokens share columns, so the last even and the last odd one are kept.
@@ -268,49 +254,6 @@ static void teacher_rows(const AlignmentLossParams& p, float* sum, int64_t begin
   }
 }
 
-#if defined(__linux__)
-constexpr uintptr_t kHugePage = 2 << 20;
-
-struct Span {
-  uintptr_t begin, end;
-};
-
-// The 2 MB pages inside a large output; none in a small one.
-Span huge_pages(void* memory, int64_t bytes) {
-  if (memory == nullptr || bytes < kLargeOutput) return {0, 0};
-  const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
-  return {(begin + kHugePage - 1) / kHugePage * kHugePage, end / kHugePage * kHugePage};
-}
-#endif
-
-// Fresh memory comes in 4 KB pages that cost a fault each. A large output asks for 2 MB pages; that is advice only.
-void advise_huge_pages(void* memory, int64_t bytes) {
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  const Span pages = huge_pages(memory, bytes);
-  if (pages.begin < pages.end) {
-    (void)madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
-  }
-#else
-  (void)memory, (void)bytes;
-#endif
-}
-
-// Each thread fetches its share of the pages, which about holds the rows that it will write, in one call.
-void populate(void* memory, int64_t bytes, int thread, int threads) {
-#if defined(__linux__) && defined(MADV_POPULATE_WRITE)
-  const Span pages = huge_pages(memory, bytes);
-  if (pages.begin >= pages.end) return;
-  const uintptr_t count = (pages.end - pages.begin) / kHugePage;
-  const uintptr_t first = count * static_cast<uintptr_t>(thread) / static_cast<uintptr_t>(threads);
-  const uintptr_t last = count * static_cast<uintptr_t>(thread + 1) / static_cast<uintptr_t>(threads);
-  if (first >= last) return;
-  void* begin = reinterpret_cast<void*>(pages.begin + first * kHugePage);
-  (void)madvise(begin, (last - first) * kHugePage, MADV_POPULATE_WRITE);
-#else
-  (void)memory, (void)bytes, (void)thread, (void)threads;
-#endif
-}
-
 // The sums over images and over all, from the rows' values: one thread, one order.
 void reduce(const AlignmentLossParams& p) {
   double total = 0.0;
@@ -326,22 +269,6 @@ void reduce(const AlignmentLossParams& p) {
     total += distance;
   }
   *p.loss = kappa_of(p) * static_cast<float>(total);
-}
-
-UNIGENDET_INLINE int this_thread() {
-#ifdef _OPENMP
-  return omp_get_thread_num();
-#else
-  return 0;
-#endif
-}
-
-UNIGENDET_INLINE int num_threads() {
-#ifdef _OPENMP
-  return omp_get_num_threads();
-#else
-  return 1;
-#endif
 }
 
 template <class S, class T>

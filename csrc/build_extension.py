@@ -50,7 +50,10 @@ HOST_FLAGS = [
 OPENMP = ["-fopenmp"]
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 WITHOUT_EXTENSION = "UNIGENDET_EXTENSION=off to install without unigendet._C"
-# Namespace → flags of each build of alignment_loss_cpu.cpp.
+# Compiled once per instruction set, and once.
+CPU_SOURCES = ("alignment_loss_cpu.cpp", "qk_norm_rope_cpu.cpp", "rms_norm_cpu.cpp", "swiglu_cpu.cpp")
+BINDINGS = ("bindings.cpp", "bindings_alignment_loss.cpp", "bindings_rows.cpp", "tensors.cpp")
+# Namespace → flags of each build of CPU_SOURCES.
 X86_LEVELS = {
     "x86_64_v3": ["-mavx2", "-mfma", "-mf16c"],
     "x86_64_v4": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"],
@@ -190,17 +193,23 @@ def _objects(settings: Settings, openmp: bool) -> list[tuple[str, str, str, list
     compiler = _version(settings.compiler) + ("" if openmp else ", without OpenMP")
     facts = [f'-DUNIGENDET_COMPILER="{compiler}"']
     levels = {"baseline": [], **(X86_LEVELS if is_x86 else {})}
-    objects = [(f"cpu_{name}.o", "cxx", "alignment_loss_cpu.cpp", [f"-DUNIGENDET_ISA={name}", *defines, *flags])
-               for name, flags in levels.items()]  # fmt: skip
+    objects = [
+        (f"{Path(source).stem}_{name}.o", "cxx", source, [f"-DUNIGENDET_ISA={name}", *defines, *flags])
+        for source in CPU_SOURCES
+        for name, flags in levels.items()
+    ]
     if settings.nvcc:
         archs = ";".join(f"sm_{arch}" for arch in settings.archs)
         facts += [
-            "-DUNIGENDET_CUDA",
             f'-DUNIGENDET_CUDA_ARCHS="{archs}"',
             f'-DUNIGENDET_NVCC="{_version([settings.nvcc], cuda=True)}"',
         ]
         objects.append(("cuda.o", "nvcc", "alignment_loss.cu", []))
-    return [*objects, ("bindings.o", "cxx", "bindings.cpp", [*facts, *defines, *includes])]
+        defines = ["-DUNIGENDET_CUDA", *defines]
+    for source in BINDINGS:
+        own = facts if source == "bindings.cpp" else []
+        objects.append((f"{Path(source).stem}.o", "cxx", source, [*own, *defines, *includes]))
+    return objects
 
 
 def _rules(settings: Settings, openmp: bool) -> dict[str, list[str]]:
@@ -283,7 +292,7 @@ def extensions() -> list[Extension]:
         print(f"unigendet: {reason}, so unigendet._C is not built: "
               "the package is pure Python, without the backends 'cpp' and 'cuda'", file=sys.stderr)  # fmt: skip
         return []
-    sources = ["bindings.cpp", "alignment_loss_cpu.cpp", *(["alignment_loss.cu"] if settings.nvcc else [])]
+    sources = [*BINDINGS, *CPU_SOURCES, *(["alignment_loss.cu"] if settings.nvcc else [])]
     return [Extension("unigendet._C", [f"{HERE.name}/{source}" for source in sources], py_limited_api=False)]
 
 

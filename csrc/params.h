@@ -1,4 +1,4 @@
-// What kernels are called with: pointers, sizes, strides. Plain data only; bindings.cpp fills it in and has checked it.
+// What kernels are called with: pointers, sizes, strides. Plain data only; the bindings fill it in and have checked it.
 #pragma once
 
 #include <stdint.h>
@@ -64,6 +64,85 @@ struct ScaleParams {
   Dtype dtype;
   int32_t num_threads;   // CPU only
   void* stream;          // CUDA only
+};
+
+// The ops on stream-major rows, of which the first `understanding` are one stream's and the others the other's. CPU only.
+// Outputs are contiguous and of the inputs' dtype; weights and all sums are float32.
+struct RmsNormParams {
+  Rows x;                 // [rows, columns]
+  Rows residual;          // [rows, columns], or with null data
+  const float* weights;   // [2, columns], of each stream
+  int64_t rows, understanding, columns;
+  float eps;
+  void* normed;           // [rows, columns]
+  void* summed;           // [rows, columns], with a residual only
+  float* rstd;            // [rows]
+  int32_t num_threads;
+};
+
+struct RmsNormBackwardParams {
+  Rows dy;                // [rows, columns]
+  Rows dsummed;           // [rows, columns], or with null data
+  Rows summed;            // [rows, columns]
+  const float* rstd;      // [rows]
+  const float* weights;   // [2, columns]
+  int64_t rows, understanding, columns;
+  void* ds;               // [rows, columns], or null
+  float* dweights;        // [2, columns]
+  bool needs_weights[2];  // which rows of dweights are wanted
+  float* partials;        // workspace of rms_norm_partials() floats, 64-byte aligned
+  int32_t num_threads;
+};
+
+struct SwigluParams {
+  Rows gate_up;  // [rows, 2 * columns]
+  int64_t rows, columns;
+  void* out;     // [rows, columns]
+  int32_t num_threads;
+};
+
+struct SwigluBackwardParams {
+  Rows dy;         // [rows, columns]
+  Rows gate_up;    // [rows, 2 * columns]
+  int64_t rows, columns;
+  void* gradient;  // [rows, 2 * columns]
+  int32_t num_threads;
+};
+
+// [rows, heads, head_dim], each head contiguous.
+struct Heads {
+  const void* data;
+  int64_t row_stride, head_stride;
+};
+
+// What both directions of qk_norm_rope read. Every index in its tables has been checked.
+struct QkNormRopeInputs {
+  Rows qkv;                  // [rows, (q_heads + 2 * kv_heads) * head_dim]
+  const float* weights;      // [4, head_dim]: q's of each stream, k's of each stream
+  const float* cos;          // [positions, head_dim / 2]
+  const float* sin;
+  const int64_t* rows_map;   // [rows]: forward, the stream-major row of each in sequence order; backward, the inverse
+  const int64_t* positions;  // [rows], in sequence order
+  int64_t rows, understanding, q_heads, kv_heads, head_dim;
+  float eps;
+};
+
+struct QkNormRopeParams {
+  QkNormRopeInputs inputs;
+  void* q;  // [rows, q_heads, head_dim], in sequence order, as k and v [rows, kv_heads, head_dim]
+  void* k;
+  void* v;
+  int32_t num_threads;
+};
+
+struct QkNormRopeBackwardParams {
+  QkNormRopeInputs inputs;
+  Heads dq, dk, dv;
+  void* dqkv;             // as qkv, or null
+  float* dweights;        // [4, head_dim]
+  bool needs_weights[2];  // of which stream the rows of dweights are wanted
+  float* partials;        // workspace of qk_norm_rope_partials() floats, 64-byte aligned
+  int32_t num_threads;
 };
 
 }  // namespace unigendet

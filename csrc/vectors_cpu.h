@@ -157,14 +157,117 @@ UNIGENDET_INLINE void store_some(Floats x, T* p, int64_t n) {
   memcpy(p, padded, static_cast<size_t>(n) * sizeof(T));
 }
 
+template <int64_t n>
+struct Narrow {
+  typedef float type __attribute__((vector_size(n * 4)));
+};
+
+// The sum of the first and the second half of p[0 .. 2 n).
+template <int64_t n>
+UNIGENDET_INLINE typename Narrow<n>::type halves(const float* p) {
+  typename Narrow<n>::type low, high;
+  memcpy(&low, p, sizeof low);
+  memcpy(&high, p + n, sizeof high);
+  return low + high;
+}
+
 // In one fixed order.
 UNIGENDET_INLINE float sum(Floats x) {
   float parts[kLanes];
   memcpy(parts, &x, sizeof parts);
-  for (int64_t width = kLanes / 2; width > 0; width /= 2) {
-    for (int64_t i = 0; i < width; ++i) parts[i] += parts[i + width];
+  const auto eight = halves<8>(parts);
+  memcpy(parts, &eight, sizeof eight);
+  const auto four = halves<4>(parts);
+  memcpy(parts, &four, sizeof four);
+  const auto two = halves<2>(parts);
+  return two[0] + two[1];
+}
+
+// x as a number of T, as a float again.
+template <class T>
+UNIGENDET_INLINE Floats rounded(Floats x) {
+  if constexpr (sizeof(T) == 4) return x;
+  T narrow[kLanes];
+  store(x, narrow);
+  return load(narrow);
+}
+
+// All lanes of a vector, or the first n: what loops over columns do whole vectors and the last one with.
+struct WholeVector {
+  template <class T>
+  inline __attribute__((always_inline)) Floats get(const T* p) const {
+    return load(p);
   }
-  return parts[0];
+  template <class T>
+  inline __attribute__((always_inline)) void put(Floats x, T* p) const {
+    store(x, p);
+  }
+};
+struct LastVector {
+  int64_t n;
+  template <class T>
+  inline __attribute__((always_inline)) Floats get(const T* p) const {
+    return load_some(p, n);
+  }
+  template <class T>
+  inline __attribute__((always_inline)) void put(Floats x, T* p) const {
+    store_some(x, p, n);
+  }
+};
+
+// step(first column, lanes) for the vectors of n columns.
+template <class Step>
+UNIGENDET_INLINE void for_columns(int64_t n, Step step) {
+  int64_t d = 0;
+  for (; d + kLanes <= n; d += kLanes) step(d, WholeVector{});
+  if (d < n) step(d, LastVector{n - d});
+}
+
+// Each lane, or the bound that it is beyond; NaN stays NaN, as the instructions return their second operand then.
+UNIGENDET_INLINE Floats clamped(Floats x, float low, float high) {
+#if defined(__AVX512F__)
+  constexpr __mmask16 all = static_cast<__mmask16>(0xffff);
+  x = (Floats)_mm512_maskz_max_ps(all, _mm512_set1_ps(low), (__m512)x);
+  x = (Floats)_mm512_maskz_min_ps(all, _mm512_set1_ps(high), (__m512)x);
+#elif defined(__AVX__)
+  __m256 parts[2];
+  memcpy(parts, &x, sizeof parts);
+  for (__m256& part : parts) part = _mm256_min_ps(_mm256_set1_ps(high), _mm256_max_ps(_mm256_set1_ps(low), part));
+  memcpy(&x, parts, sizeof parts);
+#else
+  const Words too_low = (Words)(x < low), too_high = (Words)(x > high);
+  const Words bits = (~too_low & ~too_high & bits_of(x)) | (too_low & bits_of(Floats{} + low)) |
+                     (too_high & bits_of(Floats{} + high));
+  memcpy(&x, &bits, sizeof x);
+#endif
+  return x;
+}
+
+// e^x to a few units in the last place, from 0 to infinity; NaN stays NaN.
+UNIGENDET_INLINE Floats exponential(Floats x) {
+  // Beyond these bounds the result is 0 or infinite.
+  x = clamped(x, -105.0f, 105.0f);
+  // x = n ln 2 + r with an integer n: adding 1.5 * 2^23 leaves n in the lowest bits. ln 2 in two parts, of which the
+  // first has so few bits that its product with n is exact.
+  const Floats magic = Floats{} + 0x1.8p23f;
+  const Floats shifted = x * 0x1.715476p+0f + magic;
+  const Floats n = shifted - magic;
+  const Floats r = (x - n * 0x1.63p-1f) + n * 0x1.bd0106p-13f;
+  // Taylor's polynomial of degree 7: |r| is at most ln 2 / 2, and what is left out below 2^-27.
+  Floats y = r * (1.0f / 5040.0f) + 1.0f / 720.0f;
+  y = y * r + 1.0f / 120.0f;
+  y = y * r + 1.0f / 24.0f;
+  y = y * r + 1.0f / 6.0f;
+  y = y * r + 0.5f;
+  y = y * r + 1.0f;
+  y = y * r + 1.0f;
+  // 2^n in two factors, since n may be beyond a float's exponents.
+  const Words from_bottom = bits_of(shifted) - 0x4b400000u + 256u;
+  const Words half = from_bottom >> 1, other = from_bottom - half;
+  const Words bits[2] = {(half - 1u) << 23, (other - 1u) << 23};
+  Floats factors[2];
+  memcpy(factors, bits, sizeof factors);
+  return y * factors[0] * factors[1];
 }
 
 }  // namespace

@@ -137,7 +137,7 @@ def test_kernels_know_no_ops_and_no_model():
 
 
 def test_kernel_sources_include_no_torch():
-    """Kernels take plain pointers, and bindings.cpp reads tensors through Python."""
+    """Kernels take plain pointers, and the bindings read tensors through Python."""
     for pattern in ("*.cu", "*.cuh", "*.h", "*.cpp"):
         for path in (ROOT / "csrc").rglob(pattern):
             for line in path.read_text().splitlines():

@@ -44,9 +44,9 @@ def test_auto_takes_it_for_the_dtypes_it_knows():
     narrow, wide = torch.zeros(1), torch.zeros(1, dtype=torch.float64)
     assert resolve("alignment_loss", "auto", narrow) == "cpp"
     assert resolve("alignment_loss", "auto", wide) == "torch"
-    assert resolve("swiglu", "auto", narrow) == "torch"
+    assert resolve("stream_linear", "auto", narrow) == "torch"
     assert "cpp" in available()["alignment_loss"]
-    assert "cpp" not in available()["swiglu"]
+    assert "cpp" not in available()["stream_linear"]
 
 
 def test_errors_of_a_backend_that_is_named(monkeypatch):

@@ -16,8 +16,10 @@ from op_checks import (
 
 from unigendet.layout import Layout
 from unigendet.ops import qk_norm_rope, rope_table
+from unigendet.ops.backends import available
 
-BACKENDS = (*PORTABLE, "triton")
+CPP = [name for name in available()["qk_norm_rope"] if name == "cpp"]  # where it is built; it knows no float64
+BACKENDS = (*PORTABLE, "triton", *CPP)
 STREAMS = ["mixed", "understanding", "generation", "one token"]
 HEADS = [(4, 2), (7, 1), (3, 3)]
 
@@ -101,9 +103,16 @@ def test_gradients(backend, streams):
     assert torch.autograd.gradcheck(op(layout, backend, heads=(2, 1), head_dim=4), inputs)
 
 
-@pytest.mark.parametrize("backend", PORTABLE)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [
+        (backend, dtype)
+        for backend in (*PORTABLE, *CPP)
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        if backend in PORTABLE or dtype != torch.float64
+    ],
+)
 @pytest.mark.parametrize("streams", STREAMS)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("heads", HEADS)
 @pytest.mark.parametrize("head_dim", [16, 72])
 def test_accuracy(backend, streams, dtype, heads, head_dim):
@@ -167,7 +176,8 @@ def test_rows_of_zeros(backend):
 
 
 @pytest.mark.parametrize(
-    ("backend", "streams"), [("auto", s) for s in STREAMS] + [("triton", "mixed"), ("triton", "one token")]
+    ("backend", "streams"),
+    [(b, s) for b in ("torch", *CPP) for s in STREAMS] + [("triton", "mixed"), ("triton", "one token")],
 )
 def test_strided_input_and_unwritten_memory(backend, streams, monkeypatch):
     layout = layout_of(streams)

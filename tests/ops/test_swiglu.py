@@ -7,10 +7,12 @@ from numerics import assert_accurate
 from op_checks import BACKENDS, check_checkpoints, check_compiles_once, check_writes_everything, randn
 
 from unigendet.ops import swiglu
+from unigendet.ops.backends import available
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
-TESTED = [*BACKENDS, "triton"]
-COMBINATIONS = [(b, d) for b in TESTED for d in DTYPES if b != "triton" or d != torch.float64]
+CPP = [name for name in available()["swiglu"] if name == "cpp"]  # where it is built; it knows no float64
+TESTED = [*BACKENDS, "triton", *CPP]
+COMBINATIONS = [(b, d) for b in TESTED for d in DTYPES if b in BACKENDS or d != torch.float64]
 
 
 def plain(gate_up):

@@ -13,19 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unigendet.ops._launching import table_stream, unit_stride
-
-_MAX_THREADS = 4096  # as csrc/bindings.cpp
-
-
-def _threads() -> int:
-    return min(torch.get_num_threads(), _MAX_THREADS)
-
-
-def _plain(x: Tensor) -> Tensor:
-    """x with contiguous rows, at an address that its items may have; torch.frombuffer makes others."""
-    x = unit_stride(x)
-    return x if x.data_ptr() % x.element_size() == 0 else x.clone()
+from unigendet.ops._extension import plain, threads
+from unigendet.ops._launching import table_stream
 
 
 def _arguments(
@@ -43,11 +32,11 @@ def _arguments(
     loss, means, dstudent, dteacher = outputs
     rows, device = student.shape[0], student.device
     return {
-        "student": _plain(student),
-        "teacher": _plain(teacher),
+        "student": plain(student),
+        "teacher": plain(teacher),
         "table": table,
-        "normalizer": None if normalizer is None else _plain(normalizer.float().view(1)).view(()),
-        "token_weights": None if token_weights is None else _plain(token_weights.float()),
+        "normalizer": None if normalizer is None else plain(normalizer.float().view(1)).view(()),
+        "token_weights": None if token_weights is None else plain(token_weights.float()),
         "weight": weight,
         "loss": loss,
         "means": means,
@@ -63,14 +52,14 @@ def forward_cpp(student: Tensor, *inputs: Any) -> None:
     """Fill the operator's outputs, the last of ``inputs``, on the CPU; see ``alignment_loss_triton.forward``."""
     from unigendet import _C
 
-    _C.alignment_loss_cpu(**_arguments(student, *inputs), num_threads=_threads())
+    _C.alignment_loss_cpu(**_arguments(student, *inputs), num_threads=threads())
 
 
 def scale_cpp(gradient: Tensor, factor: Tensor, out: Tensor) -> None:
     """out = factor · gradient; returns at once for a factor of 1 in place."""
     from unigendet import _C
 
-    _C.scale_cpu(gradient=gradient, factor=factor.float(), out=out, num_threads=_threads())
+    _C.scale_cpu(gradient=gradient, factor=factor.float(), out=out, num_threads=threads())
 
 
 def forward_cuda(student: Tensor, *inputs: Any) -> None:

@@ -50,7 +50,8 @@ _BUILT["swiglu"] += ("triton",)
 _BUILT["flow_matching"] += ("triton",)
 _BUILT["flow_matching_loss"] += ("triton",)
 _BUILT["alignment_loss"] += ("triton",)
-_EXTENSION_OPS = ("alignment_loss",)  # what unigendet._C has kernels for
+# What unigendet._C has kernels for, and where they run.
+_EXTENSION_OPS = {"cpp": ("qk_norm_rope", "rms_norm", "swiglu", "alignment_loss"), "cuda": ("alignment_loss",)}
 _EXTENSION_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 
@@ -68,7 +69,7 @@ def resolve(op: str, backend: str, *tensors: Tensor | None) -> str:
         return _automatic(op, tensors)
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}; it must be 'auto' or one of {', '.join(map(repr, BACKENDS))}")
-    if backend in _EXTENSION_DEVICES and op in _EXTENSION_OPS:
+    if op in _EXTENSION_OPS.get(backend, ()):
         _check_extension(op, backend, tensors)
     elif backend not in _BUILT[op]:
         raise ValueError(f"backend={backend!r} cannot run {op}: no such kernel is built")
@@ -84,7 +85,7 @@ def _automatic(op: str, tensors: tuple[Tensor | None, ...]) -> str:
     device = tensors[0].device
     if "triton" in _BUILT[op] and _compiles_triton(device) and _triton_limit(op, tensors) is None:
         return "triton"
-    fits = device.type == "cpu" and op in _EXTENSION_OPS and _dtype_limit(op, tensors) is None
+    fits = device.type == "cpu" and op in _EXTENSION_OPS["cpp"] and _dtype_limit(op, tensors) is None
     return "cpp" if fits and "cpp" in extension_backends() else "torch"
 
 
@@ -187,7 +188,7 @@ def _check_flash(op: str, q: Tensor) -> None:
 def available() -> dict[str, list[str]]:
     """The implementations of every op that are part of this build."""
     extension = extension_backends()
-    return {op: [*names, *(extension if op in _EXTENSION_OPS else ())] for op, names in _BUILT.items()}
+    return {op: [*names, *(b for b in extension if op in _EXTENSION_OPS[b])] for op, names in _BUILT.items()}
 
 
 def run(implementations: Mapping[str, Callable[..., Any]], backend: str, tensor: Tensor, *arguments: Any) -> Any:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from unigendet.layout import Layout
+from unigendet.ops import rows_extension
 from unigendet.ops._arguments import (
     check_floating,
     check_stream_lengths,
@@ -283,6 +284,43 @@ def _triton_backward(
     return results
 
 
+def _cpp(
+    qkv: Tensor,
+    norms: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    maps: Sequence[Tensor],
+    lengths: Tensor,
+    heads: Sequence[int],
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = first_stream("qkv", qkv, lengths)
+    outputs = _allocate(qkv, heads)
+    rows_extension.qk_norm_rope(qkv, norms, cos, sin, maps, n, heads, eps, outputs)
+    return outputs
+
+
+def _cpp_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    qkv: Tensor,
+    norms: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    maps: Sequence[Tensor],
+    lengths: Tensor,
+    heads: Sequence[int],
+    eps: float,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, ...]:
+    n = first_stream("qkv", qkv, lengths)
+    results = _allocate_gradients(qkv, norms, output_mask)
+    inputs = (qkv, norms, cos, sin, maps, n, heads, eps)
+    rows_extension.qk_norm_rope_backward((dq, dk, dv), *inputs, output_mask, results)
+    return results
+
+
 def _weights(norms: Sequence[Tensor]) -> list[Tensor]:
     """The norm weights, contiguous and of one dtype, since a kernel chooses among them."""
     dtype = reduce(torch.promote_types, (w.dtype for w in norms))
@@ -314,9 +352,19 @@ def _allocate_gradients(qkv: Tensor, norms: Sequence[Tensor], output_mask: Seque
     return tuple(empty_unless(m, t.shape, t.dtype, t.device) for t, m in zip((qkv, *norms), output_mask, strict=True))
 
 
-_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
-_FORWARD_INTO = {"reference": _copying(_reference), "torch": _copying(_torch), "triton": _triton_into}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton, "cpp": _cpp}
+_FORWARD_INTO = {
+    "reference": _copying(_reference),
+    "torch": _copying(_torch),
+    "triton": _triton_into,
+    "cpp": _copying(_cpp),
+}
+_BACKWARD = {
+    "reference": _reference_backward,
+    "torch": _torch_backward,
+    "triton": _triton_backward,
+    "cpp": _cpp_backward,
+}
 
 
 @torch.library.custom_op("unigendet::qk_norm_rope", mutates_args=())
@@ -447,7 +495,7 @@ def qk_norm_rope(
         eps: added to the mean square.
         cache: None, or (k, v), each [K, num_kv_heads, D] with K the layout's number of keys, in qkv's dtype: the new
             rows are written into them in place. Inference only: no gradient flows through a cache.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cpp" (on CPUs).
 
     Returns:
         q [T, Hq, D], k and v in qkv's dtype: k and v are [T, Hkv, D] in sequence order, or the two tensors of

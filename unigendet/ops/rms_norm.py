@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from unigendet.ops import rows_extension
 from unigendet.ops._arguments import (
     check_columns,
     check_floating,
@@ -155,6 +156,32 @@ def _triton_backward(
     return gradients
 
 
+def _cpp(
+    x: Tensor, residual: Tensor | None, weight_und: Tensor, weight_gen: Tensor, lengths: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = first_stream("x", x, lengths)
+    outputs = _allocate(x, residual)
+    rows_extension.rms_norm(x, residual, (weight_und, weight_gen), n, eps, outputs)
+    return outputs
+
+
+def _cpp_backward(
+    dy: Tensor,
+    dsummed: Tensor | None,
+    summed: Tensor,
+    rstd: Tensor,
+    weight_und: Tensor,
+    weight_gen: Tensor,
+    lengths: Tensor,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    n = first_stream("dy", dy, lengths)
+    gradients = _allocate_gradients(summed, weight_und, weight_gen, output_mask)
+    weights = (weight_und, weight_gen)
+    rows_extension.rms_norm_backward(dy, dsummed, summed, rstd, weights, n, output_mask, gradients)
+    return gradients
+
+
 def _weights(*weights: Tensor) -> list[Tensor]:
     """The weights, contiguous and of one dtype, since a kernel chooses between them: float32 if they differ."""
     dtype = weights[0].dtype if weights[0].dtype == weights[1].dtype != torch.float64 else torch.float32
@@ -174,8 +201,13 @@ def _allocate_gradients(
     return tuple(empty_unless(m, t.shape, t.dtype, t.device) for m, t in zip(output_mask, sources, strict=True))
 
 
-_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton, "cpp": _cpp}
+_BACKWARD = {
+    "reference": _reference_backward,
+    "torch": _torch_backward,
+    "triton": _triton_backward,
+    "cpp": _cpp_backward,
+}
 
 
 @torch.library.custom_op("unigendet::rms_norm", mutates_args=())
@@ -267,7 +299,7 @@ def rms_norm(
         layout: its ``stream_lengths`` (int64 [2] on the CPU) are the two numbers of rows; either may be 0.
         residual: None or [T, D]; if its dtype is not x's, both are converted to the wider one first.
         eps: added to the mean square.
-        backend: "auto", "reference", "torch" or "triton" (at most 16384 columns).
+        backend: "auto", "reference", "torch", "triton" (at most 16384 columns) or "cpp" (on CPUs).
 
     Returns:
         normed [T, D] without a residual; (normed, x + residual) with one. Both take gradients.

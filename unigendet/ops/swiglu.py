@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from unigendet.ops import rows_extension
 from unigendet.ops._arguments import check_floating, compute_dtype, reject
 from unigendet.ops._blocks import row_blocks
 from unigendet.ops._launching import run_launches, unit_stride
@@ -70,8 +71,25 @@ def _triton_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
     return gradient
 
 
-_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton}
-_BACKWARD = {"reference": _reference_backward, "torch": _torch_backward, "triton": _triton_backward}
+def _cpp(gate_up: Tensor) -> Tensor:
+    y = torch.empty((gate_up.shape[0], gate_up.shape[1] // 2), dtype=gate_up.dtype, device=gate_up.device)
+    rows_extension.swiglu(gate_up, y)
+    return y
+
+
+def _cpp_backward(dy: Tensor, gate_up: Tensor) -> Tensor:
+    gradient = torch.empty(gate_up.shape, dtype=gate_up.dtype, device=gate_up.device)
+    rows_extension.swiglu_backward(dy, gate_up, gradient)
+    return gradient
+
+
+_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton, "cpp": _cpp}
+_BACKWARD = {
+    "reference": _reference_backward,
+    "torch": _torch_backward,
+    "triton": _triton_backward,
+    "cpp": _cpp_backward,
+}
 
 
 @torch.library.custom_op("unigendet::swiglu", mutates_args=())
@@ -111,7 +129,7 @@ def swiglu(gate_up: Tensor, *, backend: str = "auto") -> Tensor:
 
     Args:
         gate_up: [T, 2·I], any floating dtype, any strides.
-        backend: "auto", "reference", "torch" or "triton".
+        backend: "auto", "reference", "torch", "triton" or "cpp" (on CPUs).
 
     Returns:
         [T, I] in gate_up's dtype.
