@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
         }
     return {
+        "time": datetime.now(UTC).isoformat(timespec="minutes"),
         "device": hardware,
         "platform": f"{platform.system()} {platform.machine()}",
         "versions": found,

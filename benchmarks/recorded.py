@@ -37,8 +37,8 @@ def wrong(row: Row) -> bool:
 
 
 def usable(row: Row) -> bool:
-    """Whether the row's time may be compared: it ran and was not found wrong."""
-    return ran(row) and not wrong(row)
+    """Whether the row's time may be compared: it ran, was not found wrong, and its judge did not fail."""
+    return ran(row) and not wrong(row) and "not_judged" not in row
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def write_report(results: Path, out: Path) -> Path:
     for name, (title, section) in SECTIONS.items():
         lines += [f"## {title}", "", *section(recorded, links), ""]
         if name == "ops" and not drawn:
-            lines += ["Plots need matplotlib, which is not installed: `pip install 'unigendet[train]'`.", ""]
+            lines += ["Plots need matplotlib, which is not installed: `pip install 'unigendet[bench]'`.", ""]
     out.mkdir(parents=True, exist_ok=True)
     if drawn:
         draw_all(recorded, out / "images")

@@ -15,10 +15,7 @@ from .targets import Target
 
 STALE = "**stale: measured with other kernels than the present ones**"
 INCOMPLETE = "**incomplete: the run was not finished**"
-BRIEF = {
-    "No module named": "not installed",
-    "CUDA device": "needs a CUDA device",
-}  # reasons that say this in more words
+BRIEF = {"CUDA device": "needs a CUDA device"}  # reasons that say this in more words
 MAX_REASON = 110  # characters of why a row did not run
 
 Cell = Callable[[Result, Case, Row], str]
@@ -27,7 +24,9 @@ Cell = Callable[[Result, Case, Row], str]
 def caption(device: Device, result: Result) -> str:
     """The line above a table: device, benchmark, commit, and the marks it deserves."""
     marks = [mark for mark, due in ((STALE, result.stale), (INCOMPLETE, not result.complete)) if due]
-    return " · ".join([f"**{text(device.name)}**", text(result.benchmark), f"commit {result.commit}", *marks])
+    when = (result.environment.get("time") or "").partition("T")[0]
+    parts = [f"**{text(device.name)}**", text(result.benchmark), f"commit {result.commit}", *([when] if when else [])]
+    return " · ".join([*parts, *marks])
 
 
 def text(value: Any) -> str:
@@ -85,7 +84,9 @@ def _peak(result: Result, case: Case, row: Row) -> str:
 
 
 def _right(result: Result, case: Case, row: Row) -> str:
-    return "**wrong**" if wrong(row) else "not judged" if row["correct"] is None else "yes"
+    if row["correct"] is None:
+        return "**not judged**" if "not_judged" in row else "not judged"
+    return "**wrong**" if wrong(row) else "yes"
 
 
 def _backend(result: Result, case: Case, row: Row) -> str:
@@ -103,16 +104,18 @@ COLUMNS: dict[str, Cell] = {
     ">of ceiling": _of_ceiling,
     ">speed-up": _speedups,
     ">peak MiB": _peak,
+    ">first call, s": lambda result, case, row: number(row.get("first_call_s")),
     "right?": _right,
     ">tokens/s": lambda result, case, row: number(row.get("tokens_per_second")),
     ">MFU": lambda result, case, row: percent(row.get("mfu")),
     ">MFU, published count": lambda result, case, row: percent(row.get("mfu_published")),
 }
 CASE = ("op", "trace or shape", "dtype", "direction")
-OP_COLUMNS = (*CASE, "backend", ">ms (20–80 %)", ">rate", ">of ceiling", ">speed-up", ">peak MiB", "right?")
+OP_COLUMNS = (*CASE, "backend", ">ms (20–80 %)", ">rate", ">of ceiling", ">speed-up", ">peak MiB", ">first call, s",
+              "right?")  # fmt: skip
 STEP_COLUMNS = (
     "op", "trace or shape", "dtype", "backend", ">ms (20–80 %)", ">tokens/s", ">MFU", ">MFU, published count",
-    ">speed-up", ">peak MiB", "right?",
+    ">speed-up", ">peak MiB", ">first call, s", "right?",
 )  # fmt: skip
 
 

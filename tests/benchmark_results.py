@@ -29,6 +29,7 @@ PEERS = {"symbiotic_attention": ("flex", "sdpa_dense_mask"), "decoder_layer": ("
 def environment(slug, kernels=KERNELS):
     versions = {"python": "3.12.3", "torch": "2.11.0", "triton": "3.6.0"}
     return {
+        "time": "2031-02-03T04:05+00:00",
         "device": HARDWARE[slug],
         "platform": "Linux x86_64",
         "versions": versions,
@@ -70,7 +71,7 @@ def op_rows(slug, op, directions=("forward", "backward")):
             peers[peer] = made["ms"]
             yield made
         if op not in PEERS:
-            status = "cannot run: liger-kernel: No module named 'liger_kernel'"
+            status = "cannot run: liger-kernel is not installed"
             yield row(slug, op, "liger", direction=direction, status=status, **place)
         for backend in own:
             yield row(slug, op, backend, direction=direction, peers=peers, **place)
@@ -80,11 +81,12 @@ def op_rows(slug, op, directions=("forward", "backward")):
 
 
 def step_rows(slug):
-    shapes = ("BAGEL-7B width, 4 layers",) if slug == GPU else ("quickstart width", "hidden 512, 4 layers")
-    for (i, shape), op in itertools.product(enumerate(shapes), ("gduf_step", "diga_step")):
+    small = (("quickstart width", "many_small_16k"), ("hidden 512, 4 layers", "gduf_4k"))
+    places = (("BAGEL-7B width, 4 layers", "gduf_32k"),) if slug == GPU else small
+    for (i, (shape, trace)), op in itertools.product(enumerate(places), ("gduf_step", "diga_step")):
         flops, own, published = (1 + i) * 1e14, 1.0 + i, 2.1 + 2 * i
         for backend, seconds in (("published", published), ("triton" if slug == GPU else "torch", own)):
-            step = row(slug, "decoder_layer", backend, direction="step", shape=shape)
+            step = row(slug, "decoder_layer", backend, direction="step", shape=shape, trace=trace)
             step |= {"op": op, "ms": 1e3 * seconds, "p20": 990 * seconds, "p80": 1020 * seconds, "flops": flops}
             step |= {"tokens": 32000, "tokens_per_second": 32000 / seconds, "mfu": 0.55 / seconds}
             step |= {"mfu_published": 0.48 / seconds, "peak_mib": 30000 if backend == "published" else 16000}
@@ -106,6 +108,8 @@ def packing_rows(slug):
             for name in ("flops", "bytes", "tflops", "gbs", "bound", "of_ceiling"):
                 del made[name]
             ms *= scale
+            if op == "tile_schedule":
+                made |= {"shape": "tiles of 128 x 128", "useful_share": 0.94}
             yield made | {"op": op, "ms": ms, "p20": 0.9 * ms, "p80": 1.2 * ms, "correct": None, "speedup_over": {}}
 
 
