@@ -19,6 +19,7 @@ from .stream_case import candidates, random
 
 PATCH, CHANNELS = 2, 16  # BAGEL's latents
 FEATURES = PATCH * PATCH * CHANNELS
+BACKENDS = ("torch", "triton")
 
 
 def noising_case(device: torch.device, dtype: torch.dtype, sizes: list[tuple[int, int]]) -> Case:
@@ -51,7 +52,7 @@ def noising_case(device: torch.device, dtype: torch.dtype, sizes: list[tuple[int
         inputs,
         work={"forward": Work(bytes=4 * dtype.itemsize * grids.rows * FEATURES)},
         truth=whole(partial(own, backend="reference")),
-        **candidates("flow_matching", device, dtype, eager, own),
+        **candidates("flow_matching", device, dtype, eager, own, backends=BACKENDS),
     )
 
 
@@ -74,7 +75,7 @@ def error_case(device: torch.device, dtype: torch.dtype, rows: int, columns: int
         inputs,
         work={"forward": Work(bytes=2 * size + 4 * rows), "backward": Work(bytes=3 * size + 4 * rows)},
         truth=whole(partial(flow_matching_loss, backend="reference")),
-        **candidates("flow_matching_loss", device, dtype, eager, flow_matching_loss),
+        **candidates("flow_matching_loss", device, dtype, eager, flow_matching_loss, backends=BACKENDS),
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from .candidate import PLAIN, Candidate, Function, compiled, ours, raise_if_not_cuda
 from .harness import CannotRun
 
-BACKENDS = ("torch", "triton")
+BACKENDS = ("torch", "triton", "cpp")
 
 
 def streams(rows: int) -> tuple[SimpleNamespace, int]:
