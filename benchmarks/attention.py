@@ -187,8 +187,10 @@ def cases(device: torch.device, size: str) -> Iterator[Case]:
             for causal in (False, True):
                 yield dense_case(device, torch.bfloat16, length, causal=causal)
         return
-    yield case(device, torch.float32, traces.trace("many_small_16k"), (4, 2), 32)  # the quickstart's heads
-    yield case(device, torch.float32, traces.trace("gduf_4k"), (8, 2), 64)
+    directions = tuple(DIRECTIONS) if size == "full" else ("forward", "backward")
+    small = traces.trace("many_small_16k")
+    yield case(device, torch.float32, small, (4, 2), 32, directions=directions)  # the quickstart's heads
+    yield case(device, torch.float32, traces.trace("gduf_4k"), (8, 2), 64, directions=directions)
     if size == "full":
         yield case(device, torch.float32, traces.trace("text_only_8k"), (8, 2), 64)
         yield case(device, torch.float32, vit_trace(traces.trace("gduf_4k")), (4, 4), 72)

@@ -25,6 +25,7 @@ from .record import BENCHMARKS, SCHEMA, Record, table, write_json
 SIZES = ("full", "quick", "tiny")
 QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.2, 1.0, 0.3
 QUICK_LIMIT = 100.0  # seconds
+SETS = {"full": None, "quick": 4, "tiny": 2}  # of buffers; None: as many as exceed the caches
 COMPILES = ("torch.compile", "flex", "flex_mask_per_pack", "flex_flash4", "flex_cudnn")
 
 
@@ -150,7 +151,7 @@ def _run_benchmark(
         progress,
         seconds=seconds if settings.size != "tiny" else 0.01,
         deadline=deadline,
-        sets=2 if settings.size == "tiny" else None,
+        sets=SETS[settings.size],
         backends=settings.backends,
         directions=settings.directions,
         without=_left_out(settings),
