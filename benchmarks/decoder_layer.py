@@ -141,6 +141,7 @@ def cases(device: torch.device, size: str) -> Iterator[Case]:
         yield case(device, torch.bfloat16, traces.trace("diga_23k"), packs.bagel_width(1))
     else:
         directions = ("forward", "backward", "both") if size == "full" else ("both",)
-        yield case(device, torch.float32, traces.trace("gduf_4k"), packs.small_config(layers=1), directions=directions)
         if size == "full":
-            yield case(device, torch.float32, traces.trace("many_small_16k"), packs.quickstart_config())
+            yield case(device, torch.float32, traces.trace("gduf_4k"), packs.small_config(layers=1))
+        small = traces.trace("many_small_16k")
+        yield case(device, torch.float32, small, packs.quickstart_config(), directions=directions)

@@ -139,7 +139,7 @@ def cases(device: torch.device, size: str) -> Iterator[HostCase]:
         yield schedule_case(traces.tiny(), 16, 16)
         yield pack_case(traces.trace("many_small_16k"), packs.quickstart_config())
         return
-    names = ("many_small_16k", "gduf_4k") + (("gduf_32k", "gduf_64k") if size == "full" else ())
+    names = ("many_small_16k", "gduf_4k", "gduf_32k", "gduf_64k") if size == "full" else ("gduf_4k",)
     for name in names:
         yield metadata_case(traces.trace(name), device)
     for name in names:

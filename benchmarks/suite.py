@@ -23,7 +23,7 @@ from .progress import Progress
 from .record import BENCHMARKS, SCHEMA, Record, table, write_json
 
 SIZES = ("full", "quick", "tiny")
-QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.2, 1.0, 0.3
+QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.1, 1.0, 0.3
 QUICK_LIMIT = 100.0  # seconds
 SETS = {"full": None, "quick": 4, "tiny": 2}  # of buffers; None: as many as exceed the caches
 COMPILES = ("torch.compile", "flex", "flex_mask_per_pack", "flex_flash4", "flex_cudnn")

@@ -169,7 +169,7 @@ def _add_bench(bench: argparse.ArgumentParser) -> None:
     bench.add_argument("--compare", type=Path, metavar="OLD",
                        help="file or folder of an earlier run on this machine: show what became slower")  # fmt: skip
     bench.add_argument("--seconds", type=float,
-                       help="measuring time of one candidate (default: 1, on a GPU 0.3, with --quick 0.2)")  # fmt: skip
+                       help="measuring time of one candidate (default: 1, on a GPU 0.3, with --quick 0.1)")  # fmt: skip
     bench.add_argument(
         "--limit",
         type=float,
