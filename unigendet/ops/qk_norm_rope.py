@@ -27,18 +27,17 @@ import torch
 from torch import Tensor
 
 from unigendet.layout import Layout
-from unigendet.ops import rows_extension
+from unigendet.ops import qk_norm_rope_torch, rows_extension
 from unigendet.ops._arguments import (
     check_floating,
     check_stream_lengths,
     compute_dtype,
-    empty_unless,
     first_stream,
     reject,
 )
-from unigendet.ops._blocks import stream_blocks
 from unigendet.ops._launching import capability, run_launches, unit_stride
 from unigendet.ops.backends import resolve, run
+from unigendet.ops.qk_norm_rope_torch import allocate, allocate_gradients, per_head, split
 
 # Shapes: qkv [T, (Hq + 2 Hkv) D]; norm weights [D]; cos, sin [positions, D/2]; to_sequence, to_stream, positions [T].
 # Streams' rows are [:n] and [n:] in stream-major order.
@@ -55,12 +54,6 @@ def rope_table(
     return angle.cos(), angle.sin()
 
 
-def _split(qkv: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The projection as q and k heads together [T, Hq + Hkv, D], and v heads [T, Hkv, D]."""
-    rows = qkv.unflatten(1, (heads[0] + 2 * heads[1], -1))
-    return rows[:, : -heads[1]], rows[:, -heads[1] :]
-
-
 def _reference(
     qkv: Tensor,
     norms: Sequence[Tensor],
@@ -74,11 +67,11 @@ def _reference(
     _, to_stream, positions = maps
     n = first_stream("qkv", qkv, lengths)
     dtype = compute_dtype(qkv)
-    qk, v = (x.index_select(0, to_stream) for x in _split(qkv, heads))
+    qk, v = (x.index_select(0, to_stream) for x in split(qkv, heads))
     x = qk.to(dtype)
     generation = (to_stream >= n)[:, None, None]
     q_und, q_gen, k_und, k_gen = (w.to(dtype) for w in norms)
-    weight = torch.where(generation, _per_head(q_gen, k_gen, heads), _per_head(q_und, k_und, heads))
+    weight = torch.where(generation, per_head(q_gen, k_gen, heads), per_head(q_und, k_und, heads))
     normed = weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
     c, s = (torch.cat((t, t), -1).to(dtype)[positions][:, None] for t in (cos, sin))
     first, second = normed.chunk(2, -1)
@@ -86,10 +79,6 @@ def _reference(
     # Clones: a contiguous() of a single row would be a view, and an operator's outputs must not share memory.
     q, k = (part.clone(memory_format=torch.contiguous_format) for part in (y[:, : heads[0]], y[:, heads[0] :]))
     return q, k, v
-
-
-def _per_head(q_weight: Tensor, k_weight: Tensor, heads: Sequence[int]) -> Tensor:
-    return torch.cat((q_weight.expand(heads[0], -1), k_weight.expand(heads[1], -1)))
 
 
 def _reference_backward(
@@ -109,7 +98,7 @@ def _reference_backward(
     to_sequence, _, positions = maps
     n = first_stream("qkv", qkv, lengths)
     dtype = compute_dtype(qkv)
-    x = _split(qkv, heads)[0].to(dtype)
+    x = split(qkv, heads)[0].to(dtype)
     dy = torch.cat((dq, dk), 1).index_select(0, to_sequence).to(dtype)
     c, s = (torch.cat((t, t), -1).to(dtype)[positions[to_sequence]][:, None] for t in (cos, sin))
     first, second = dy.chunk(2, -1)
@@ -118,7 +107,7 @@ def _reference_backward(
     h = x * rstd
     q_und, q_gen, k_und, k_gen = (w.to(dtype) for w in norms)
     generation = (torch.arange(len(x), device=x.device) >= n)[:, None, None]
-    g = torch.where(generation, _per_head(q_gen, k_gen, heads), _per_head(q_und, k_und, heads)) * dn
+    g = torch.where(generation, per_head(q_gen, k_gen, heads), per_head(q_und, k_und, heads)) * dn
     dx = rstd * (g - h * (g * h).mean(-1, keepdim=True))
     dqkv = torch.cat((dx.to(qkv.dtype), dv.index_select(0, to_sequence)), 1).flatten(1)
     dw = dn * h
@@ -127,96 +116,8 @@ def _reference_backward(
     return tuple(r if m else r.new_empty(0) for r, m in zip((dqkv, *sums), output_mask, strict=True))
 
 
-def _torch(
-    qkv: Tensor,
-    norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    maps: Sequence[Tensor],
-    lengths: Tensor,
-    heads: Sequence[int],
-    eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    to_sequence, to_stream, positions = maps
-    n = first_stream("qkv", qkv, lengths)
-    qk, v = _split(qkv, heads)
-    q, k, _ = outputs = _allocate(qkv, heads)
-    weights = _stream_weights(norms, heads, compute_dtype(qkv))
-    for stream, rows in stream_blocks(n, len(qkv), qk[:1].numel(), qkv.device):
-        wide = qk[rows].to(weights[0].dtype)
-        h = wide * _rstd(wide, eps)
-        h *= weights[stream]
-        y = _rotate(h, cos, sin, positions.index_select(0, to_sequence[rows]), torch.empty_like(h)).to(qkv.dtype)
-        for out, part in ((q, y[:, : heads[0]]), (k, y[:, heads[0] :])):
-            out.index_copy_(0, to_sequence[rows], part)
-    torch.index_select(v, 0, to_stream, out=outputs[2])
-    return outputs
-
-
-def _stream_weights(norms: Sequence[Tensor], heads: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both streams' norm weights of all heads of q and k, each [Hq + Hkv, D]."""
-    q_und, q_gen, k_und, k_gen = (w.to(dtype) for w in norms)
-    return _per_head(q_und, k_und, heads), _per_head(q_gen, k_gen, heads)
-
-
-def _rstd(x: Tensor, eps: float) -> Tensor:
-    """1 / RMS of the heads x [T, H, D], as [T, H, 1]."""
-    return torch.linalg.vecdot(x, x).div_(x.shape[-1]).add_(eps).rsqrt_().unsqueeze(-1)
-
-
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, positions: Tensor, out: Tensor) -> Tensor:
-    """Rotate the heads x [T, H, D] by their rows' angles, into other memory; pass −sin to rotate back."""
-    c, s = (t.index_select(0, positions).to(x.dtype).unsqueeze(1) for t in (cos, sin))
-    (first, second), (out_first, out_second) = x.chunk(2, -1), out.chunk(2, -1)
-    torch.mul(first, c, out=out_first).addcmul_(second, s, value=-1)
-    torch.mul(second, c, out=out_second).addcmul_(first, s)
-    return out
-
-
-def _torch_backward(
-    dq: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    qkv: Tensor,
-    norms: Sequence[Tensor],
-    cos: Tensor,
-    sin: Tensor,
-    maps: Sequence[Tensor],
-    lengths: Tensor,
-    heads: Sequence[int],
-    eps: float,
-    output_mask: Sequence[bool],
-) -> tuple[Tensor, ...]:
-    to_sequence, _, positions = maps
-    n = first_stream("qkv", qkv, lengths)
-    results = _allocate_gradients(qkv, norms, output_mask)
-    qk = _split(qkv, heads)[0]
-    weights = _stream_weights(norms, heads, compute_dtype(qkv))
-    sums = [torch.zeros_like(w) for w in weights]
-    for stream, rows in stream_blocks(n, len(qkv), qk[:1].numel(), qkv.device):
-        sequence_rows = to_sequence[rows]
-        wide = qk[rows].to(weights[0].dtype)
-        dy = torch.cat([x.index_select(0, sequence_rows) for x in (dq, dk)], 1).to(wide.dtype)
-        dn = _rotate(dy, cos, -sin, positions.index_select(0, sequence_rows), torch.empty_like(dy))
-        rstd = _rstd(wide, eps)
-        h = wide * rstd
-        if output_mask[1 + stream] or output_mask[3 + stream]:
-            sums[stream] += (dn * h).sum(0)
-        if output_mask[0]:
-            dqk, dv_rows = (x[rows] for x in _split(results[0], heads))
-            dn *= weights[stream]
-            mean = torch.linalg.vecdot(dn, h).div_(h.shape[-1]).unsqueeze(-1)
-            dqk.copy_(dn.sub_(h.mul_(mean)).mul_(rstd))
-            dv_rows.copy_(dv.index_select(0, sequence_rows))
-    by_head = [s[columns] for columns in (slice(0, heads[0]), slice(heads[0], None)) for s in sums]
-    for needed, result, gradient in zip(output_mask[1:], results[1:], by_head, strict=True):
-        if needed:
-            result.copy_(gradient.sum(0))
-    return results
-
-
 def _triton(qkv: Tensor, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _allocate(qkv, inputs[-2])
+    outputs = allocate(qkv, inputs[-2])
     _launch_forward(qkv, *inputs, None, outputs)
     return outputs
 
@@ -225,7 +126,7 @@ def _triton_into(qkv: Tensor, *inputs: Any) -> Tensor:
     *inputs, key_rows, cache = inputs
     if any(x.stride(-1) != 1 for x in cache):  # the kernel writes contiguous heads
         return _copying(_triton)(qkv, *inputs, key_rows, cache)
-    q = _allocate(qkv, inputs[-2])[0]
+    q = allocate(qkv, inputs[-2])[0]
     _launch_forward(qkv, *inputs, key_rows, (q, *cache))
     return q
 
@@ -271,7 +172,7 @@ def _triton_backward(
 
     to_sequence, _, positions = maps
     n = first_stream("qkv", qkv, lengths)
-    results = _allocate_gradients(qkv, norms, output_mask)
+    results = allocate_gradients(qkv, norms, output_mask)
     dqkv, *dnorms = (r if m else None for r, m in zip(results, output_mask, strict=True))
     config = configure(capability(qkv) or (9, 0), heads, dq.shape[2], "backward")
     partials = None
@@ -295,7 +196,7 @@ def _cpp(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     n = first_stream("qkv", qkv, lengths)
-    outputs = _allocate(qkv, heads)
+    outputs = allocate(qkv, heads)
     rows_extension.qk_norm_rope(qkv, norms, cos, sin, maps, n, heads, eps, outputs)
     return outputs
 
@@ -315,7 +216,7 @@ def _cpp_backward(
     output_mask: Sequence[bool],
 ) -> tuple[Tensor, ...]:
     n = first_stream("qkv", qkv, lengths)
-    results = _allocate_gradients(qkv, norms, output_mask)
+    results = allocate_gradients(qkv, norms, output_mask)
     inputs = (qkv, norms, cos, sin, maps, n, heads, eps)
     rows_extension.qk_norm_rope_backward((dq, dk, dv), *inputs, output_mask, results)
     return results
@@ -340,28 +241,16 @@ def _copying(forward: Callable[..., tuple[Tensor, Tensor, Tensor]]) -> Callable[
     return into
 
 
-def _allocate(qkv: Tensor, heads: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    head_dim = qkv.shape[1] // (heads[0] + 2 * heads[1])
-    return tuple(
-        torch.empty((qkv.shape[0], h, head_dim), dtype=qkv.dtype, device=qkv.device)
-        for h in (heads[0], heads[1], heads[1])
-    )
-
-
-def _allocate_gradients(qkv: Tensor, norms: Sequence[Tensor], output_mask: Sequence[bool]) -> tuple[Tensor, ...]:
-    return tuple(empty_unless(m, t.shape, t.dtype, t.device) for t, m in zip((qkv, *norms), output_mask, strict=True))
-
-
-_FORWARD = {"reference": _reference, "torch": _torch, "triton": _triton, "cpp": _cpp}
+_FORWARD = {"reference": _reference, "torch": qk_norm_rope_torch.forward, "triton": _triton, "cpp": _cpp}
 _FORWARD_INTO = {
     "reference": _copying(_reference),
-    "torch": _copying(_torch),
+    "torch": _copying(qk_norm_rope_torch.forward),
     "triton": _triton_into,
     "cpp": _copying(_cpp),
 }
 _BACKWARD = {
     "reference": _reference_backward,
-    "torch": _torch_backward,
+    "torch": qk_norm_rope_torch.backward,
     "triton": _triton_backward,
     "cpp": _cpp_backward,
 }
@@ -390,7 +279,7 @@ def _qk_norm_rope(
 
 @_qk_norm_rope.register_fake
 def _(qkv: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _allocate(qkv, rest[-3])
+    return allocate(qkv, rest[-3])
 
 
 @torch.library.custom_op("unigendet::qk_norm_rope_backward", mutates_args=())
@@ -420,7 +309,7 @@ def _qk_norm_rope_backward(
 
 @_qk_norm_rope_backward.register_fake
 def _(dq: Tensor, dk: Tensor, dv: Tensor, qkv: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    return _allocate_gradients(qkv, rest[:4], rest[-2])
+    return allocate_gradients(qkv, rest[:4], rest[-2])
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -464,7 +353,7 @@ def _qk_norm_rope_into(
 
 @_qk_norm_rope_into.register_fake
 def _(qkv: Tensor, *rest: Any) -> Tensor:
-    return _allocate(qkv, rest[-3])[0]
+    return allocate(qkv, rest[-3])[0]
 
 
 def qk_norm_rope(
