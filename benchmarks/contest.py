@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .candidate import Candidate, Function, calls, dtype_name, outputs_and_gradients
 from .harness import CannotRun, Timing, buffer_sets, first_call, measure_paired, peak_mib, reason, synchronize
-from .judge import Truth
+from .judge import SUMMATION, Truth
 from .progress import Progress
 from .record import Record, table
 
@@ -181,7 +181,8 @@ def _entries(case: Case, inputs: tuple[Tensor, ...], run: Run) -> tuple[dict[str
             made, setup = first_call(case.candidates[name], run.device)
             candidate = made if isinstance(made, Candidate) else Candidate(made)
             results, seconds = first_call(lambda c=candidate: outputs_and_gradients(c, inputs), run.device)
-            errors = None if truth is None else truth.errors(results)
+            slack = SUMMATION if name in case.peers else 0.0
+            errors = None if truth is None else truth.errors(results, slack)
             entries[name] = Entry(candidate, setup + seconds, errors, judge)
         except Exception as error:  # also of a peer's compiler, or out of memory: the next may still run
             failures[name] = run.failure(error)
