@@ -43,6 +43,7 @@ PYBIND11_MODULE(_C, module) {
   module.doc() = "Kernels in C++ and CUDA; called by unigendet.ops.";
   module.def("build_info", build_info, "What was built: compiler, instruction sets, CUDA architectures, nvcc.");
   define_alignment_loss(module);
+  define_attention(module);
   define_rows(module);
 }
 

@@ -13,65 +13,13 @@ namespace {
 
 using Isa = std::optional<std::string>;
 
-std::string sizes_text(const std::vector<int64_t>& shape) {
-  std::string text;
-  for (int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
-  return "[" + text + "]";
-}
-
-// An input of float32, bfloat16 or float16 on the CPU whose last dimension is contiguous, of any shape of this rank.
-View input(const std::string& name, const py::handle& object, size_t rank) {
-  View v = view(name, object);
-  dtype_of(v);
-  if (v.device_type != "cpu") reject(name, v.text(), "on cpu");
-  if (v.shape.size() != rank) reject(name, v.text(), "of rank " + std::to_string(rank));
-  if (v.numel > 0 && v.shape.back() > 1 && v.stride.back() != 1) reject(name, v.text() + ", strided", "of contiguous rows");
-  return v;
-}
-
-void check_shape(const View& v, const std::vector<int64_t>& shape) {
-  if (v.shape != shape) reject(v.name, v.text(), "of shape " + sizes_text(shape));
-}
-
-// The same, of this shape and of the dtype of `like`.
-View input_like(const std::string& name, const py::handle& object, const std::vector<int64_t>& shape, const View& like) {
-  View v = input(name, object, shape.size());
-  if (v.dtype != like.dtype) reject(name, v.text(), "of the dtype of " + like.name);
-  check_shape(v, shape);
-  return v;
-}
-
-// A contiguous tensor on the CPU of this dtype and shape.
-View exactly(const std::string& name, const py::handle& object, const std::string& dtype,
-             const std::vector<int64_t>& shape, const View& like) {
-  View v = typed(name, object, dtype.c_str(), shape.size(), &like);
-  check_shape(v, shape);
-  return v;
-}
-
 Rows rows_of(const View& v) { return {v.as<void>(), v.shape[0] > 1 ? v.stride[0] : 0, dtype_of(v)}; }
-
-Heads heads_of(const View& v) {
-  return {v.as<void>(), v.shape[0] > 1 ? v.stride[0] : 0, v.shape[1] > 1 ? v.stride[1] : 0};
-}
 
 int64_t check_understanding(int64_t understanding, int64_t rows) {
   if (understanding < 0 || understanding > rows) {
     reject("understanding", std::to_string(understanding), "from 0 to the number of rows, " + std::to_string(rows));
   }
   return understanding;
-}
-
-// int64 numbers, each from 0 to `limit` - 1.
-View indices(const std::string& name, const py::handle& object, int64_t count, int64_t limit, const View& like) {
-  View v = workspace(name, object, "torch.int64", count, like);
-  const int64_t* numbers = v.as<const int64_t>();
-  for (int64_t i = 0; i < count; ++i) {
-    if (numbers[i] < 0 || numbers[i] >= limit) {
-      reject(name, "one with " + std::to_string(numbers[i]), "of numbers from 0 to " + std::to_string(limit - 1));
-    }
-  }
-  return v;
 }
 
 void rms_norm(const py::handle& x, const py::handle& residual, const py::handle& weights, const py::handle& normed,

@@ -51,8 +51,22 @@ OPENMP = ["-fopenmp"]
 OPENMP_PROGRAM = "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
 WITHOUT_EXTENSION = "UNIGENDET_EXTENSION=off to install without unigendet._C"
 # Compiled once per instruction set, and once.
-CPU_SOURCES = ("alignment_loss_cpu.cpp", "qk_norm_rope_cpu.cpp", "rms_norm_cpu.cpp", "swiglu_cpu.cpp")
-BINDINGS = ("bindings.cpp", "bindings_alignment_loss.cpp", "bindings_rows.cpp", "tensors.cpp")
+CPU_SOURCES = (
+    "alignment_loss_cpu.cpp",
+    "qk_norm_rope_cpu.cpp",
+    "rms_norm_cpu.cpp",
+    "swiglu_cpu.cpp",
+    "symbiotic_attention_cpu.cpp",
+    "symbiotic_attention_backward_cpu.cpp",
+)
+BINDINGS = (
+    "attention_plan.cpp",
+    "bindings.cpp",
+    "bindings_alignment_loss.cpp",
+    "bindings_attention.cpp",
+    "bindings_rows.cpp",
+    "tensors.cpp",
+)
 # Namespace → flags of each build of CPU_SOURCES.
 X86_LEVELS = {
     "x86_64_v3": ["-mavx2", "-mfma", "-mf16c"],

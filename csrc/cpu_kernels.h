@@ -19,6 +19,8 @@ struct CpuKernels {
   void (*rms_norm_backward)(const RmsNormBackwardParams&);
   void (*swiglu)(const SwigluParams&);
   void (*swiglu_backward)(const SwigluBackwardParams&);
+  void (*attention)(const AttentionParams&);
+  void (*attention_backward)(const AttentionBackwardParams&);
 };
 
 #define UNIGENDET_ENTRY_POINTS(isa)                              \
@@ -31,11 +33,13 @@ struct CpuKernels {
   void rms_norm_backward(const RmsNormBackwardParams&);          \
   void swiglu(const SwigluParams&);                              \
   void swiglu_backward(const SwigluBackwardParams&);             \
+  void attention(const AttentionParams&);                        \
+  void attention_backward(const AttentionBackwardParams&);       \
   }
 #define UNIGENDET_KERNELS(name, supported, isa)                                                                    \
   {                                                                                                                \
     name, supported, isa::alignment_loss, isa::scale, isa::qk_norm_rope, isa::qk_norm_rope_backward, isa::rms_norm, \
-        isa::rms_norm_backward, isa::swiglu, isa::swiglu_backward                                                  \
+        isa::rms_norm_backward, isa::swiglu, isa::swiglu_backward, isa::attention, isa::attention_backward         \
   }
 
 UNIGENDET_ENTRY_POINTS(baseline)
@@ -88,6 +92,26 @@ static constexpr int64_t rms_norm_partials(int64_t rows, int64_t understanding, 
 static constexpr int64_t qk_norm_rope_partials(int64_t rows, int64_t understanding, int64_t head_dim,
                                                int64_t num_threads) {
   return (stream_blocks(rows, understanding) + num_threads) * 4 * padded_floats(head_dim / 2);
+}
+
+// Floats from one row to the next of the matrices that attention multiplies: for up to 128 columns, and not a power of two,
+// at which rows would fall onto each other in the caches.
+constexpr int64_t kStride = 144;
+
+// The heads that a tile of the forward pass holds of each query: all of a group, so that they share what is done for keys.
+static constexpr int64_t heads_of_tile(const AttentionInputs& in) {
+  return in.q_heads / in.kv_heads <= kTileRows ? in.q_heads / in.kv_heads : 1;
+}
+
+// Attention's workspaces.
+static constexpr int64_t attention_scratch() {
+  return (3 * kTileRows + kMaxHeadDim + kBlockKeys) * kStride + 2 * kTileRows + 2 * kBlockKeys;
+}
+static constexpr int64_t attention_backward_scratch() {
+  return (4 * kTileRows + 2 * kMaxHeadDim + 3 * kBlockKeys) * kStride + 2 * kBlockKeys;
+}
+static constexpr int64_t attention_dq_floats(int64_t parts, int64_t queries, int64_t q_heads, int64_t head_dim) {
+  return parts * queries * q_heads * padded_floats(head_dim);
 }
 
 }  // namespace unigendet

@@ -145,4 +145,64 @@ struct QkNormRopeBackwardParams {
   int32_t num_threads;
 };
 
+// Attention cuts the rows of each sample into tiles of queries and blocks of keys (attention_plan.h). CPU only.
+constexpr int32_t kTileRows = 128;  // at most, of which a query has one or, in the forward pass, one for each head of a group
+constexpr int32_t kBlockKeys = 64;  // at most
+constexpr int32_t kMaxHeadDim = 128;
+
+// Query rows [begin, end), and the blocks of their sample.
+struct AttentionTile {
+  int32_t begin, end, first_block, end_block;
+};
+
+// Key rows [begin, end); the least and the largest query_begin and query_end among them; the tiles of their sample.
+struct AttentionBlock {
+  int32_t begin, end, least_begin, most_begin, least_end, most_end, first_tile, end_tile;
+};
+
+// Blocks that one thread computes the gradients of, adding to that part of dq; no two tasks of a part share a sample.
+struct AttentionTask {
+  int32_t first_block, end_block, part;
+  int64_t pairs;
+};
+
+// What both directions of attention read. A query i sees a key j if query_begin[j] <= i < query_end[j].
+struct AttentionInputs {
+  Heads q;                     // [queries, q_heads, head_dim]
+  Heads k, v;                  // [keys, kv_heads, head_dim]
+  Dtype dtype;
+  const int32_t* query_begin;  // [keys]
+  const int32_t* query_end;    // [keys]
+  const int64_t* out_rows;     // [queries]: the row of each query in out and its gradient, or null for the same row
+  int64_t queries, keys, q_heads, kv_heads, head_dim;
+  float scale;
+  const AttentionTile* tiles;
+  int64_t num_tiles;
+  const AttentionBlock* blocks;
+  int32_t num_threads;
+};
+
+struct AttentionParams {
+  AttentionInputs inputs;
+  void* out;       // [queries, q_heads, head_dim], contiguous, of q's dtype
+  float* lse;      // [q_heads, queries]
+  float* scratch;  // workspace of num_threads * attention_scratch() floats, 64-byte aligned
+};
+
+struct AttentionBackwardParams {
+  AttentionInputs inputs;
+  Heads dout, out;  // [queries, q_heads, head_dim], of q's dtype
+  const float* lse;   // [q_heads, queries]
+  const float* dlse;  // [q_heads, queries], or null for zeros
+  const AttentionTask* tasks;
+  int64_t num_tasks;
+  int32_t parts;
+  void* dq;           // [queries, q_heads, head_dim], contiguous, as dk and dv [keys, kv_heads, head_dim]
+  void* dk;
+  void* dv;
+  float* delta;       // workspace [q_heads, queries]
+  float* dq_parts;    // workspace of attention_dq_floats() floats, 64-byte aligned; null for none: sums are in dq
+  float* scratch;     // workspace of num_threads * attention_backward_scratch() floats, 64-byte aligned
+};
+
 }  // namespace unigendet

@@ -129,4 +129,52 @@ Scratch allocate_scratch(int64_t floats) {
   return scratch;
 }
 
+std::string sizes_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (int64_t n : shape) text += (text.empty() ? "" : ", ") + std::to_string(n);
+  return "[" + text + "]";
+}
+
+View input(const std::string& name, const py::handle& object, size_t rank) {
+  View v = view(name, object);
+  dtype_of(v);
+  if (v.device_type != "cpu") reject(name, v.text(), "on cpu");
+  if (v.shape.size() != rank) reject(name, v.text(), "of rank " + std::to_string(rank));
+  if (v.numel > 0 && v.shape.back() > 1 && v.stride.back() != 1) reject(name, v.text() + ", strided", "of contiguous rows");
+  return v;
+}
+
+void check_shape(const View& v, const std::vector<int64_t>& shape) {
+  if (v.shape != shape) reject(v.name, v.text(), "of shape " + sizes_text(shape));
+}
+
+View input_like(const std::string& name, const py::handle& object, const std::vector<int64_t>& shape, const View& like) {
+  View v = input(name, object, shape.size());
+  if (v.dtype != like.dtype) reject(name, v.text(), "of the dtype of " + like.name);
+  check_shape(v, shape);
+  return v;
+}
+
+View exactly(const std::string& name, const py::handle& object, const std::string& dtype,
+             const std::vector<int64_t>& shape, const View& like) {
+  View v = typed(name, object, dtype.c_str(), shape.size(), &like);
+  check_shape(v, shape);
+  return v;
+}
+
+Heads heads_of(const View& v) {
+  return {v.as<void>(), v.shape[0] > 1 ? v.stride[0] : 0, v.shape[1] > 1 ? v.stride[1] : 0};
+}
+
+View indices(const std::string& name, const py::handle& object, int64_t count, int64_t limit, const View& like) {
+  View v = workspace(name, object, "torch.int64", count, like);
+  const int64_t* numbers = v.as<const int64_t>();
+  for (int64_t i = 0; i < count; ++i) {
+    if (numbers[i] < 0 || numbers[i] >= limit) {
+      reject(name, "one with " + std::to_string(numbers[i]), "of numbers from 0 to " + std::to_string(limit - 1));
+    }
+  }
+  return v;
+}
+
 }  // namespace unigendet

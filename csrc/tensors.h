@@ -75,6 +75,24 @@ View workspace(const std::string& name, const py::handle& object, const char* dt
 // No output may lie in the memory of an input or of another output.
 void keep_apart(const std::vector<View>& outputs, const std::vector<View>& inputs);
 
+// An input of float32, bfloat16 or float16 on the CPU whose last dimension is contiguous, of any shape of this rank.
+View input(const std::string& name, const py::handle& object, size_t rank);
+
+// The same, of this shape and of the dtype of `like`.
+View input_like(const std::string& name, const py::handle& object, const std::vector<int64_t>& shape, const View& like);
+
+void check_shape(const View& v, const std::vector<int64_t>& shape);
+
+// A contiguous tensor on the CPU of this dtype and shape.
+View exactly(const std::string& name, const py::handle& object, const std::string& dtype,
+             const std::vector<int64_t>& shape, const View& like);
+
+// int64 numbers, each from 0 to `limit` - 1.
+View indices(const std::string& name, const py::handle& object, int64_t count, int64_t limit, const View& like);
+
+// A tensor [rows, heads, head_dim] as kernels take it.
+Heads heads_of(const View& v);
+
 int32_t check_threads(int64_t num_threads);
 
 // The kernels of an instruction set by its name; the best one that this processor has for None.
@@ -86,6 +104,7 @@ Scratch allocate_scratch(int64_t floats);
 
 // The functions that each file of bindings adds to the module.
 void define_alignment_loss(py::module_& module);
+void define_attention(py::module_& module);
 void define_rows(py::module_& module);
 
 }  // namespace unigendet

@@ -19,6 +19,7 @@ namespace unigendet {
 namespace {
 
 constexpr int64_t kLargeOutput = 8 << 20;  // bytes from which on an output would only push others out of the caches
+constexpr int64_t kHugeOutput = 64 << 20;  // and from which on it is worth 2 MB pages, which a virtual machine may be slow to get
 
 UNIGENDET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -34,7 +35,7 @@ struct Span {
   uintptr_t begin, end;
 };
 
-// The 2 MB pages inside a large output; none in a small one.
+// The span of whole 2 MB pages inside a large output; none in a small one.
 UNIGENDET_INLINE Span huge_pages(void* memory, int64_t bytes) {
   if (memory == nullptr || bytes < kLargeOutput) return {0, 0};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
@@ -42,11 +43,11 @@ UNIGENDET_INLINE Span huge_pages(void* memory, int64_t bytes) {
 }
 #endif
 
-// Fresh memory comes in 4 KB pages that cost a fault each. A large output asks for 2 MB pages; that is advice only.
+// Fresh memory comes in 4 KB pages that cost a fault each. A very large output asks for 2 MB pages; that is advice only.
 UNIGENDET_INLINE void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const Span pages = huge_pages(memory, bytes);
-  if (pages.begin < pages.end) {
+  if (bytes >= kHugeOutput && pages.begin < pages.end) {
     (void)madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
   }
 #else

@@ -183,6 +183,15 @@ UNIGENDET_INLINE float sum(Floats x) {
   return two[0] + two[1];
 }
 
+UNIGENDET_INLINE float maximum(Floats x) {
+  float parts[kLanes];
+  memcpy(parts, &x, sizeof parts);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) parts[i] = parts[i] > parts[i + half] ? parts[i] : parts[i + half];
+  }
+  return parts[0];
+}
+
 // x as a number of T, as a float again.
 template <class T>
 UNIGENDET_INLINE Floats rounded(Floats x) {
@@ -261,6 +270,9 @@ UNIGENDET_INLINE Floats exponential(Floats x) {
   y = y * r + 0.5f;
   y = y * r + 1.0f;
   y = y * r + 1.0f;
+#if defined(__AVX512F__)
+  return (Floats)_mm512_maskz_scalef_ps(static_cast<__mmask16>(0xffff), (__m512)y, (__m512)n);
+#else
   // 2^n in two factors, since n may be beyond a float's exponents.
   const Words from_bottom = bits_of(shifted) - 0x4b400000u + 256u;
   const Words half = from_bottom >> 1, other = from_bottom - half;
@@ -268,6 +280,7 @@ UNIGENDET_INLINE Floats exponential(Floats x) {
   Floats factors[2];
   memcpy(factors, bits, sizeof factors);
   return y * factors[0] * factors[1];
+#endif
 }
 
 }  // namespace

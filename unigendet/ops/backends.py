@@ -51,7 +51,10 @@ _BUILT["flow_matching"] += ("triton",)
 _BUILT["flow_matching_loss"] += ("triton",)
 _BUILT["alignment_loss"] += ("triton",)
 # What unigendet._C has kernels for, and where they run.
-_EXTENSION_OPS = {"cpp": ("qk_norm_rope", "rms_norm", "swiglu", "alignment_loss"), "cuda": ("alignment_loss",)}
+_EXTENSION_OPS = {
+    "cpp": ("symbiotic_attention", "qk_norm_rope", "rms_norm", "swiglu", "alignment_loss"),
+    "cuda": ("alignment_loss",),
+}
 _EXTENSION_DEVICES = {"cpp": "cpu", "cuda": "cuda"}
 
 

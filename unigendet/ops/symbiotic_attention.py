@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from unigendet.layout import Layout, visible
+from unigendet.ops import symbiotic_attention_extension as extension_backend
 from unigendet.ops import symbiotic_attention_flash as flash_backend
 from unigendet.ops import symbiotic_attention_torch as torch_backend
 from unigendet.ops import symbiotic_attention_triton as triton_backend
@@ -300,10 +301,12 @@ _FORWARD = {
     "torch": _storing_rows(_torch),
     "flash": _storing_rows(_flash),
     "triton": triton_backend.forward,
+    "cpp": extension_backend.forward,
 }
 _BACKWARD = {
     "reference": _loading_rows(_reference_backward),
     "torch": _loading_rows(_torch_backward),
     "flash": _loading_rows(_flash_backward),
     "triton": triton_backend.backward,
+    "cpp": extension_backend.backward,
 }

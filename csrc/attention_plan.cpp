@@ -1,0 +1,128 @@
+// Compiled once: what comes from the standard library must not exist once per instruction set.
+#include "attention_plan.h"
+
+#include <algorithm>
+#include <limits>
+
+
+namespace unigendet {
+namespace {
+
+constexpr int64_t kLongSplit = 64;    // splits of so many tokens begin and end a tile or a block
+constexpr int64_t kPartKeys = 1024;   // of a sample, for which its tasks are worth another part of dq
+constexpr int64_t kMostParts = 4;
+
+struct Split {
+  int64_t mode, key_begin, key_end, sample_begin, sample_end, query_begin, query_end;
+};
+
+struct Range {
+  int64_t begin, end;
+};
+
+// Ranges of one sample, which follow each other, as pieces of at most `limit` rows: long ranges apart, the others joined,
+// and each cut into pieces of about the same length, a multiple of `unit`, as `limit` is.
+std::vector<Range> cut(const std::vector<Range>& ranges, int64_t limit, int64_t unit) {
+  std::vector<Range> joined, pieces;
+  bool open = false;
+  for (const Range& range : ranges) {
+    const bool is_long = range.end - range.begin >= kLongSplit;
+    if (open && !is_long) {
+      joined.back().end = range.end;
+    } else if (range.begin < range.end) {
+      joined.push_back(range);
+      open = !is_long;
+    }
+  }
+  for (const Range& range : joined) {
+    const int64_t length = range.end - range.begin, count = (length + limit - 1) / limit;
+    const int64_t step = ((length + count - 1) / count + unit - 1) / unit * unit;
+    for (int64_t begin = range.begin; begin < range.end; begin += step) {
+      pieces.push_back({begin, std::min(begin + step, range.end)});
+    }
+  }
+  return pieces;
+}
+
+AttentionBlock block_of(const Range& keys, const int32_t* query_begin, const int32_t* query_end) {
+  AttentionBlock block{};
+  block.begin = static_cast<int32_t>(keys.begin);
+  block.end = static_cast<int32_t>(keys.end);
+  block.least_begin = block.least_end = std::numeric_limits<int32_t>::max();
+  block.most_begin = block.most_end = 0;
+  for (int64_t key = keys.begin; key < keys.end; ++key) {
+    // A key that nobody sees makes the block one with a mask, but does not make it meet more queries.
+    const bool seen = query_begin[key] < query_end[key];
+    if (seen) block.least_begin = std::min(block.least_begin, query_begin[key]);
+    if (seen) block.most_end = std::max(block.most_end, query_end[key]);
+    block.most_begin = std::max(block.most_begin, query_begin[key]);
+    block.least_end = std::min(block.least_end, query_end[key]);
+  }
+  return block;
+}
+
+// Pairs of queries and keys that a block's tiles have to compute.
+int64_t pairs_of(const AttentionBlock& block) {
+  return int64_t{block.end - block.begin} * std::max(block.most_end - block.least_begin, 0);
+}
+
+// A task for each part of the sample's blocks; every part has about the same number of pairs.
+void add_tasks(AttentionPlan* plan, size_t first_block, int64_t keys) {
+  const int64_t parts = std::clamp<int64_t>(keys / kPartKeys, 1, kMostParts);
+  int64_t pairs = 0, done = 0;
+  for (size_t i = first_block; i < plan->blocks.size(); ++i) pairs += pairs_of(plan->blocks[i]);
+  size_t begin = first_block;
+  for (int64_t part = 0; part < parts; ++part) {
+    size_t end = begin;
+    while (end < plan->blocks.size() && (part == parts - 1 || done * parts < pairs * (part + 1))) {
+      done += pairs_of(plan->blocks[end++]);
+    }
+    if (begin < end) {
+      AttentionTask task{static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(part), 0};
+      for (size_t i = begin; i < end; ++i) task.pairs += pairs_of(plan->blocks[i]);
+      plan->tasks.push_back(task);
+      plan->parts = std::max(plan->parts, static_cast<int32_t>(part + 1));
+    }
+    begin = end;
+  }
+}
+
+}  // namespace
+
+AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const int32_t* query_begin,
+                             const int32_t* query_end, int64_t tile_queries) {
+  AttentionPlan plan;
+  const int64_t unit = tile_queries < 8 ? 1 : 8;
+  const Split* table = reinterpret_cast<const Split*>(splits);
+  for (int64_t first = 0; first < num_splits;) {
+    int64_t end = first;
+    std::vector<Range> queries, keys;
+    for (; end < num_splits && table[end].sample_begin == table[first].sample_begin; ++end) {
+      queries.push_back({table[end].query_begin, table[end].query_end});
+      keys.push_back({table[end].key_begin, table[end].key_end});
+    }
+    const size_t first_tile = plan.tiles.size(), first_block = plan.blocks.size();
+    for (const Range& range : cut(queries, tile_queries / unit * unit, unit)) {
+      plan.tiles.push_back({static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end), 0, 0});
+    }
+    for (const Range& range : cut(keys, kBlockKeys, 16)) {
+      plan.blocks.push_back(block_of(range, query_begin, query_end));
+      plan.covered_keys += range.end - range.begin;
+    }
+    for (size_t i = first_tile; i < plan.tiles.size(); ++i) {
+      plan.tiles[i].first_block = static_cast<int32_t>(first_block);
+      plan.tiles[i].end_block = static_cast<int32_t>(plan.blocks.size());
+    }
+    for (size_t i = first_block; i < plan.blocks.size(); ++i) {
+      plan.blocks[i].first_tile = static_cast<int32_t>(first_tile);
+      plan.blocks[i].end_tile = static_cast<int32_t>(plan.tiles.size());
+    }
+    add_tasks(&plan, first_block, table[end - 1].sample_end - table[first].sample_begin);
+    first = end;
+  }
+  std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
+                   [](const AttentionTask& a, const AttentionTask& b) { return a.pairs > b.pairs; });
+  return plan;
+}
+
+}  // namespace unigendet
