@@ -30,12 +30,7 @@ template <int rows, int vectors, bool transposed>
 inline __attribute__((always_inline)) void multiply_piece(int64_t terms, const float* a, const float* b, float* c,
                                                           int64_t c_stride, bool add) {
   constexpr int64_t row = transposed ? 1 : kStride, step = transposed ? kStride : 1;
-  Floats sums[rows][vectors];
-#pragma GCC unroll 8
-  for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) sums[i][j] = add ? load(c + i * c_stride + j * kLanes) : Floats{};
-  }
+  Floats sums[rows][vectors] = {};
   for (int64_t k = 0; k < terms; ++k) {
     Floats right[vectors];
 #pragma GCC unroll 8
@@ -50,7 +45,11 @@ inline __attribute__((always_inline)) void multiply_piece(int64_t terms, const f
 #pragma GCC unroll 8
   for (int i = 0; i < rows; ++i) {
 #pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) store(sums[i][j], c + i * c_stride + j * kLanes);
+    for (int j = 0; j < vectors; ++j) {
+      // Added at the end: many terms that were added to a large sum one by one would lose more.
+      float* to = c + i * c_stride + j * kLanes;
+      store(add ? load(to) + sums[i][j] : sums[i][j], to);
+    }
   }
 }
 
