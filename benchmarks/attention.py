@@ -49,7 +49,10 @@ OURS: dict[str, Peer] = {
     "triton_atomic": backend("triton", deterministic=False),
     "flash": backend("flash"),
     "torch": backend("torch"),
+    "cpp": backend("cpp"),
 }
+FOR_CPUS = ("torch", "cpp")
+
 
 
 def case(
@@ -77,8 +80,7 @@ def case(
     flops = 4 * head_dim * heads[0] * pairs
     size = 2 * dtype.itemsize * tokens * head_dim * sum(heads)  # of q, k, v and the output
     sizes = {"forward": size, "backward": 2 * size, "both": 3 * size}
-    # The torch backend is for machines without kernels.
-    names = [name for name in (*OURS, *PEERS) if name != "torch" or device.type != "cuda"]
+    names = [name for name in (*OURS, *PEERS) if name not in FOR_CPUS or device.type != "cuda"]
     return Case(
         OP,
         f"{heads[0]}/{heads[1]} heads of {head_dim}",

@@ -58,7 +58,7 @@ def symbiotic_attention(
         layout: T queries, K keys, on the device of q.
         scale: factor of the scores; default 1/sqrt(D).
         out_order: order of the output's rows: ``"sequence"`` or ``"stream"`` (stream-major).
-        backend: ``"auto"`` or a name of ``unigendet.ops.backends.BACKENDS``.
+        backend: "auto", "reference", "torch", "triton", "cpp" (on CPUs) or "flash".
         return_lse: also return the log-sum-exp of each row's scores.
         deterministic: the same bits in every run. False lets ``triton`` add up the gradient of q with atomics: fewer
             operations, in no fixed order, unless ``torch.use_deterministic_algorithms`` forbids it. The other backends
