@@ -54,7 +54,6 @@ OURS: dict[str, Peer] = {
 FOR_CPUS = ("torch", "cpp")
 
 
-
 def case(
     device: torch.device,
     dtype: torch.dtype,

@@ -7,8 +7,8 @@
 ``samples``     one pack's tokens in 1 to 256 samples, each half text, half images
 =============== ====================================================================================================
 
-Forward and backward together; a layer on CPUs up to 32k tokens, where one takes seconds. Cost per useful operation should stay flat: more time should mean more work, not another
-shape of it.
+Forward and backward together; a layer on CPUs up to 32k tokens, where one takes seconds. Cost per useful operation
+should stay flat: more time should mean more work, not another shape of it.
 """
 
 from __future__ import annotations
