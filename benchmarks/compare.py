@@ -45,22 +45,29 @@ class Difference:
         return f"{self.kind:<7} {where}: {self.factor:.2f} x the old time ({times}, peers {self.drift:.2f} x)"
 
 
+def machine(content: Mapping[str, Any]) -> str:
+    """What a file of results was measured on, in words; times of different machines cannot be compared."""
+    device, threads = content["environment"]["device"], content.get("settings", {}).get("threads")
+    facts = (device["name"], device.get("processor"), threads and f"{threads} CPU threads")
+    return ", ".join(str(fact) for fact in facts if fact)
+
+
 def read_results(path: Path) -> tuple[str, dict[tuple, Row]]:
-    """The device and the rows of a file of results, or of all files below a folder.
+    """The machine and the rows of a file of results, or of all files below a folder.
 
     Raises:
         FileNotFoundError: there is no such file or folder.
-        ValueError: a file is no file of results, or the folder has none, or several devices.
+        ValueError: a file is no file of results, or the folder has none, or those of several machines.
     """
     if not path.exists():
         raise FileNotFoundError(f"there are no results to compare with at {path}")
     files = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     contents = [read_json(file) for file in files]
-    devices = {content["environment"]["device"]["name"] for content in contents}
-    if len(devices) != 1:
-        found = ", ".join(sorted(devices)) or "no results"
-        raise ValueError(f"{path} holds {found}; it must hold results of one device")
-    return devices.pop(), keyed([{"benchmark": c["benchmark"], **row} for c in contents for row in c["rows"]])
+    machines = {machine(content) for content in contents}
+    if len(machines) != 1:
+        found = "; ".join(sorted(machines)) or "no results"
+        raise ValueError(f"{path} holds {found}: it must hold results of one machine and one number of threads")
+    return machines.pop(), keyed([{"benchmark": c["benchmark"], **row} for c in contents for row in c["rows"]])
 
 
 def keyed(rows: Sequence[Row]) -> dict[tuple, Row]:

@@ -217,11 +217,17 @@ def _path(settings: Settings, benchmark: str) -> Path | None:
     return settings.out / environment.device_slug(environment.device_name(settings.device)) / f"{benchmark}.json"
 
 
-def show_comparison(outcome: Outcome, old: Path, device: str, before: Mapping[tuple, compare.Row]) -> bool:
-    """Print what differs from an earlier run, of ``device``, that was in ``old``; whether anything became worse."""
-    here = outcome.content["environment"]["device"]["name"]
-    if device != here:
-        raise ValueError(f"--compare {old} was measured on {device}, this run on {here}; they must be the same")
+def read_comparable(old: Path, settings: Settings) -> dict[tuple, compare.Row]:
+    """The rows of an earlier run, which must have been on this machine with as many threads."""
+    there, rows = compare.read_results(old)
+    here = compare.machine(_header(settings))
+    if there != here:
+        raise ValueError(f"--compare {old} was measured on {there}; it must be this machine: {here}")
+    return rows
+
+
+def show_comparison(outcome: Outcome, old: Path, before: Mapping[tuple, compare.Row]) -> bool:
+    """Print what differs from an earlier run, whose rows were in ``old``; whether anything became worse."""
     now = compare.keyed(outcome.rows)
     found = compare.differences(before, now)
     both = sum(1 for key, row in now.items() if row["ours"] and key in before)
@@ -255,7 +261,7 @@ def bench(settings: Settings, *, json: Path | None = None, old: Path | None = No
     for name, path in (("json", json), ("out", settings.out)):
         _check_writable(name, path, folder=name == "out")
     # Before minutes are spent, and before the run writes to the same place.
-    earlier = None if old is None else compare.read_results(old)
+    earlier = None if old is None else read_comparable(old, settings)
     outcome = run(settings)
     if json is not None:
         write_json(json, outcome.content)
@@ -264,7 +270,7 @@ def bench(settings: Settings, *, json: Path | None = None, old: Path | None = No
     for row in outcome.failures:
         what = "the answer is wrong" if row["status"] == "ok" else row["status"]
         print(f"  {row['op']} {row['direction']} {row['backend']}: {what}")
-    worse = earlier is not None and show_comparison(outcome, old, *earlier)
+    worse = earlier is not None and show_comparison(outcome, old, earlier)
     return 130 if outcome.interrupted else int(worse or bool(outcome.failures))
 
 

@@ -203,7 +203,7 @@ def test_results_to_compare_with(tmp_path):
     device, rows = compare.read_results(tmp_path)
     assert (device, len(rows)) == ("one", 1)
     write_json(tmp_path / "b" / "swiglu.json", header | {"environment": {"device": {"name": "two"}}})
-    with pytest.raises(ValueError, match="holds one, two; it must hold results of one device"):
+    with pytest.raises(ValueError, match="holds one; two: it must hold results of one machine"):
         compare.read_results(tmp_path)
     (tmp_path / "c.json").write_text("[1, 2]")
     with pytest.raises(ValueError, match=r"c\.json is no file of benchmark results"):
@@ -211,9 +211,15 @@ def test_results_to_compare_with(tmp_path):
     write_json(tmp_path / "d.json", header | {"schema": 1})
     with pytest.raises(ValueError, match="has schema 1; it must be 2"):
         compare.read_results(tmp_path / "d.json")
-    outcome = suite.Outcome({**header, "environment": {"device": {"name": "two"}}}, False)
-    with pytest.raises(ValueError, match="was measured on one, this run on two"):
-        suite.show_comparison(outcome, tmp_path / "a", *compare.read_results(tmp_path / "a"))
+    with pytest.raises(ValueError, match=r"--compare .* was measured on one; it must be this machine: .*CPU threads"):
+        suite.read_comparable(tmp_path / "a", tiny())
+    here = suite.run(tiny(limit=1e-9)).content
+    write_json(tmp_path / "e.json", here)
+    assert suite.read_comparable(tmp_path / "e.json", tiny()).keys() == compare.keyed(here["rows"]).keys()
+    fewer = here | {"settings": here["settings"] | {"threads": here["settings"]["threads"] + 1}}
+    write_json(tmp_path / "e.json", fewer)
+    with pytest.raises(ValueError, match="it must be this machine"):
+        suite.read_comparable(tmp_path / "e.json", tiny())
 
 
 def test_past_the_limit_a_run_is_incomplete_and_says_so(tmp_path):
