@@ -1,5 +1,6 @@
 """Benchmarks of a layer, of whole training steps, of what packs cost, and of scaling, on tiny packs."""
 
+import importlib
 import re
 
 import pytest
@@ -18,9 +19,9 @@ from benchmarks import (
 )
 from benchmarks.progress import Progress
 from benchmarks.record import Record, table
-from unigendet.ops import symbiotic_attention_torch
 
 CPU = torch.device("cpu")
+OWN = decoder_layer.default_backend(CPU)  # as ours is called: after what attention takes
 LIMITS = {"copy_gbs": 10.0, "matmul_tflops": 0.1}
 
 
@@ -37,7 +38,7 @@ def of(rows, backend):
 def test_a_decoder_layer():
     (case,) = decoder_layer.cases(CPU, "tiny")
     rows = measured(case)
-    own, peer = of(rows, "torch"), of(rows, "published")
+    own, peer = of(rows, OWN), of(rows, "published")
     assert own.keys() == peer.keys() == {"forward", "backward", "both"}
     for direction in own:
         assert own[direction]["correct"] is peer[direction]["correct"] is True
@@ -57,7 +58,7 @@ def test_a_layer_that_mixes_up_streams_is_wrong(monkeypatch):
 
     monkeypatch.setattr(decoder_layer, "own_layer", swapped)
     (case,) = decoder_layer.cases(CPU, "tiny")
-    assert {row["correct"] for row in measured(case, backends=["torch"])} == {False}
+    assert {row["correct"] for row in measured(case, backends=[OWN])} == {False}
 
 
 STEPS = list(training_step.cases(CPU, "tiny"))
@@ -66,7 +67,7 @@ STEPS = list(training_step.cases(CPU, "tiny"))
 @pytest.mark.parametrize("case", STEPS, ids=[case.op for case in STEPS])
 def test_a_training_step(case):
     own, peer = measured(case)
-    assert (own["backend"], own["ours"], peer["backend"], peer["ours"]) == ("torch", True, "published", False)
+    assert (own["backend"], own["ours"], peer["backend"], peer["ours"]) == (OWN, True, "published", False)
     assert own["correct"] is peer["correct"] is True
     assert {re.split("[ ,]", name)[0] for name in own["error"]} == {"hidden", "gradient"}
     assert own["speedup_over"] == {"published": peer["ms"] / own["ms"]}
@@ -103,13 +104,14 @@ TRAINED = {"align_head", "vae2llm", "llm2vae", "time_embedding"}
 
 def test_a_wrong_step_is_wrong(monkeypatch):
     case = STEPS[0]
-    real = symbiotic_attention_torch.forward
+    backends = importlib.import_module("unigendet.ops.symbiotic_attention")._FORWARD
+    real = backends[OWN]
 
     def forward(*arguments):
         out, lse = real(*arguments)
         return 1.01 * out, lse
 
-    monkeypatch.setattr(symbiotic_attention_torch, "forward", forward)
+    monkeypatch.setitem(backends, OWN, forward)
     own, peer = measured(case)
     assert (own["correct"], peer["correct"]) == (False, True)
     assert "speedup_over" not in own
@@ -189,7 +191,7 @@ def test_sweeps_vary_one_thing(on_gpu):
 
 def test_rows_of_a_sweep_name_it():
     attention, layer = scaling.cases(CPU, "tiny")
-    rows = [*measured(attention, backends=["torch"]), *measured(layer, backends=["torch"])]
+    rows = [*measured(attention, backends=[OWN]), *measured(layer, backends=[OWN])]
     assert [(r["op"], r["sweep"], r["x"], r["direction"]) for r in rows] == [
         ("symbiotic_attention", "tokens", 256, "both"),
         ("decoder_layer", "tokens", 256, "both"),
