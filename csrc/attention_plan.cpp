@@ -9,8 +9,9 @@ namespace unigendet {
 namespace {
 
 constexpr int64_t kLongSplit = 64;    // splits of so many tokens begin and end a tile or a block
-constexpr int64_t kPartKeys = 1024;   // of a sample, for which its tasks are worth another part of dq
+constexpr int64_t kPartKeys = 1024;   // of a sample: each part of dq has as many
 constexpr int64_t kMostParts = 4;
+constexpr int64_t kWantedTasks = 32;  // of a call, heads of keys counted
 
 struct Split {
   int64_t mode, key_begin, key_end, sample_begin, sample_end, query_begin, query_end;
@@ -20,8 +21,8 @@ struct Range {
   int64_t begin, end;
 };
 
-// Ranges of one sample, which follow each other, as pieces of at most `limit` rows: long ranges apart, the others joined,
-// and each cut into pieces of about the same length, a multiple of `unit`, as `limit` is.
+// Ranges of one sample, which follow each other, as pieces of at most `limit` rows: long ranges apart, the others
+// joined, and each cut into pieces of about the same length, a multiple of `unit`, as `limit` is.
 std::vector<Range> cut(const std::vector<Range>& ranges, int64_t limit, int64_t unit) {
   std::vector<Range> joined, pieces;
   bool open = false;
@@ -63,35 +64,57 @@ AttentionBlock block_of(const Range& keys, const int32_t* query_begin, const int
 
 // Pairs of queries and keys that a block's tiles have to compute.
 int64_t pairs_of(const AttentionBlock& block) {
-  return int64_t{block.end - block.begin} * std::max(block.most_end - block.least_begin, 0);
+  return int64_t{block.end - block.begin} * std::max<int64_t>(int64_t{block.most_end} - block.least_begin, 0);
 }
 
-// A task for each part of the sample's blocks; every part has about the same number of pairs.
-void add_tasks(AttentionPlan* plan, size_t first_block, int64_t keys) {
-  const int64_t parts = std::clamp<int64_t>(keys / kPartKeys, 1, kMostParts);
-  int64_t pairs = 0, done = 0;
-  for (size_t i = first_block; i < plan->blocks.size(); ++i) pairs += pairs_of(plan->blocks[i]);
-  size_t begin = first_block;
+int64_t pairs_of(const std::vector<AttentionBlock>& blocks, size_t begin, size_t end) {
+  int64_t pairs = 0;
+  for (size_t i = begin; i < end; ++i) pairs += pairs_of(blocks[i]);
+  return pairs;
+}
+
+// Tasks for a sample, whose blocks are [begin, end): one for each part, of about the same number of pairs.
+void add_tasks(AttentionPlan* plan, size_t begin, size_t end, int64_t parts) {
+  const int64_t pairs = pairs_of(plan->blocks, begin, end);
+  int64_t done = 0;
   for (int64_t part = 0; part < parts; ++part) {
-    size_t end = begin;
-    while (end < plan->blocks.size() && (part == parts - 1 || done * parts < pairs * (part + 1))) {
-      done += pairs_of(plan->blocks[end++]);
+    const size_t first = begin;
+    AttentionTask task{};
+    while (begin < end && (part == parts - 1 || done * parts < pairs * (part + 1))) {
+      const int64_t more = pairs_of(plan->blocks[begin++]);
+      done += more, task.pairs += more;
     }
-    if (begin < end) {
-      AttentionTask task{static_cast<int32_t>(begin), static_cast<int32_t>(end), static_cast<int32_t>(part), 0};
-      for (size_t i = begin; i < end; ++i) task.pairs += pairs_of(plan->blocks[i]);
-      plan->tasks.push_back(task);
-      plan->parts = std::max(plan->parts, static_cast<int32_t>(part + 1));
-    }
-    begin = end;
+    if (first == begin) continue;
+    task.first_block = static_cast<int32_t>(first);
+    task.end_block = static_cast<int32_t>(begin);
+    task.part = static_cast<int32_t>(part);
+    plan->tasks.push_back(task);
+    plan->parts = std::max(plan->parts, task.part + 1);
   }
+}
+
+// The tasks of all samples; samples[i] is the first block of sample i, and of the end behind them. A sample gets parts only
+// for want of tasks: each costs memory of the size of q.
+void add_all_tasks(AttentionPlan* plan, const std::vector<size_t>& samples, int64_t kv_heads) {
+  const double all = static_cast<double>(pairs_of(plan->blocks, 0, plan->blocks.size()));
+  for (size_t i = 0; i + 1 < samples.size(); ++i) {
+    const size_t begin = samples[i], end = samples[i + 1];
+    if (begin == end) continue;
+    const int64_t keys = plan->blocks[end - 1].end - plan->blocks[begin].begin;
+    const double share = static_cast<double>(pairs_of(plan->blocks, begin, end)) / std::max(all, 1.0);
+    const int64_t wanted = static_cast<int64_t>(share * kWantedTasks) / kv_heads;
+    add_tasks(plan, begin, end, std::clamp<int64_t>(std::min(wanted, keys / kPartKeys), 1, kMostParts));
+  }
+  std::stable_sort(plan->tasks.begin(), plan->tasks.end(),
+                   [](const AttentionTask& a, const AttentionTask& b) { return a.pairs > b.pairs; });
 }
 
 }  // namespace
 
 AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const int32_t* query_begin,
-                             const int32_t* query_end, int64_t tile_queries) {
+                             const int32_t* query_end, int64_t kv_heads, int64_t tile_queries) {
   AttentionPlan plan;
+  std::vector<size_t> samples = {0};
   const int64_t unit = tile_queries < 8 ? 1 : 8;
   const Split* table = reinterpret_cast<const Split*>(splits);
   for (int64_t first = 0; first < num_splits;) {
@@ -117,11 +140,10 @@ AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const in
       plan.blocks[i].first_tile = static_cast<int32_t>(first_tile);
       plan.blocks[i].end_tile = static_cast<int32_t>(plan.tiles.size());
     }
-    add_tasks(&plan, first_block, table[end - 1].sample_end - table[first].sample_begin);
+    samples.push_back(plan.blocks.size());
     first = end;
   }
-  std::stable_sort(plan.tasks.begin(), plan.tasks.end(),
-                   [](const AttentionTask& a, const AttentionTask& b) { return a.pairs > b.pairs; });
+  add_all_tasks(&plan, samples, kv_heads);
   return plan;
 }
 

@@ -20,6 +20,6 @@ struct AttentionPlan {
 // `splits` is Layout.splits, [num_splits, 7], checked; query_begin and query_end are [keys]. A tile has at most
 // `tile_queries` queries.
 AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const int32_t* query_begin,
-                             const int32_t* query_end, int64_t tile_queries);
+                             const int32_t* query_end, int64_t kv_heads, int64_t tile_queries);
 
 }  // namespace unigendet

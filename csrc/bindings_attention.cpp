@@ -76,7 +76,7 @@ struct AttentionCall {
     read.push_back(table);
     const int64_t heads = grouped ? heads_of_tile(inputs) : 1;
     plan = plan_attention(table.as<int64_t>(), table.numel / kFields, inputs.query_begin, inputs.query_end,
-                          kTileRows / heads);
+                          inputs.kv_heads, kTileRows / heads);
     inputs.tiles = plan.tiles.data(), inputs.num_tiles = static_cast<int64_t>(plan.tiles.size());
     inputs.blocks = plan.blocks.data();
   }
