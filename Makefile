@@ -11,9 +11,9 @@ OLDEST_TRITON := $(VENV)/triton-oldest
 # time is over: whatever is left is listed as such.
 GPU_PYTHON ?= python3
 GPU_LOG := runs/gpu.log
-# Of each of three processes, so that a kernel that hangs or breaks the device costs the results of its own only.
-GPU_SECONDS ?= 130
-GPU_TIMEOUT ?= 180
+# Of each of four processes, so that a kernel that hangs or breaks the device costs the results of its own only.
+GPU_SECONDS ?= 80
+GPU_TIMEOUT ?= 110
 
 .PHONY: help install test sanitize lint format quickstart gpu clean
 
@@ -87,9 +87,9 @@ gpu:  ## Run the tests and benchmarks that need a GPU; leaves benchmarks/results
 	mkdir -p $(dir $(GPU_LOG))
 	{ status=0; \
 	$(GPU_PYTHON) -m pytest -m gpu -q || status=$$?; \
-	for ops in "alignment_loss qk_norm_rope rms_norm swiglu stream_linear flow_matching decoder_layer training_step packing_cost" \
-	attention scaling; do \
-	timeout $(GPU_TIMEOUT) $(GPU_PYTHON) -m unigendet bench --device cuda --record --limit $(GPU_SECONDS) --op $$ops || status=$$?; \
+	for ops in "decoder_layer training_step packing_cost" attention \
+	"alignment_loss qk_norm_rope rms_norm swiglu stream_linear flow_matching" scaling; do \
+	timeout --kill-after 20 $(GPU_TIMEOUT) $(GPU_PYTHON) -m unigendet bench --device cuda --record --limit $(GPU_SECONDS) --op $$ops || status=$$?; \
 	done; \
 	exit $$status; } 2>&1 | tee $(GPU_LOG)
 

@@ -46,9 +46,12 @@ class Difference:
 
 
 def machine(content: Mapping[str, Any]) -> str:
-    """What a file of results was measured on, in words; times of different machines cannot be compared."""
-    device, threads = content["environment"]["device"], content.get("settings", {}).get("threads")
-    facts = (device["name"], device.get("processor"), threads and f"{threads} CPU threads")
+    """What a file of results was measured on, in words: only the same machine and size of run can be compared."""
+    device, settings = content["environment"]["device"], content.get("settings", {})
+    facts = [device["name"], device.get("processor")]
+    facts += [
+        f"{settings[name]}{text}" for name, text in (("threads", " CPU threads"), ("size", " run")) if name in settings
+    ]
     return ", ".join(str(fact) for fact in facts if fact)
 
 

@@ -10,6 +10,7 @@ in float64 (``judge.py``): one that is wrong says so, and its speed counts for n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import gc
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -197,22 +198,21 @@ def _rows(
     inputs: Sequence[tuple[Tensor, ...]],
     run: Run,
 ) -> list[dict[str, Any]]:
-    turns: dict[str, Sequence[Callable[[], Any]]] = {}
     peaks: dict[str, float | None] = {}
-    for name, entry in entries.items():
+
+    def prepare(name: str) -> Sequence[Callable[[], Any]]:
         run.progress.detail(case.title, f"{direction}, {name}")
-        try:
-            run.check_time()
-            turns[name] = calls(entry.candidate, inputs, direction)
-            turns[name][0]()  # compiles, where that waits for the first call
-            peaks[name] = peak_mib(turns[name][0], run.device)
-        except Exception as error:
-            turns.pop(name, None)
-            failures[name] = run.failure(error)
-    run.progress.detail(case.title, f"{direction}, in turns")
+        run.check_time()
+        made = calls(entries[name].candidate, inputs, direction)
+        made[0]()  # compiles, where that waits for the first call
+        peaks[name] = peak_mib(made[0], run.device)
+        run.progress.detail(case.title, f"{direction}, in turns")
+        return made
+
     measured = {}
-    for name, (timing, columns) in race(turns, run, failures).items():
-        prefix = {"forward": "output", "backward": "gradient"}.get(direction, "")
+    for name, (timing, columns) in race({n: functools.partial(prepare, n) for n in entries}, run, failures).items():
+        # A mistake of ours in one direction, say, in the mask, may only be too small to be seen in the other.
+        prefix = {"forward": "output", "backward": "gradient"}.get(direction, "") if name in case.peers else ""
         measured[name] = Measurement(dataclasses.asdict(timing), entries[name], peaks[name], prefix, columns)
     common = {"op": case.op, "trace": case.trace, "shape": case.shape, "dtype": dtype_name(case.dtype)}
     common |= {"direction": direction, **case.columns}
@@ -221,25 +221,36 @@ def _rows(
 
 
 def race(
-    turns: Mapping[str, Sequence[Callable[[], Any]]], run: Run, failures: dict[str, str], **options: Any
+    candidates: Mapping[str, Callable[[], Sequence[Callable[[], Any]]]],
+    run: Run,
+    failures: dict[str, str],
+    **options: Any,
 ) -> dict[str, tuple[Timing, dict[str, Any]]]:
     """Time candidates in turns, with more columns for their rows.
 
-    If that fails, say, since the memory does not hold all at once, each is timed alone, which its row says
-    (``paired``); who fails even then goes to ``failures``. ``options`` are ``measure_paired``'s.
+    ``candidates`` make each one's calls. If the memory does not hold all at once, or the turns fail otherwise, each is
+    made and timed alone, which its row says (``paired``). Who fails goes to ``failures``. ``options`` are
+    ``measure_paired``'s.
     """
-    if not turns:
-        return {}
+    turns: dict[str, Sequence[Callable[[], Any]]] = {}
     try:
-        timings = measure_paired(turns, run.device, seconds=run.seconds, **options)
+        for name, make in candidates.items():
+            try:
+                turns[name] = make()
+            except torch.OutOfMemoryError:
+                raise  # the others may be what fills the memory
+            except Exception as error:
+                failures[name] = run.failure(error)
+        timings = measure_paired(turns, run.device, seconds=run.seconds, **options) if turns else {}
         return {name: (timing, {}) for name, timing in timings.items()}
     except Exception as error:
         run.failure(error)
+    turns.clear()
     found = {}
-    for name, calls_ in turns.items():
+    for name in [name for name in candidates if name not in failures]:
         free(run.device)
         try:
-            timing = measure_paired({name: calls_}, run.device, seconds=run.seconds, **options)[name]
+            timing = measure_paired({name: candidates[name]()}, run.device, seconds=run.seconds, **options)[name]
             found[name] = timing, {"paired": False}
         except Exception as error:
             failures[name] = run.failure(error)

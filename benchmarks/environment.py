@@ -76,6 +76,24 @@ def device_name(device: torch.device) -> str:
     )
 
 
+# Dense bfloat16 TFLOP/s of data sheets, which published utilisations refer to; the first name that a device's has.
+DATA_SHEETS = {
+    "H100 PCIe": 756.5,
+    "H100 NVL": 835.5,
+    "H100": 989.5,
+    "H200": 989.5,
+    "H800": 989.5,
+    "A100": 312.0,
+    "A800": 312.0,
+}
+
+
+def data_sheet_tflops(device: torch.device) -> float | None:
+    """The data sheet's dense bfloat16 rate of a GPU; None of a device that is not known."""
+    name = device_name(device) if device.type == "cuda" else ""
+    return next((rate for known, rate in DATA_SHEETS.items() if known in name), None)
+
+
 def device_slug(name: str) -> str:
     """A device's name as a folder's name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -35,15 +35,16 @@ class Truth:
     def errors(self, results: Mapping[str, Tensor], slack: float = 0.0) -> dict[str, dict[str, float]]:
         """Both errors of each result, and what is allowed: ``slack`` times the exact result more than to ours.
 
-        A result with a NaN or an infinity anywhere, also outside the part that is compared, is off by the largest
-        number: JSON knows neither.
+        A result that is missing (but for a gradient, of a candidate without a backward pass) or has a NaN or an
+        infinity anywhere, also outside the part that is compared, is off by the largest number: JSON knows neither.
         """
         found = {}
         for name, exact in self.exact.items():
-            if name not in results or not exact.numel():  # of a candidate without a backward pass; an empty stream
+            missing = name not in results
+            if (missing and name.startswith("gradient")) or not exact.numel():  # an empty stream has no numbers
                 continue
-            broken = not bool(results[name].isfinite().all())
-            difference = self.part(name, results[name]) - exact
+            broken = missing or not bool(results[name].isfinite().all())
+            difference = None if broken else self.part(name, results[name]) - exact
             for suffix, norm in NORMS.items():
                 error = torch.finfo(exact.dtype).max if broken else float(norm(difference))
                 found[name + suffix] = {

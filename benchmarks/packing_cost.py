@@ -1,8 +1,9 @@
 """What a pack costs on the host before a step can run: from split lengths to what attention needs, and all of packing.
 
-``attention_metadata``: everything from the lengths to the first attention call. Ours: ``Layout.from_splits`` and what a
-backend derives from it (the tile schedule, or the plan of calls). Peers: FlexAttention's block mask, which gets this
-project's two integers per key for free, and the published dense masks, one float matrix per sample.
+``attention_metadata``: everything that attention needs beside the lengths, forward and backward. Ours:
+``Layout.from_splits`` and what a backend derives from it (the tile schedules of all kernels, or the plan of calls).
+Peers: FlexAttention's block mask, eager and compiled, which gets this project's two integers per key for free, and the
+published dense masks, one float matrix per sample.
 ``tile_schedule``: the schedule alone, by size of tile, with the share of launched work that is useful. ``pack``: random
 samples into a PackedBatch. All of it is paid once per pack, whatever the number of layers.
 """
@@ -24,7 +25,7 @@ from unigendet.schedule import TileSchedule, layout_schedule
 
 from . import packs, traces
 from .contest import Entry, Measurement, Run, Work, make_rows, race
-from .harness import first_call, peak_mib
+from .harness import CannotRun, first_call, peak_mib
 from .published import dense_masks
 from .record import table
 
@@ -58,13 +59,15 @@ class HostCase:
         for name in names:
             try:
                 run.check_time()
+                if name in run.without:
+                    raise CannotRun(run.without[name])
                 _, seconds = first_call(self.candidates[name], run.device)
                 entries[name] = Entry(None, seconds, None)
             except Exception as error:  # the others may still run
                 failures[name] = run.failure(error)
         slow = max((entry.first_call_s for entry in entries.values()), default=0.0) > run.seconds
         often = {"turn": 1, "rounds": 3} if slow else {}
-        turns = {name: [self.candidates[name]] for name in entries}
+        turns = {name: lambda name=name: [self.candidates[name]] for name in entries}
         for name, (timing, columns) in race(turns, run, failures, on_host=True, **often).items():
             peak = peak_mib(self.candidates[name], torch.device("cpu"))
             columns = {**columns, **self.columns.get(name, {})}
@@ -88,7 +91,9 @@ def metadata_case(trace: traces.Trace, device: torch.device) -> HostCase:
         return Layout.from_splits(trace.splits, streams=trace.streams).to(device)
 
     def with_tiles() -> object:
-        return fresh_schedule(built(), 128, 128)
+        schedules._cached.cache_clear()
+        own = built()
+        return [layout_schedule(own, *tiles) for tiles in _tiles(device)]
 
     def with_plan(module: Any) -> object:
         module._plan.cache_clear()
@@ -100,20 +105,36 @@ def metadata_case(trace: traces.Trace, device: torch.device) -> HostCase:
         "flash": functools.partial(with_plan, symbiotic_attention_flash),
         "dense_masks": lambda: [mask.to(device) for mask in dense_masks(trace.splits, torch.float32)],
     }
-    if layout.num_queries <= LARGEST_BLOCK_MASK:
-        candidates["block_mask"] = functools.partial(_block_mask, layout.to(device))
-    peers = frozenset({"dense_masks", "block_mask"})
+    candidates |= {
+        "block_mask": functools.partial(_block_mask, layout.to(device), compiled=False),
+        "block_mask_compiled": functools.partial(_block_mask, layout.to(device), compiled=True),
+    }
+    peers = frozenset({"dense_masks", "block_mask", "block_mask_compiled"})
     return HostCase("attention_metadata", trace.name, f"{layout.num_queries:,} tokens", candidates, peers)
 
 
-def _block_mask(layout: Layout) -> object:
+def _tiles(device: torch.device) -> list[tuple[int, int]]:
+    """The tiles that a step with head_dim 128 in bfloat16 has, on this GPU, or on the H100 where there is none."""
+    from unigendet.kernels.config import attention_config
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    directions = ("forward", "backward_dkdv", "backward_dq")
+    configs = [attention_config(capability, 128, "bfloat16", d, describable=True) for d in directions]
+    return sorted({(config.block_m, config.block_n) for config in configs})
+
+
+def _block_mask(layout: Layout, *, compiled: bool) -> object:
     """FlexAttention's, made anew as for a new pack."""
     from torch.nn.attention.flex_attention import create_block_mask
+
+    if layout.num_queries > LARGEST_BLOCK_MASK:
+        raise CannotRun(f"of more than {LARGEST_BLOCK_MASK:,} tokens it would hold matrices of tens of GB")
 
     def mask_mod(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return visible(query, layout.query_begin[key], layout.query_end[key])
 
-    return create_block_mask(mask_mod, None, None, layout.num_queries, layout.num_keys, device=layout.device)
+    shape = (None, None, layout.num_queries, layout.num_keys)
+    return create_block_mask(mask_mod, *shape, device=layout.device, _compile=compiled)
 
 
 def schedule_case(trace: traces.Trace, block_m: int, block_n: int) -> HostCase:

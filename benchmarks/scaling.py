@@ -13,12 +13,15 @@ should stay flat: more time should mean more work, not another shape of it.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 
 import torch
 
 from . import attention, decoder_layer, packs, traces
+from .candidate import Candidate
+from .harness import CannotRun
 from .traces import Sample, Segment, Trace
 
 TOKENS = (4096, 8192, 16384, 32768, 65536, 131072)
@@ -103,7 +106,12 @@ def cases(device: torch.device, size: str) -> Iterator[attention.Case]:
         )
     config = packs.bagel_width(1) if on_gpu else packs.small_config(256, 1, heads=4, kv_heads=2, intermediate=704)
     for sweep, x, trace in sweeps(size, on_gpu=on_gpu):
-        if not on_gpu and trace.layout.num_queries > MOST_TOKENS_OF_A_LAYER:
-            continue
         columns = {"sweep": sweep, "x": x}
-        yield decoder_layer.case(device, dtype, trace, config, directions=("both",), columns=columns)
+        layer = decoder_layer.case(device, dtype, trace, config, directions=("both",), columns=columns)
+        if not on_gpu and trace.layout.num_queries > MOST_TOKENS_OF_A_LAYER:
+            layer = dataclasses.replace(layer, candidates=dict.fromkeys(layer.candidates, _too_many_tokens), truth=None)
+        yield layer
+
+
+def _too_many_tokens() -> Candidate:
+    raise CannotRun(f"a layer of more than {MOST_TOKENS_OF_A_LAYER:,} tokens takes too long on a CPU")

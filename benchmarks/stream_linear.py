@@ -1,8 +1,8 @@
 """``stream_linear``: both streams' matrix products into one buffer.
 
 Peers: two products on slices and a concatenation, eager and compiled; the published way (each stream is gathered,
-multiplied, and scattered into a zeroed buffer); one grouped matrix product, which
-wants the weights stacked.
+multiplied, and scattered into a zeroed buffer); one grouped matrix product, which wants the weights stacked, in its
+time.
 """
 
 from __future__ import annotations

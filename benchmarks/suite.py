@@ -7,10 +7,14 @@ two cores) and "tiny" (to try the program itself). A case has an ``op``, a ``tra
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
+import os
+import signal
+import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +30,7 @@ SIZES = ("full", "quick", "tiny")
 QUICK_SECONDS, FULL_SECONDS, GPU_SECONDS = 0.1, 1.0, 0.3
 QUICK_LIMIT = 100.0  # seconds
 SETS = {"full": None, "quick": 4, "tiny": 2}  # of buffers; None: as many as exceed the caches
-COMPILES = ("torch.compile", "flex", "flex_mask_per_pack", "flex_flash4", "flex_cudnn")
+COMPILES = ("torch.compile", "flex", "flex_mask_per_pack", "flex_flash4", "flex_cudnn", "block_mask_compiled")
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,7 @@ def _check(name: str, wanted: Collection[str] | None, known: set[str]) -> None:
 
 
 def run(settings: Settings) -> Outcome:
-    """Run benchmarks. Ctrl-C keeps what is done."""
+    """Run benchmarks. Ctrl-C and SIGTERM keep what is done."""
     cases = find_cases(settings)
     if settings.device.type == "cuda" and settings.device.index is not None:
         torch.cuda.set_device(settings.device)  # events and waits are of the current device
@@ -115,32 +119,54 @@ def run(settings: Settings) -> Outcome:
     deadline = time.monotonic() + (float("inf") if limit is None else limit)
     header = _header(settings)
     records: list[Record] = []
+    limits: dict[str, float] = {}
     interrupted = False
-    with Progress(sum(map(len, cases.values())), quiet=settings.quiet) as progress:
+    with _terminated_as_interrupted(), Progress(sum(map(len, cases.values())), quiet=settings.quiet) as progress:
         progress.show(_heading(header))
         try:
             for name, own in cases.items():
                 records.append(Record(_path(settings, name), name, header))
-                _run_benchmark(settings, records[-1], own, progress, deadline)
+                _run_benchmark(settings, records[-1], own, progress, deadline, limits)
         except KeyboardInterrupt:
             progress.show(["", "Interrupted; what is done is kept."])
             interrupted = True
         except LostDevice as error:
             progress.show(["", f"Ended: {error}. What is done is kept."])
     rows = [{"benchmark": record.benchmark, **row} for record in records for row in record.rows]
-    ceilings = records[0].header["ceilings"]
-    content = {"schema": SCHEMA, "benchmark": "all", **header, "ceilings": ceilings, "rows": rows}
+    content = {"schema": SCHEMA, "benchmark": "all", **header, "ceilings": limits, "rows": rows}
     return Outcome({**content, "complete": all(r.complete for r in records) and not interrupted}, interrupted)
 
 
+@contextlib.contextmanager
+def _terminated_as_interrupted() -> Iterator[None]:
+    """SIGTERM, of a time limit or a batch system, as Ctrl-C; in the main thread, the only one that can be told so."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def _run_benchmark(
-    settings: Settings, record: Record, cases: Sequence[Any], progress: Progress, deadline: float
+    settings: Settings,
+    record: Record,
+    cases: Sequence[Any],
+    progress: Progress,
+    deadline: float,
+    limits: dict[str, float],
 ) -> None:
-    """Measure the ceilings and run the cases of one benchmark."""
-    limits = harness.ceilings(
-        settings.device, tiny=settings.size == "tiny", seconds=0.5 if settings.size == "full" else 0.1
-    )
-    record.header["ceilings"] = limits
+    """Measure the ceilings, of which ``limits`` keeps the highest of a run, and run the cases of one benchmark."""
+    seconds = 1.0 if settings.size == "full" else 0.2
+    found = harness.ceilings(settings.device, tiny=settings.size == "tiny", seconds=seconds)
+    limits.update({name: max(rate, limits.get(name, 0.0)) for name, rate in found.items()})
+    record.header["ceilings"] = dict(limits)
     progress.show(_ceilings(limits))
     full = GPU_SECONDS if settings.device.type == "cuda" else FULL_SECONDS
     seconds = settings.seconds or (full if settings.size == "full" else QUICK_SECONDS)
@@ -192,6 +218,7 @@ def _left_out(settings: Settings) -> dict[str, str]:
 
 def _header(settings: Settings) -> dict[str, Any]:
     chosen: dict[str, Any] = {"size": settings.size, "threads": torch.get_num_threads()}
+    chosen |= {name: value for name in ("seconds", "limit") if (value := getattr(settings, name)) is not None}
     if settings.selection:
         chosen["selection"] = settings.selection
     return {"environment": environment.environment(settings.device), "ceilings": {}, "settings": chosen}
@@ -279,6 +306,14 @@ def _check_writable(name: str, path: Path | None, *, folder: bool) -> None:
         raise ValueError(
             f"--{name} is {path}, a {'file' if folder else 'folder'}; it must be a {'folder' if folder else 'file'}"
         )
+    if path is not None:
+        place = path if folder else path.absolute().parent
+        try:
+            place.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"--{name} is {path}; {place} cannot be made: {error.strerror}") from error
+        if not os.access(place, os.W_OK):
+            raise ValueError(f"--{name} is {path}; {place} must be a folder that can be written to")
 
 
 def _recording(settings: Settings) -> Settings:

@@ -1,6 +1,7 @@
 """``swiglu``: SiLU(gate) · up on the fused projection.
 
-Peers: plain PyTorch, eager and compiled; Liger-Kernel, whose two halves are contiguous tensors and are copied first.
+Peers: plain PyTorch, eager and compiled; Liger-Kernel, which gets gate and up as contiguous tensors, but whose two
+gradients are stacked in its time.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from unigendet.ops import swiglu
 
-from .candidate import Function
+from .candidate import Candidate
 from .contest import Case, Work
 from .judge import whole
 from .stream_case import candidates, library, random
@@ -40,13 +41,15 @@ def case(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> Cas
         inputs,
         work={"forward": Work(bytes=3 * size), "backward": Work(bytes=5 * size)},
         truth=whole(partial(swiglu, backend="reference")),
-        **candidates(OP, device, dtype, eager, swiglu, {"liger": partial(_liger, device)}),
+        **candidates(OP, device, dtype, eager, swiglu, {"liger": partial(_liger, device, width)}),
     )
 
 
-def _liger(device: torch.device) -> Function:
+def _liger(device: torch.device, width: int) -> Candidate:
     function = library("liger-kernel", "liger_kernel.ops.swiglu", "LigerSiLUMulFunction", device)
-    return lambda gate_up: function.apply(*(x.contiguous() for x in gate_up.chunk(2, dim=1)))
+    halves = lambda x: torch.stack(x.chunk(2, dim=1)) if x.shape[1] == 2 * width else x  # noqa: E731
+    whole_rows = lambda x: torch.cat(tuple(x), dim=1) if x.dim() == 3 else x  # noqa: E731
+    return Candidate(lambda gate_up: function.apply(*gate_up.unbind()), halves, whole_rows)
 
 
 def cases(device: torch.device, size: str) -> Iterator[Case]:

@@ -236,6 +236,8 @@ def machine(device: Device) -> list[str]:
     """Device, versions and, for each benchmark, its commit, ceilings and settings."""
     hardware = device.hardware
     parts = [f"**{text(device.name)}**"]
+    if hardware.get("processor"):
+        parts.append(text(hardware["processor"]))
     if device.is_gpu:
         parts += [
             f"compute capability {hardware['capability']}",

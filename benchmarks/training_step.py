@@ -5,9 +5,10 @@ Both start from the same weights, noise and times, and update only what the stag
 holds one at a time, each with the largest number of decoder layers that fits both.
 
 Useful work is counted exactly (``benchmarks/work.py``); ``mfu`` is its rate over the measured matmul rate, and
-``mfu_published`` the utilisation by the convention published for BAGEL, which GDUF alone has. ``shares`` says where our
-step's time goes, by op and direction. A step is judged, before any update, on a pack with a sample of each kind: its
-final hidden states where they are read, and the gradients of the first norm, against the published way in float64.
+``mfu_published`` the utilisation by the convention published for BAGEL, over the rate of the device's data sheet: of
+GDUF, on devices whose data sheet is known. ``shares`` says where our step's time goes, by op and direction. A step is
+judged, before any update, on a pack with a sample of each kind: its final hidden states where they are read, and the
+gradients of the first norm, against the published way in float64.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from . import packs, traces, work
 from .candidate import dtype_name
 from .contest import Entry, Measurement, Run, Work, free, make_rows, race
 from .decoder_layer import default_backend
+from .environment import data_sheet_tflops
 from .harness import CannotRun, first_call, peak_mib, reason
 from .judge import Truth, allowances
 from .profile import step_shares
@@ -180,6 +182,7 @@ class StepCase:
             try:
                 run.check_time()
                 errors = None if truth is None else truth.errors(self._small()._step(name, self.dtype).judged())
+                free(self.device)
                 base = torch.cuda.memory_allocated(self.device) if self.device.type == "cuda" else None
                 steps[name] = self._step(name, self.dtype).stepper()
                 _, seconds = first_call(steps[name], self.device)
@@ -187,9 +190,10 @@ class StepCase:
             except Exception as error:  # say, out of memory: the other may still run
                 failures[name] = run.failure(error)
         run.progress.detail(self.title, "in turns")
-        turns = {name: [steps[name]] for name in entries}
-        for name, (timing, columns) in race(turns, run, failures, turn=1, rounds=5).items():
-            columns = {**columns, **self._columns(timing.ms, run.ceilings["matmul_tflops"])}
+        turns = {name: lambda name=name: [steps[name]] for name in entries}
+        # By the clock, as a trainer is: what a step costs the host counts.
+        for name, (timing, columns) in race(turns, run, failures, turn=1, rounds=5, on_host=True).items():
+            columns = {**columns, **self._columns(timing.ms, run)}
             peak = None
             try:
                 peak = peak_mib(steps[name], self.device)
@@ -223,15 +227,16 @@ class StepCase:
             free(self.device)
         return Truth(exact, allowances(exact, plain, ERROR_FACTOR)), None
 
-    def _columns(self, ms: float, matmul_tflops: float) -> dict[str, Any]:
+    def _columns(self, ms: float, run: Run) -> dict[str, Any]:
         layout = self.packed.layout
         columns: dict[str, Any] = {"layers": self.config.num_layers, "tokens": layout.num_queries}
         columns["tokens_per_second"] = 1e3 * layout.num_queries / ms
-        columns["mfu"] = self.work["step"].flops / ms / 1e9 / matmul_tflops
-        if self.teacher is None:
+        columns["mfu"] = self.work["step"].flops / ms / 1e9 / run.ceilings["matmul_tflops"]
+        peak = data_sheet_tflops(self.device)
+        if self.teacher is None and peak is not None:
             lengths = layout.cu_seqlens_q.diff().tolist()
             flops = work.published_convention(self.config, layout.num_queries, lengths)
-            columns["mfu_published"] = flops / ms / 1e9 / matmul_tflops
+            columns["mfu_published"] = flops / ms / 1e9 / peak
         return columns
 
     def _step(self, name: str, dtype: torch.dtype) -> Step:

@@ -2,16 +2,17 @@
 #include "attention_plan.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
-
+#include <utility>
 
 namespace unigendet {
 namespace {
 
 constexpr int64_t kLongSplit = 64;    // splits of so many tokens begin and end a tile or a block
-constexpr int64_t kPartKeys = 1024;   // of a sample: each part of dq has as many
+constexpr int64_t kPartKeys = 512;  // of a sample: each part of dq has as many
 constexpr int64_t kMostParts = 4;
-constexpr int64_t kWantedTasks = 32;  // of a call, heads of keys counted
+constexpr double kWantedTasks = 64;  // of a call, heads of keys counted
 
 struct Split {
   int64_t mode, key_begin, key_end, sample_begin, sample_end, query_begin, query_end;
@@ -73,37 +74,51 @@ int64_t pairs_of(const std::vector<AttentionBlock>& blocks, size_t begin, size_t
   return pairs;
 }
 
-// Tasks for a sample, whose blocks are [begin, end): one for each part, of about the same number of pairs.
-void add_tasks(AttentionPlan* plan, size_t begin, size_t end, int64_t parts) {
-  const int64_t pairs = pairs_of(plan->blocks, begin, end);
+struct Sample {
+  size_t first_tile, end_tile, first_block, end_block;
+};
+
+// Tasks for a sample, one for each part, of about the same number of pairs. Returns how many there are.
+int32_t add_tasks(AttentionPlan* plan, const Sample& sample, int64_t parts) {
+  const int64_t pairs = pairs_of(plan->blocks, sample.first_block, sample.end_block);
   int64_t done = 0;
+  int32_t made = 0;
+  size_t next = sample.first_block;
   for (int64_t part = 0; part < parts; ++part) {
-    const size_t first = begin;
+    const size_t first = next;
     AttentionTask task{};
-    while (begin < end && (part == parts - 1 || done * parts < pairs * (part + 1))) {
-      const int64_t more = pairs_of(plan->blocks[begin++]);
+    while (next < sample.end_block && (part == parts - 1 || done * parts < pairs * (part + 1))) {
+      const int64_t more = pairs_of(plan->blocks[next++]);
       done += more, task.pairs += more;
     }
-    if (first == begin) continue;
+    if (first == next) continue;
     task.first_block = static_cast<int32_t>(first);
-    task.end_block = static_cast<int32_t>(begin);
-    task.part = static_cast<int32_t>(part);
+    task.end_block = static_cast<int32_t>(next);
+    task.part = made++;
     plan->tasks.push_back(task);
-    plan->parts = std::max(plan->parts, task.part + 1);
   }
+  return made;
 }
 
-// The tasks of all samples; samples[i] is the first block of sample i, and of the end behind them. A sample gets parts only
-// for want of tasks: each costs memory of the size of q.
-void add_all_tasks(AttentionPlan* plan, const std::vector<size_t>& samples, int64_t kv_heads) {
+// The tasks of all samples. A sample gets parts only for want of tasks: each costs memory for its queries.
+void add_all_tasks(AttentionPlan* plan, const std::vector<Sample>& samples, int64_t kv_heads) {
   const double all = static_cast<double>(pairs_of(plan->blocks, 0, plan->blocks.size()));
-  for (size_t i = 0; i + 1 < samples.size(); ++i) {
-    const size_t begin = samples[i], end = samples[i + 1];
-    if (begin == end) continue;
-    const int64_t keys = plan->blocks[end - 1].end - plan->blocks[begin].begin;
-    const double share = static_cast<double>(pairs_of(plan->blocks, begin, end)) / std::max(all, 1.0);
-    const int64_t wanted = static_cast<int64_t>(share * kWantedTasks) / kv_heads;
-    add_tasks(plan, begin, end, std::clamp<int64_t>(std::min(wanted, keys / kPartKeys), 1, kMostParts));
+  for (const Sample& sample : samples) {
+    if (sample.first_block == sample.end_block) continue;
+    const int64_t keys = plan->blocks[sample.end_block - 1].end - plan->blocks[sample.first_block].begin;
+    const int64_t pairs = pairs_of(plan->blocks, sample.first_block, sample.end_block);
+    const double share = static_cast<double>(pairs) / std::max(all, 1.0);
+    const int64_t wanted = static_cast<int64_t>(std::ceil(share * kWantedTasks / static_cast<double>(kv_heads)));
+    const int32_t parts = add_tasks(plan, sample, std::clamp<int64_t>(std::min(wanted, keys / kPartKeys), 1, kMostParts));
+    if (sample.first_tile == sample.end_tile) continue;
+    const int64_t begin = plan->tiles[sample.first_tile].begin, queries = plan->tiles[sample.end_tile - 1].end - begin;
+    for (size_t i = sample.first_tile; i < sample.end_tile; ++i) {
+      AttentionTile& tile = plan->tiles[i];
+      tile.parts = parts;
+      tile.more = plan->more_rows + tile.begin - begin;
+      tile.sample_queries = queries;
+    }
+    plan->more_rows += (parts - 1) * queries;
   }
   std::stable_sort(plan->tasks.begin(), plan->tasks.end(),
                    [](const AttentionTask& a, const AttentionTask& b) { return a.pairs > b.pairs; });
@@ -114,7 +129,7 @@ void add_all_tasks(AttentionPlan* plan, const std::vector<size_t>& samples, int6
 AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const int32_t* query_begin,
                              const int32_t* query_end, int64_t kv_heads, int64_t tile_queries) {
   AttentionPlan plan;
-  std::vector<size_t> samples = {0};
+  std::vector<Sample> samples;
   const int64_t unit = tile_queries < 8 ? 1 : 8;
   const Split* table = reinterpret_cast<const Split*>(splits);
   for (int64_t first = 0; first < num_splits;) {
@@ -126,7 +141,10 @@ AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const in
     }
     const size_t first_tile = plan.tiles.size(), first_block = plan.blocks.size();
     for (const Range& range : cut(queries, tile_queries / unit * unit, unit)) {
-      plan.tiles.push_back({static_cast<int32_t>(range.begin), static_cast<int32_t>(range.end), 0, 0});
+      AttentionTile tile{};
+      tile.begin = static_cast<int32_t>(range.begin);
+      tile.end = static_cast<int32_t>(range.end);
+      plan.tiles.push_back(tile);
     }
     for (const Range& range : cut(keys, kBlockKeys, 16)) {
       plan.blocks.push_back(block_of(range, query_begin, query_end));
@@ -140,11 +158,26 @@ AttentionPlan plan_attention(const int64_t* splits, int64_t num_splits, const in
       plan.blocks[i].first_tile = static_cast<int32_t>(first_tile);
       plan.blocks[i].end_tile = static_cast<int32_t>(plan.tiles.size());
     }
-    samples.push_back(plan.blocks.size());
+    samples.push_back({first_tile, plan.tiles.size(), first_block, plan.blocks.size()});
     first = end;
   }
   add_all_tasks(&plan, samples, kv_heads);
   return plan;
+}
+
+void sort_tiles(AttentionPlan* plan) {
+  std::vector<std::pair<int64_t, AttentionTile>> tiles;
+  for (const AttentionTile& tile : plan->tiles) {
+    int64_t pairs = 0;
+    for (int32_t i = tile.first_block; i < tile.end_block; ++i) {
+      const AttentionBlock& block = plan->blocks[static_cast<size_t>(i)];
+      const int64_t rows = int64_t{std::min(tile.end, block.most_end)} - std::max(tile.begin, block.least_begin);
+      pairs += std::max<int64_t>(rows, 0) * (block.end - block.begin);
+    }
+    tiles.push_back({pairs, tile});
+  }
+  std::stable_sort(tiles.begin(), tiles.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  std::transform(tiles.begin(), tiles.end(), plan->tiles.begin(), [](const auto& tile) { return tile.second; });
 }
 
 }  // namespace unigendet

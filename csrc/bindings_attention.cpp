@@ -1,7 +1,8 @@
 // Attention as Python functions: what its kernels take, checked. On the CPU only.
-#include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <optional>
 #include <string>
 #include <vector>
@@ -15,17 +16,17 @@ namespace {
 
 using Isa = std::optional<std::string>;
 
-constexpr int64_t kFields = 7;        // of a split
+constexpr int64_t kFields = 7;  // of a split
 
 // Layout.splits: int64 [7 n], whose samples' queries and keys follow each other and are as many as there are rows.
 View check_splits(const py::handle& object, int64_t queries, int64_t keys, const View& like) {
   View v = typed("splits", object, "torch.int64", 1, &like);
   const int64_t* s = v.as<const int64_t>();
-  int64_t next_query = 0, next_key = 0, sample_begin = -1, sample_end = 0;
+  int64_t next_query = 0, next_key = 0, sample_begin = 0, sample_end = 0;
   bool fits = v.numel % kFields == 0;
   for (int64_t i = 0; fits && i < v.numel; i += kFields) {
     const int64_t key_begin = s[i + 1], key_end = s[i + 2], query_begin = s[i + 5], query_end = s[i + 6];
-    if (s[i + 3] != sample_begin) {
+    if (i == 0 || s[i + 3] != sample_begin) {
       fits = s[i + 3] >= sample_end && next_key == sample_end && s[i + 4] <= keys;
       sample_begin = next_key = s[i + 3];
       sample_end = s[i + 4];
@@ -56,8 +57,10 @@ struct AttentionCall {
     if (inputs.head_dim < 1 || inputs.head_dim > kMaxHeadDim || inputs.q_heads < 1) {
       reject("q", from.text(), "[queries, heads, head_dim] with a head and head_dim from 1 to " + std::to_string(kMaxHeadDim));
     }
-    if (inputs.kv_heads < 1 || inputs.q_heads % inputs.kv_heads != 0 || keys.shape[2] != inputs.head_dim ||
-        inputs.queries >= kMaxInt32 || inputs.keys >= kMaxInt32) {
+    for (const View* x : {&from, &keys}) {
+      if (x->shape[0] >= kMaxInt32) reject(x->name, x->text(), "of fewer than " + std::to_string(kMaxInt32) + " rows");
+    }
+    if (inputs.kv_heads < 1 || inputs.q_heads % inputs.kv_heads != 0 || keys.shape[2] != inputs.head_dim) {
       reject("k", keys.text(), "[keys, heads, head_dim] with q's head_dim and a number of heads that divides q's");
     }
     read = {from, input_like("k", k, keys.shape, from), input_like("v", v, keys.shape, from),
@@ -66,6 +69,9 @@ struct AttentionCall {
     inputs.q = heads_of(read[0]), inputs.k = heads_of(read[1]), inputs.v = heads_of(read[2]);
     inputs.dtype = dtype_of(from);
     inputs.query_begin = read[3].as<int32_t>(), inputs.query_end = read[4].as<int32_t>();
+    if (!(std::fabs(scale) <= std::numeric_limits<float>::max())) {
+      reject("scale", std::to_string(scale), "a finite number that a float can hold");
+    }
     inputs.scale = static_cast<float>(scale);
     inputs.num_threads = check_threads(num_threads);
     if (!out_rows.is_none()) {
@@ -77,6 +83,7 @@ struct AttentionCall {
     const int64_t heads = grouped ? heads_of_tile(inputs) : 1;
     plan = plan_attention(table.as<int64_t>(), table.numel / kFields, inputs.query_begin, inputs.query_end,
                           inputs.kv_heads, kTileRows / heads);
+    if (grouped) sort_tiles(&plan);
     inputs.tiles = plan.tiles.data(), inputs.num_tiles = static_cast<int64_t>(plan.tiles.size());
     inputs.blocks = plan.blocks.data();
   }
@@ -130,15 +137,15 @@ void attention_backward(const py::handle& dout, const py::handle& dlse, const py
   p.dq = call.output("dq", dq, from), p.dk = call.output("dk", dk, keys), p.dv = call.output("dv", dv, keys);
   keep_apart(call.written, call.read);
   p.tasks = call.plan.tasks.data(), p.num_tasks = static_cast<int64_t>(call.plan.tasks.size());
-  p.parts = call.plan.parts;
+  p.more_rows = call.plan.more_rows;
+  p.sums_in_dq = in.dtype == Dtype::float32 && in.head_dim == padded_floats(in.head_dim);
   const CpuKernels& kernels = kernels_of(isa);
+  const auto dq_floats = [&in](int64_t rows) { return attention_dq_floats(rows, in.q_heads, in.head_dim); };
   const Scratch delta = allocate_scratch(padded_floats(in.q_heads * in.queries));
-  // Sums can be in dq itself if there is one part, in floats, whose rows are whole vectors.
-  const bool in_place = p.parts == 1 && in.dtype == Dtype::float32 && in.head_dim == padded_floats(in.head_dim);
-  const Scratch parts =
-      allocate_scratch(in_place ? 0 : attention_dq_floats(p.parts, in.queries, in.q_heads, in.head_dim));
+  const Scratch first_parts = allocate_scratch(p.sums_in_dq ? 0 : dq_floats(in.queries));
+  const Scratch more_parts = allocate_scratch(dq_floats(p.more_rows));
   const Scratch scratch = allocate_scratch(in.num_threads * attention_backward_scratch());
-  p.delta = delta.get(), p.dq_parts = parts.get(), p.scratch = scratch.get();
+  p.delta = delta.get(), p.first_parts = first_parts.get(), p.more_parts = more_parts.get(), p.scratch = scratch.get();
   const py::gil_scoped_release release;
   if (call.plan.covered_keys < in.keys) clear(call.written[1]), clear(call.written[2]);  // keys of no split
   kernels.attention_backward(p);

@@ -110,8 +110,8 @@ static constexpr int64_t attention_scratch() {
 static constexpr int64_t attention_backward_scratch() {
   return (4 * kTileRows + 2 * kMaxHeadDim + 3 * kBlockKeys) * kStride + 2 * kBlockKeys;
 }
-static constexpr int64_t attention_dq_floats(int64_t parts, int64_t queries, int64_t q_heads, int64_t head_dim) {
-  return parts * queries * q_heads * padded_floats(head_dim);
+static constexpr int64_t attention_dq_floats(int64_t rows, int64_t q_heads, int64_t head_dim) {
+  return rows * q_heads * padded_floats(head_dim);
 }
 
 }  // namespace unigendet

@@ -150,9 +150,13 @@ constexpr int32_t kTileRows = 128;  // at most, of which a query has one or, in 
 constexpr int32_t kBlockKeys = 64;  // at most
 constexpr int32_t kMaxHeadDim = 128;
 
-// Query rows [begin, end), and the blocks of their sample.
+// Query rows [begin, end), and the blocks of their sample. The sample has `parts` parts of dq: the first lies in the rows of
+// the queries, each other in rows of its own, of which `begin` has number `more` in the second part, and the next parts are
+// `sample_queries` rows apart.
 struct AttentionTile {
   int32_t begin, end, first_block, end_block;
+  int32_t parts;
+  int64_t more, sample_queries;
 };
 
 // Key rows [begin, end); the least and the largest query_begin and query_end among them; the tiles of their sample.
@@ -160,7 +164,7 @@ struct AttentionBlock {
   int32_t begin, end, least_begin, most_begin, least_end, most_end, first_tile, end_tile;
 };
 
-// Blocks that one thread computes the gradients of, adding to that part of dq; no two tasks of a part share a sample.
+// Blocks of a sample that one thread computes the gradients of, adding to that part of its dq.
 struct AttentionTask {
   int32_t first_block, end_block, part;
   int64_t pairs;
@@ -196,12 +200,14 @@ struct AttentionBackwardParams {
   const float* dlse;  // [q_heads, queries], or null for zeros
   const AttentionTask* tasks;
   int64_t num_tasks;
-  int32_t parts;
   void* dq;           // [queries, q_heads, head_dim], contiguous, as dk and dv [keys, kv_heads, head_dim]
   void* dk;
   void* dv;
   float* delta;       // workspace [q_heads, queries]
-  float* dq_parts;    // workspace of attention_dq_floats() floats, 64-byte aligned; null for none: sums are in dq
+  bool sums_in_dq;    // whether the first parts of dq are summed in dq itself: of floats, and heads of whole vectors
+  float* first_parts; // workspace of attention_dq_floats(queries) floats, 64-byte aligned, or null if they are in dq
+  float* more_parts;  // workspace of attention_dq_floats(more_rows) floats, 64-byte aligned
+  int64_t more_rows;
   float* scratch;     // workspace of num_threads * attention_backward_scratch() floats, 64-byte aligned
 };
 

@@ -13,16 +13,18 @@
 namespace unigendet {
 namespace {
 
-// A product is cut into pieces of kPieceRows rows and up to kPieceVectors vectors, whose sums fit into the registers.
+// A product is cut into pieces of kPieceRows rows and up to kPieceVectors vectors, whose sums fit into the registers. They are
+// computed in vectors of a register's size: GCC would keep an array of larger ones in memory.
 #if defined(__AVX512F__)
-constexpr int kPieceRows = 8, kPieceVectors = 3;
+constexpr int kRegisterFloats = 16, kPieceRows = 8, kPieceVectors = 3;
 #elif defined(__AVX2__)
-constexpr int kPieceRows = 6, kPieceVectors = 1;
+constexpr int kRegisterFloats = 8, kPieceRows = 6, kPieceVectors = 1;
 #elif defined(__aarch64__)
-constexpr int kPieceRows = 4, kPieceVectors = 1;
+constexpr int kRegisterFloats = 4, kPieceRows = 4, kPieceVectors = 1;
 #else
-constexpr int kPieceRows = 2, kPieceVectors = 1;
+constexpr int kRegisterFloats = 4, kPieceRows = 2, kPieceVectors = 1;
 #endif
+typedef float Register __attribute__((vector_size(kRegisterFloats * 4)));
 
 // One piece: c = a b, or c += a b. a has `step` floats from one term of the sum to the next and `row` from one row of c to
 // the next: one of the two is 1.
@@ -30,25 +32,29 @@ template <int rows, int vectors, bool transposed>
 inline __attribute__((always_inline)) void multiply_piece(int64_t terms, const float* a, const float* b, float* c,
                                                           int64_t c_stride, bool add) {
   constexpr int64_t row = transposed ? 1 : kStride, step = transposed ? kStride : 1;
-  Floats sums[rows][vectors] = {};
+  constexpr int width = vectors * static_cast<int>(kLanes) / kRegisterFloats;
+  Register sums[rows][width] = {};
   for (int64_t k = 0; k < terms; ++k) {
-    Floats right[vectors];
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) right[j] = load(b + k * kStride + j * kLanes);
-#pragma GCC unroll 8
+    Register right[width];
+#pragma GCC unroll 16
+    for (int j = 0; j < width; ++j) memcpy(&right[j], b + k * kStride + j * kRegisterFloats, sizeof right[j]);
+#pragma GCC unroll 16
     for (int i = 0; i < rows; ++i) {
       const float left = a[k * step + i * row];
-#pragma GCC unroll 8
-      for (int j = 0; j < vectors; ++j) sums[i][j] += left * right[j];
+#pragma GCC unroll 16
+      for (int j = 0; j < width; ++j) sums[i][j] += left * right[j];
     }
   }
-#pragma GCC unroll 8
+#pragma GCC unroll 16
   for (int i = 0; i < rows; ++i) {
-#pragma GCC unroll 8
-    for (int j = 0; j < vectors; ++j) {
+#pragma GCC unroll 16
+    for (int j = 0; j < width; ++j) {
       // Added at the end: many terms that were added to a large sum one by one would lose more.
-      float* to = c + i * c_stride + j * kLanes;
-      store(add ? load(to) + sums[i][j] : sums[i][j], to);
+      float* to = c + i * c_stride + j * kRegisterFloats;
+      Register before = {};
+      if (add) memcpy(&before, to, sizeof before);
+      const Register sum = before + sums[i][j];
+      memcpy(to, &sum, sizeof sum);
     }
   }
 }
@@ -87,6 +93,28 @@ void multiply(int64_t rows, int64_t vectors, int64_t terms, const float* a, cons
   }
 }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// 8 rows of 8 floats, 16 floats from one row to the next.
+UNIGENDET_INLINE void transpose_eight(const float* from, float* to) {
+  __m256 x[8], y[8];
+  for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu_ps(from + i * kLanes);
+  for (int i = 0; i < 8; i += 2) {
+    y[i] = _mm256_unpacklo_ps(x[i], x[i + 1]);
+    y[i + 1] = _mm256_unpackhi_ps(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0x44);
+      x[i + 2 * j + 1] = _mm256_shuffle_ps(y[i + j], y[i + j + 2], 0xee);
+    }
+  }
+  for (int i = 0; i < 4; ++i) {
+    _mm256_storeu_ps(to + i * kLanes, _mm256_permute2f128_ps(x[i], x[i + 4], 0x20));
+    _mm256_storeu_ps(to + (i + 4) * kLanes, _mm256_permute2f128_ps(x[i], x[i + 4], 0x31));
+  }
+}
+#endif
+
 // 16 vectors, element j of vector i and element i of vector j exchanged.
 UNIGENDET_INLINE void transpose(Floats (&x)[kLanes]) {
 #if defined(__AVX512F__)
@@ -119,9 +147,15 @@ UNIGENDET_INLINE void transpose(Floats (&x)[kLanes]) {
 #else
   float from[kLanes][kLanes], to[kLanes][kLanes];
   memcpy(from, x, sizeof from);
+#if defined(__AVX2__)
+  for (int i = 0; i < kLanes; i += 8) {
+    for (int j = 0; j < kLanes; j += 8) transpose_eight(&from[i][j], &to[j][i]);
+  }
+#else
   for (int i = 0; i < kLanes; ++i) {
     for (int j = 0; j < kLanes; ++j) to[j][i] = from[i][j];
   }
+#endif
   memcpy(x, to, sizeof to);
 #endif
 }

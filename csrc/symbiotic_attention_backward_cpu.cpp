@@ -39,11 +39,15 @@ UNIGENDET_INLINE float delta_of(const AttentionBackwardParams& p, int64_t query,
   return sum(products) - (p.dlse == nullptr ? 0.0f : p.dlse[head * in.queries + query]);
 }
 
-// Where dq of one query and head is summed, and the floats from one query to the next.
+// Where a part of dq of one query of a tile and one head is summed, and the floats from one query to the next.
 UNIGENDET_INLINE int64_t dq_stride(const AttentionInputs& in) { return in.q_heads * padded_floats(in.head_dim); }
-UNIGENDET_INLINE float* dq_of(const AttentionBackwardParams& p, int32_t part, int64_t query, int64_t head) {
-  float* sums = p.dq_parts != nullptr ? p.dq_parts : static_cast<float*>(p.dq);
-  return sums + (part * p.inputs.queries + query) * dq_stride(p.inputs) + head * padded_floats(p.inputs.head_dim);
+UNIGENDET_INLINE float* dq_of(const AttentionBackwardParams& p, const AttentionTile& tile, int32_t part, int64_t query,
+                              int64_t head) {
+  float* first = p.sums_in_dq ? static_cast<float*>(p.dq) : p.first_parts;
+  float* rows = part == 0 ? first + query * dq_stride(p.inputs)
+                          : p.more_parts + (tile.more + (part - 1) * tile.sample_queries + query - tile.begin) *
+                                               dq_stride(p.inputs);
+  return rows + head * padded_floats(p.inputs.head_dim);
 }
 
 // p and ds of one query: from scores and from the products of the output's gradient with the values.
@@ -81,7 +85,7 @@ void meet(const AttentionBackwardParams& p, const AttentionTile& tile, const Att
   }
   multiply<true>(keys, columns, rows, scratch.p, scratch.dout, scratch.dv, kStride, true);
   multiply<true>(keys, columns, rows, scratch.ds, scratch.q, scratch.dk, kStride, true);
-  multiply<false>(rows, columns, keys, scratch.ds, scratch.keys, dq_of(p, part, met.begin, head), dq_stride(in),
+  multiply<false>(rows, columns, keys, scratch.ds, scratch.keys, dq_of(p, tile, part, met.begin, head), dq_stride(in),
                   true);
 }
 
@@ -115,17 +119,33 @@ void run_task(const AttentionBackwardParams& p, const AttentionTask& task, int64
   }
 }
 
+// dq of a tile's queries from its parts.
 template <class T>
-void sum_parts(const AttentionBackwardParams& p, int64_t query) {
+void sum_parts(const AttentionBackwardParams& p, const AttentionTile& tile) {
   const AttentionInputs& in = p.inputs;
-  T* dq = static_cast<T*>(p.dq) + query * in.q_heads * in.head_dim;
-  for (int64_t head = 0; head < in.q_heads; ++head) {
-    for_columns(in.head_dim, [&](int64_t d, auto lanes) {
-      Floats total = load(dq_of(p, 0, query, head) + d);
-      for (int32_t part = 1; part < p.parts; ++part) total += load(dq_of(p, part, query, head) + d);
-      lanes.put(total, dq + head * in.head_dim + d);
-    });
+  for (int64_t query = tile.begin; query < tile.end; ++query) {
+    for (int64_t head = 0; head < in.q_heads; ++head) {
+      T* dq = static_cast<T*>(p.dq) + (query * in.q_heads + head) * in.head_dim;
+      for_columns(in.head_dim, [&](int64_t d, auto lanes) {
+        Floats total = load(dq_of(p, tile, 0, query, head) + d);
+        for (int32_t part = 1; part < tile.parts; ++part) total += load(dq_of(p, tile, part, query, head) + d);
+        lanes.put(total, dq + d);
+      });
+    }
   }
+}
+
+// What comes before the tasks for a tile's queries: delta, and zeros in all parts of dq.
+template <class T>
+void prepare(const AttentionBackwardParams& p, const AttentionTile& tile) {
+  const AttentionInputs& in = p.inputs;
+  for (int64_t query = tile.begin; query < tile.end; ++query) {
+    for (int64_t head = 0; head < in.q_heads; ++head) {
+      p.delta[head * in.queries + query] = delta_of<T>(p, query, head);
+    }
+  }
+  const size_t bytes = static_cast<size_t>((tile.end - tile.begin) * dq_stride(in)) * sizeof(float);
+  for (int32_t part = 0; part < larger(tile.parts, 1); ++part) memset(dq_of(p, tile, part, tile.begin, 0), 0, bytes);
 }
 
 template <class T>
@@ -135,21 +155,14 @@ void backward(const AttentionBackwardParams& p) {
   {
     const Scratch scratch(p.scratch + this_thread() * attention_backward_scratch());
 #pragma omp for schedule(static)
-    for (int64_t query = 0; query < in.queries; ++query) {
-      for (int64_t head = 0; head < in.q_heads; ++head) {
-        p.delta[head * in.queries + query] = delta_of<T>(p, query, head);
-      }
-      for (int32_t part = 0; part < p.parts; ++part) {
-        memset(dq_of(p, part, query, 0), 0, static_cast<size_t>(dq_stride(in)) * sizeof(float));
-      }
-    }
+    for (int64_t i = 0; i < in.num_tiles; ++i) prepare<T>(p, in.tiles[i]);
 #pragma omp for schedule(dynamic)
     for (int64_t i = 0; i < p.num_tasks * in.kv_heads; ++i) {
       run_task<T>(p, p.tasks[i / in.kv_heads], i % in.kv_heads, scratch);
     }
-    if (p.dq_parts != nullptr) {
 #pragma omp for schedule(static)
-      for (int64_t query = 0; query < in.queries; ++query) sum_parts<T>(p, query);
+    for (int64_t i = 0; i < in.num_tiles; ++i) {
+      if (in.tiles[i].parts > 1 || !p.sums_in_dq) sum_parts<T>(p, in.tiles[i]);
     }
   }
 }

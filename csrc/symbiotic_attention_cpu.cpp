@@ -3,7 +3,7 @@
 //
 // A tile's rows are its queries' heads that share a head of keys: with n of them, row i n + h is head h of query i. Each tile
 // goes through the blocks of keys that it sees, with a running maximum and sum of each row. Keys are packed anew for each
-// tile, which costs a few percent of its products, and no memory.
+// tile, which costs a few percent of the products of a full one, and no memory.
 #include <math.h>
 #include <stdint.h>
 #include <string.h>

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import weakref
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from benchmarks import (
     swiglu,
     traces,
 )
+from benchmarks.judge import Truth, allowances
 from benchmarks.progress import Progress
 from benchmarks.record import Record, table
 
@@ -114,7 +116,15 @@ def candidate_of(case):
     return case.candidates["eager"]()
 
 
+def test_a_result_that_is_missing_is_wrong():
+    exact = {"output 0": torch.ones(3), "output 1": torch.ones(3), "gradient 0": torch.ones(3)}
+    found = Truth(exact, allowances(exact, exact, 2.0)).errors({"output 0": torch.ones(3)})
+    right = {name: value["error"] <= value["allowed"] for name, value in found.items()}
+    assert right == {"output 0": True, "output 0, rms": True, "output 1": False, "output 1, rms": False}
+
+
 def test_a_wrong_gradient_is_wrong_in_the_directions_that_have_it():
+    """Of a peer; of ours in all, since the mistake may be in all."""
     case = tiny_swiglu()
     eager = case.candidates["eager"]()
 
@@ -122,8 +132,10 @@ def test_a_wrong_gradient_is_wrong_in_the_directions_that_have_it():
         y = eager(x)
         return y + 1e-3 * (y - y.detach())
 
-    rows = measured(changed(case, torch=lambda: other_gradient))
-    assert (rows["torch", "forward"]["correct"], rows["torch", "backward"]["correct"]) == (True, False)
+    other = changed(case, torch=lambda: other_gradient, peer=lambda: other_gradient)
+    rows = measured(dataclasses.replace(other, peers=frozenset({"eager", "peer"})))
+    assert (rows["peer", "forward"]["correct"], rows["peer", "backward"]["correct"]) == (True, False)
+    assert rows["torch", "forward"]["correct"] is rows["torch", "backward"]["correct"] is False
 
 
 def test_a_failure_is_a_row():
@@ -249,6 +261,24 @@ def test_what_does_not_fit_together_is_timed_alone(monkeypatch):
     monkeypatch.setattr(contest, "measure_paired", measure_paired)
     rows = measured(tiny_swiglu())
     assert rows["torch", "forward"]["status"] == rows["eager", "backward"]["status"] == "ok"
+    assert rows["torch", "forward"]["paired"] is False
+
+
+def test_memory_that_peers_fill_does_not_fail_ours(monkeypatch):
+    """The calls of one are made again when those of the others are gone."""
+    real, alive = contest.calls, []
+
+    def calls(candidate, inputs, direction):
+        held = type("Calls", (list,), {})(real(candidate, inputs, direction))
+        alive[:] = [other for other in alive if other() is not None]
+        if alive:
+            raise torch.OutOfMemoryError("others hold it")
+        alive.append(weakref.ref(held))
+        return held
+
+    monkeypatch.setattr(contest, "calls", calls)
+    rows = measured(tiny_swiglu())
+    assert {rows[name, "forward"]["status"] for name in ("eager", "torch")} == {"ok"}
     assert rows["torch", "forward"]["paired"] is False
 
 

@@ -9,6 +9,7 @@ import torch
 from benchmarks import (
     contest,
     decoder_layer,
+    environment,
     packing_cost,
     packs,
     profile,
@@ -65,7 +66,8 @@ STEPS = list(training_step.cases(CPU, "tiny"))
 
 
 @pytest.mark.parametrize("case", STEPS, ids=[case.op for case in STEPS])
-def test_a_training_step(case):
+def test_a_training_step(case, monkeypatch):
+    monkeypatch.setattr(training_step, "data_sheet_tflops", lambda device: 0.2)
     own, peer = measured(case)
     assert (own["backend"], own["ours"], peer["backend"], peer["ours"]) == (OWN, True, "published", False)
     assert own["correct"] is peer["correct"] is True
@@ -82,9 +84,21 @@ def test_a_training_step(case):
     if case.stage == "gduf":
         lengths = case.packed.layout.cu_seqlens_q.diff().tolist()
         flops = work.published_convention(case.config, own["tokens"], lengths)
-        assert own["mfu_published"] == pytest.approx(flops / own["ms"] / 1e9 / 0.1)
+        assert own["mfu_published"] == pytest.approx(flops / own["ms"] / 1e9 / 0.2)
     else:
         assert "mfu_published" not in own
+
+
+def test_data_sheets(monkeypatch):
+    assert environment.data_sheet_tflops(CPU) is None
+    for name, rate in (
+        ("NVIDIA H200", 989.5),
+        ("NVIDIA H100 80GB HBM3", 989.5),
+        ("NVIDIA H100 PCIe", 756.5),
+        ("X", None),
+    ):
+        monkeypatch.setattr(environment, "device_name", lambda device, name=name: name)
+        assert environment.data_sheet_tflops(torch.device("cuda")) == rate
 
 
 def test_a_step_updates_only_what_its_stage_trains():
@@ -149,12 +163,15 @@ def test_what_a_pack_costs():
     rows = [row for case in packing_cost.cases(CPU, "tiny") for row in measured(case)]
     assert {row["status"] for row in rows} == {"ok"}
     assert {(row["op"], row["backend"]) for row in rows} == {
-        *(("attention_metadata", name) for name in ("triton", "torch", "flash", "block_mask", "dense_masks")),
+        *(
+            ("attention_metadata", name)
+            for name in ("triton", "torch", "flash", "block_mask", "block_mask_compiled", "dense_masks")
+        ),
         ("tile_schedule", "triton"),
         ("pack", "pack"),
     }
     by_backend = {row["backend"]: row for row in rows if row["op"] == "attention_metadata"}
-    assert by_backend["triton"]["speedup_over"].keys() == {"block_mask", "dense_masks"}
+    assert by_backend["triton"]["speedup_over"].keys() == {"block_mask", "block_mask_compiled", "dense_masks"}
     (tiles,) = (row for row in rows if row["op"] == "tile_schedule")
     layout = traces.tiny().layout
     launched = packing_cost.fresh_schedule(layout, 16, 16).launched_pairs

@@ -1,5 +1,9 @@
 """``unigendet bench``: what it runs, what it keeps, and what became slower."""
 
+import os
+import signal
+import time
+
 import pytest
 import torch
 from unigendet.benchmarks import compare, contest, environment, harness, suite
@@ -79,6 +83,30 @@ def test_ctrl_c_keeps_what_is_done(tmp_path, monkeypatch):
     assert {name: content["complete"] for name, content in files.items()} == {"swiglu": True, "flow_matching": False}
     assert len(files["flow_matching"]["rows"]) > 0
     assert suite.bench(tiny(out=tmp_path)) == 130
+
+
+def test_sigterm_keeps_what_is_done_too(tmp_path, monkeypatch):
+    def run(self, run):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(contest.Case, "run", run)
+    outcome = suite.run(tiny(out=tmp_path))
+    assert outcome.interrupted
+    assert outcome.rows == []
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_places_that_cannot_be_written_to_are_found_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "run", lambda settings: pytest.fail("minutes are spent"))
+    (tmp_path / "file").write_text("")
+    for settings, options, name in (
+        (tiny(out=tmp_path / "file" / "below"), {}, "--out"),
+        (tiny(), {"json": tmp_path / "file" / "all.json"}, "--json"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} is .*file.* cannot be made"):
+            suite.bench(settings, **options)
 
 
 def test_a_case_that_cannot_be_set_up_is_a_failure(monkeypatch):
