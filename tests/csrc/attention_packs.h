@@ -93,14 +93,14 @@ bool covers(const std::vector<Piece>& pieces, size_t* next, int64_t begin, int64
   for (; begin < end; ++*next) {
     if (*next >= pieces.size()) return false;
     const Piece& piece = pieces[*next];
-    if (piece.begin != begin || piece.end <= piece.begin || piece.end > end || piece.end - piece.begin > limit) return false;
+    if (piece.begin != begin || piece.end <= begin || piece.end > end || piece.end - begin > limit) return false;
     begin = piece.end;
   }
   return true;
 }
 
-// Tiles and blocks hold each query and each token once, in order, and know each other; the numbers of a block are those of
-// its keys.
+// Tiles and blocks hold each query and each token once, in order, and know each other; the numbers of a block say which
+// queries see all of its keys, and which see none.
 inline bool check_pieces(const Pack& pack, const AttentionPlan& plan, int64_t tile_queries) {
   size_t tile = 0, block = 0;
   int64_t covered = 0;
@@ -128,7 +128,7 @@ inline bool check_pieces(const Pack& pack, const AttentionPlan& plan, int64_t ti
   return tile == plan.tiles.size() && block == plan.blocks.size() && covered == plan.covered_keys;
 }
 
-// Tasks hold each block once, those of one part no sample twice; the largest come first. Long samples have several parts.
+// Tasks hold each block once, those of one part no sample twice; the largest come first. A long sample has several parts.
 inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
   std::vector<int> times(plan.blocks.size());
   std::vector<std::pair<int64_t, int64_t>> sample_parts;
@@ -141,8 +141,8 @@ inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
     }
     previous = task.pairs;
     for (int32_t i = task.first_block; i < task.end_block; ++i) ++times[size_t(i)];
-    const auto sample = std::upper_bound(pack.key_ranges.begin(), pack.key_ranges.end(),
-                                         std::pair<int64_t, int64_t>{plan.blocks[size_t(task.first_block)].begin, INT64_MAX});
+    const std::pair<int64_t, int64_t> first{plan.blocks[size_t(task.first_block)].begin, INT64_MAX};
+    const auto sample = std::upper_bound(pack.key_ranges.begin(), pack.key_ranges.end(), first);
     if (plan.blocks[size_t(task.end_block) - 1].end > sample[-1].second) return false;  // of two samples
     sample_parts.push_back({sample - pack.key_ranges.begin(), task.part});
   }

@@ -1,6 +1,6 @@
-// The host build of attention against a naive version in double precision, on random packs, heads, strides, dtypes, threads
-// and options, for every instruction set that this processor has; and its plans against what they must be. Built with
-// sanitizers by `make sanitize`. Runs all cases and says how many failed.
+// The host build of attention against a naive version in double precision, on random packs, heads, strides, dtypes,
+// threads and options, for every instruction set that this processor has; and its plans against what they must be. Built
+// with sanitizers by `make sanitize`. Runs all cases and says how many failed.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -142,8 +142,8 @@ struct Truth {
   Wanted out, lse, dq, dk, dv;  // lse is [q_heads, queries], the others [rows, heads, head_dim]
 
   explicit Truth(Case& c)
-      : out(c.pack.queries * c.q_heads * c.head_dim), lse(c.pack.queries * c.q_heads), dq(out), dk(c.keys * c.kv_heads * c.head_dim),
-        dv(dk) {
+      : out(c.pack.queries * c.q_heads * c.head_dim), lse(c.pack.queries * c.q_heads), dq(out),
+        dk(c.keys * c.kv_heads * c.head_dim), dv(dk) {
     q = c.q.values(), k = c.k.values(), v = c.v.values();
     terms.resize(size_t(c.keys * c.kv_heads));
     for (int64_t head = 0; head < c.q_heads; ++head) {
