@@ -128,7 +128,7 @@ inline bool check_pieces(const Pack& pack, const AttentionPlan& plan, int64_t ti
   return tile == plan.tiles.size() && block == plan.blocks.size() && covered == plan.covered_keys;
 }
 
-// Tasks hold each block once, those of one part no sample twice; the largest come first. A long sample has several parts.
+// Tasks hold each block once, those of one part no sample twice, the largest first; a long sample has several parts.
 inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
   std::vector<int> times(plan.blocks.size());
   std::vector<std::pair<int64_t, int64_t>> sample_parts;

@@ -1,6 +1,6 @@
 // The host build of attention against a naive version in double precision, on random packs, heads, strides, dtypes,
-// threads and options, for every instruction set that this processor has; and its plans against what they must be. Built
-// with sanitizers by `make sanitize`. Runs all cases and says how many failed.
+// threads and options, for every instruction set that this processor has; and its plans against what they must be.
+// Built with sanitizers by `make sanitize`. Runs all cases and says how many failed.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
