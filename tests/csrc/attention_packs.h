@@ -82,9 +82,9 @@ inline Pack draw_pack(Source& source, unsigned seed) {
   return pack;
 }
 
-inline AttentionPlan plan_of(const Pack& pack, int64_t tile_queries) {
+inline AttentionPlan plan_of(const Pack& pack, int64_t kv_heads, int64_t tile_queries) {
   return plan_attention(pack.splits.data(), int64_t(pack.splits.size()) / kSplitFields, pack.query_begin.data(),
-                        pack.query_end.data(), tile_queries);
+                        pack.query_end.data(), kv_heads, tile_queries);
 }
 
 // Whether ranges of `pieces` from piece `*next` on cover [begin, end) in order, each of 1 to `limit` rows.

@@ -134,7 +134,7 @@ struct Case {
     const int64_t group = q_heads / kv_heads;
     return forward && group <= kTileRows ? kTileRows / group : kTileRows;
   }
-  AttentionPlan plan(bool forward) const { return plan_of(pack, tile_queries(forward)); }
+  AttentionPlan plan(bool forward) const { return plan_of(pack, kv_heads, tile_queries(forward)); }
 };
 
 // Both directions in double precision. The backward pass gets the output and lse rounded to their dtypes.
