@@ -45,9 +45,11 @@ $(SANITIZED)/x86_64_v3/%.o: LEVEL_FLAGS := -mavx2 -mfma -mf16c
 $(SANITIZED)/x86_64_v4/%.o: LEVEL_FLAGS := -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx2 -mfma -mf16c
 endif
 
-SANITIZE_SOURCES := alignment_loss_cpu qk_norm_rope_cpu rms_norm_cpu swiglu_cpu
+SANITIZE_SOURCES := alignment_loss_cpu qk_norm_rope_cpu rms_norm_cpu swiglu_cpu symbiotic_attention_cpu \
+	symbiotic_attention_backward_cpu
 SANITIZE_OBJECTS := $(foreach level,$(SANITIZE_LEVELS),$(SANITIZE_SOURCES:%=$(SANITIZED)/$(level)/%.o))
-SANITIZE_PROGRAMS := $(SANITIZED)/fuzz_alignment_loss $(SANITIZED)/fuzz_rows
+SANITIZE_OBJECTS += $(SANITIZED)/attention_plan.o
+SANITIZE_PROGRAMS := $(SANITIZED)/fuzz_alignment_loss $(SANITIZED)/fuzz_attention $(SANITIZED)/fuzz_rows
 
 define SANITIZE_RULE
 $(SANITIZED)/$(1)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/*.cuh)
@@ -56,12 +58,16 @@ $(SANITIZED)/$(1)/%.o: csrc/%.cpp $(wildcard csrc/*.h csrc/*.cuh)
 endef
 $(foreach level,$(SANITIZE_LEVELS),$(eval $(call SANITIZE_RULE,$(level))))
 
+$(SANITIZED)/attention_plan.o: csrc/attention_plan.cpp csrc/attention_plan.h csrc/params.h
+	mkdir -p $(@D)
+	$(CXX) $(SANITIZE_FLAGS) -c $< -o $@
+
 $(SANITIZED)/fuzz_%: tests/csrc/fuzz_%.cpp $(SANITIZE_OBJECTS) $(wildcard tests/csrc/*.h)
 	$(CXX) $(SANITIZE_FLAGS) $(filter %.cpp %.o,$^) -o $@
 
 .SECONDARY: $(SANITIZE_OBJECTS)
 sanitize: $(SANITIZE_PROGRAMS)  ## Run the C++ sources on random inputs under sanitizers
-	for program in $^; do $$program || exit 1; done
+	for program in $^; do OMP_WAIT_POLICY=passive $$program || exit 1; done
 
 test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
 test: $(INSTALLED) $(OLDEST_TRITON)/.installed sanitize  ## Run the tests that need no GPU

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
 import torch
+from numerics import assert_accurate, outputs_and_gradients
 from op_checks import randn
+from torch import Tensor
 
 from unigendet.layout import SPLIT_FIELDS, Layout
 
@@ -52,7 +57,7 @@ def factor_of(backend, dtype):
     The gradient recomputes the probabilities from lse and takes delta from the output, where plain PyTorch keeps both.
     Beside what plain PyTorch loses by keeping scores in 2 bytes, that is nothing for kernels with float32 sums.
     """
-    return 2 if backend == "triton" and dtype.itemsize == 2 else 4
+    return 2 if backend in ("triton", "cpp") and dtype.itemsize == 2 else 4
 
 
 def layout_of(name):
@@ -90,3 +95,67 @@ def plain(layout, scale=None, out_order="sequence"):
         return out, wide.logsumexp(-1)
 
     return call
+
+
+def assert_accurate_kernel(
+    candidate: Callable[..., Any], expected: Callable[..., Any], inputs: Sequence[Tensor], backend: str
+) -> None:
+    """Output and lse are as accurate as a kernel can be; their gradients as ``factor_of`` says."""
+    factor = factor_of(backend, inputs[0].dtype)
+    if factor > 2:
+        assert_accurate(candidate, expected, expected, [x.detach() for x in inputs], factor=2, seeds=1)
+    assert_accurate(candidate, expected, expected, inputs, factor=factor, seeds=1)
+
+
+def check_large_logits(
+    candidate: Callable[..., Any], layout: Layout, sign: int, dtype: torch.dtype, backend: str
+) -> None:
+    """Scores of ±10⁴ overflow an exponential that is not shifted; all rows then have one winner, or equal losers.
+
+    ``candidate`` returns output and lse, with a scale of 1/8.
+    """
+    q, k, v = arguments(layout, heads=(2, 1), dtype=dtype)
+    with torch.no_grad():
+        q.fill_(100.0 * sign)
+        k.copy_(100.0 + torch.arange(layout.num_keys).remainder(5)[:, None, None] * 2)
+    results = outputs_and_gradients(candidate, [q, k, v])
+    exact = outputs_and_gradients(plain(layout, 0.125), [x.detach().double().requires_grad_() for x in (q, k, v)])
+    assert results["output 1"].abs().max() > 9e3
+    for name, value in exact.items():  # what goes through lse, as the gradient's probabilities do, has its rounding
+        eps = torch.finfo(torch.float32).eps * 1.1e4 + torch.finfo(results[name].dtype).eps
+        assert (results[name] - value).abs().max() <= 4 * eps * value.abs().max(), name
+    assert_accurate_kernel(candidate, plain(layout, 0.125), [x.detach() for x in (q, k, v)], backend)
+
+
+def strided_views(x: Tensor) -> Iterator[Tensor]:
+    """The numbers of x in every other column, transposed, and beside other heads."""
+    yield torch.stack((x, x + 1), -1)[..., 0]
+    yield x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
+    yield torch.cat((x, x + 1), 1)[:, : x.shape[1]]
+
+
+def _merging(attend: Callable[[Layout], Callable[..., Any]], first: Layout, second: Layout, length: int) -> Any:
+    """Attention over keys in two parts: the middle ``length`` ones by ``second``, the others by ``first``."""
+
+    def call(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        before = k.shape[0] - q.shape[0] - length
+        middle = slice(before, before + length)
+        k_rest, v_rest = (torch.cat((x[:before], x[before + length :])) for x in (k, v))
+        parts = [attend(first)(q, k_rest, v_rest), attend(second)(q, k[middle], v[middle])]
+        lse = torch.logaddexp(*(part for _, part in parts))
+        return sum((part - lse).exp().T.unsqueeze(-1).to(out.dtype) * out for out, part in parts), lse
+
+    return call
+
+
+def check_merging(
+    attend: Callable[[Layout], Callable[..., Any]], dtype: torch.dtype, backend: str, before: int, length: int
+) -> None:
+    """out and lse over two sets of keys determine, with gradients, those over all keys."""
+    text = (length, "causal")
+    whole = Layout.from_splits([[(before, "full"), (length, "full"), text]], cached=[before + length])
+    first = Layout.from_splits([[(before, "full"), text]], cached=[before])
+    second = Layout.from_splits([[(length, "full")]])
+    inputs = arguments(whole, heads=(2, 1), dtype=dtype)
+    call = _merging(attend, first, second, length)
+    assert_accurate(call, plain(whole), plain(whole), inputs, factor=factor_of(backend, dtype), seeds=2)

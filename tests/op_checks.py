@@ -15,7 +15,10 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+from unigendet.ops.backends import extension_backends
+
 BACKENDS = ("reference", "torch")
+CPP_BACKENDS = tuple(name for name in extension_backends() if name == "cpp")  # one, where the extension is built
 
 
 def streams(understanding: int, generation: int) -> SimpleNamespace:
@@ -27,6 +30,24 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True, se
     """Random numbers; other shapes or seeds give other numbers."""
     generator = torch.Generator().manual_seed(seed + 7919 * len(shape) + sum(31**i * n for i, n in enumerate(shape)))
     return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_(grad)
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """x's numbers one byte behind where their dtype may lie, as torch.frombuffer can put them."""
+    numbers = torch.frombuffer(bytearray(x.numel() * x.element_size() + 16), dtype=x.dtype, offset=1, count=x.numel())
+    assert numbers.data_ptr() % x.element_size() == 1
+    return numbers.view(x.shape).copy_(x.detach())
+
+
+def at_level(level: str) -> Any:
+    """``unigendet._C`` with the kernels of one instruction set, for ``monkeypatch.setattr("unigendet._C", ...)``."""
+    from unigendet import _C
+
+    class Module:
+        def __getattr__(self, name: str) -> Callable[..., Any]:
+            return lambda **arguments: getattr(_C, name)(**arguments, isa=level)
+
+    return Module()
 
 
 def assert_same(left: dict[str, Tensor | None], right: dict[str, Tensor | None]) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from numerics import assert_accurate
-from op_checks import assert_same, check_writes_everything, outputs_and_gradients
+from op_checks import assert_same, check_writes_everything, misaligned, outputs_and_gradients
 from test_alignment_loss import SIZES, arguments, op, plain
 
 from unigendet.ops import ImageGrids
@@ -295,13 +295,6 @@ def test_wrong_arguments_of_scale():
             _C.scale_cpu(gradient=gradient, factor=by, out=out, num_threads=1)
     empty = torch.zeros(0, 4)
     _C.scale_cpu(gradient=empty, factor=factor, out=empty.clone(), num_threads=1)
-
-
-def misaligned(x):
-    """x's numbers one byte behind where their dtype may lie."""
-    numbers = torch.frombuffer(bytearray(x.numel() * x.element_size() + 16), dtype=x.dtype, offset=1, count=x.numel())
-    assert numbers.data_ptr() % x.element_size() == 1
-    return numbers.view(x.shape).copy_(x.detach())
 
 
 def unusual(chance, shape, dtype):

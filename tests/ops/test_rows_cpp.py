@@ -7,7 +7,7 @@ import test_qk_norm_rope as qk
 import test_rms_norm as rms
 import torch
 from numerics import assert_accurate
-from op_checks import assert_same, outputs_and_gradients, randn, streams
+from op_checks import assert_same, at_level, outputs_and_gradients, randn, streams
 from test_swiglu import plain as plain_swiglu
 
 from unigendet.layout import Layout
@@ -68,17 +68,6 @@ def test_the_same_bits_for_any_number_of_threads(op, dtype, monkeypatch):
         results.append(outputs_and_gradients(call, inputs))
     for other in results[1:]:
         assert_same(other, results[0])
-
-
-def at_level(level):
-    """``unigendet._C`` with the kernels of one instruction set."""
-    from unigendet import _C
-
-    class Module:
-        def __getattr__(self, name):
-            return lambda **arguments: getattr(_C, name)(**arguments, isa=level)
-
-    return Module()
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from numerics import assert_accurate, outputs_and_gradients
 from op_checks import (
     BACKENDS,
+    CPP_BACKENDS,
     assert_same,
     check_checkpoints,
     check_compiles_once,
@@ -21,7 +22,7 @@ from unigendet.layout import MODES, Layout
 from unigendet.ops import symbiotic_attention
 from unigendet.ops import symbiotic_attention_torch as torch_backend
 
-ALL = (*BACKENDS, "triton")
+ALL = (*BACKENDS, *CPP_BACKENDS, "triton")
 WIDE = [(backend, torch.float64) for backend in BACKENDS]
 
 # How the torch backend works: fused batches, fused splits, and the unfused formulas in one or in many chunks.
@@ -62,7 +63,8 @@ def op_arguments(layout, inputs, backend, out_rows=None):
 
 
 @pytest.mark.parametrize(
-    ("backend", "pack"), [*((b, p) for b in BACKENDS for p in ("training", "cached")), ("triton", "single tokens")]
+    ("backend", "pack"),
+    [*((b, p) for b in (*BACKENDS, *CPP_BACKENDS) for p in ("training", "cached")), ("triton", "single tokens")],
 )
 def test_operator_contract(backend, pack):
     layout = layout_of(pack)
@@ -129,13 +131,13 @@ def test_accuracy_of_merged_splits(path, dtype):
     assert_accurate_attention(op(layout, "torch"), lambda *args: plain(layout)(*args)[0], inputs)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", [*BACKENDS, *CPP_BACKENDS])
 @pytest.mark.parametrize("heads", [(3, 3), (4, 1), (7, 1), (8, 2), (14, 2), (1, 1)])
 @pytest.mark.parametrize("head_dim", [16, 72])
 def test_heads_and_head_dims(backend, heads, head_dim):
     layout = layout_of("training")
     inputs = arguments(layout, heads=heads, head_dim=head_dim)
-    assert_accurate_attention(op(layout, backend, return_lse=True), plain(layout), inputs, seeds=1)
+    assert_accurate_attention(op(layout, backend, return_lse=True), plain(layout), inputs, backend, seeds=1)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -166,8 +168,8 @@ def test_scale(backend):
 
 
 @st.composite
-def layouts(draw):
-    split = st.tuples(st.integers(1, 6), st.sampled_from(MODES))
+def layouts(draw, longest=6):
+    split = st.tuples(st.integers(1, longest), st.sampled_from(MODES))
     samples = draw(st.lists(st.lists(split, min_size=1, max_size=5), min_size=1, max_size=4))
     tokens = [sum(n for n, _ in s) for s in samples]
     cached = [draw(st.integers(0, n)) for n in tokens]
@@ -310,14 +312,14 @@ def test_autocast_keeps_the_dtype(backend):
             assert_same(outputs_and_gradients(op(layout, backend, return_lse=True), inputs), expected)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", *CPP_BACKENDS, "triton"])
 def test_checkpointing(backend):
     layout = layout_of("training")
     for use_lse in (True, False):
         check_checkpoints(op(layout, backend, return_lse=use_lse), arguments(layout, heads=(2, 1)))
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("backend", ["torch", *CPP_BACKENDS, "triton"])
 def test_compiled_packs_of_other_lengths_share_one_graph(backend):
     """Other lengths, numbers of splits, of samples, of streams."""
     packs = [

@@ -7,11 +7,11 @@ import sys
 import pytest
 import torch
 from attention_cases import DTYPES, arguments, layout_of
-from op_checks import BACKENDS
+from op_checks import BACKENDS, CPP_BACKENDS
 
 from unigendet.ops import symbiotic_attention
 
-NAMES = ("auto", *BACKENDS, "triton", "flash")
+NAMES = ("auto", *BACKENDS, *CPP_BACKENDS, "triton", "flash")
 
 ROWS = (layout_of("cached").num_queries, layout_of("cached").num_keys)
 

@@ -7,7 +7,18 @@ import itertools
 
 import pytest
 import torch
-from attention_cases import DTYPES, PACKS, TILE_PACKS, arguments, factor_of, layout_of, plain
+from attention_cases import (
+    DTYPES,
+    PACKS,
+    TILE_PACKS,
+    arguments,
+    assert_accurate_kernel,
+    check_large_logits,
+    check_merging,
+    layout_of,
+    plain,
+    strided_views,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numerics import assert_accurate, outputs_and_gradients
@@ -44,15 +55,11 @@ def triton(layout, **options):
     return op(layout, "triton", **{"return_lse": True, **options})
 
 
-def check(layout, *, inputs=None, scale=None, out_order="sequence", deterministic=True, **shape):
-    """Output and lse are as accurate as a kernel can be; their gradients as ``factor_of`` says."""
-    inputs = arguments(layout, **{"heads": (2, 1), "head_dim": 16, **shape}) if inputs is None else inputs
-    expected = plain(layout, scale, out_order)
+def check(layout, *, scale=None, out_order="sequence", deterministic=True, **shape):
+    """That the kernels are as accurate as kernels can be."""
+    inputs = arguments(layout, **{"heads": (2, 1), "head_dim": 16, **shape})
     candidate = triton(layout, scale=scale, out_order=out_order, deterministic=deterministic)
-    factor = factor_of("triton", inputs[0].dtype)
-    if factor > 2:
-        assert_accurate(candidate, expected, expected, [x.detach() for x in inputs], factor=2, seeds=1)
-    assert_accurate(candidate, expected, expected, inputs, factor=factor, seeds=1)
+    assert_accurate_kernel(candidate, plain(layout, scale, out_order), inputs, "triton")
 
 
 @every_pack
@@ -101,26 +108,8 @@ def test_accuracy_over_scales(scale, deterministic):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_large_logits(sign, dtype):
-    """Scores of ±10⁴ overflow an exponential that is not shifted; all rows then have one winner, or equal losers."""
     layout = layout_of("training")
-    q, k, v = arguments(layout, heads=(2, 1), dtype=dtype)
-    with torch.no_grad():
-        q.fill_(100.0 * sign)
-        k.copy_(100.0 + torch.arange(layout.num_keys).remainder(5)[:, None, None] * 2)
-    results = outputs_and_gradients(triton(layout, scale=0.125), [q, k, v])
-    exact = outputs_and_gradients(plain(layout, 0.125), [x.detach().double().requires_grad_() for x in (q, k, v)])
-    assert results["output 1"].abs().max() > 9e3
-    for name, value in exact.items():  # what goes through lse, as the gradient's probabilities do, has its rounding
-        eps = torch.finfo(torch.float32).eps * 1.1e4 + torch.finfo(results[name].dtype).eps
-        assert (results[name] - value).abs().max() <= 4 * eps * value.abs().max(), name
-    check(layout, inputs=[x.detach() for x in (q, k, v)], scale=0.125)
-
-
-def strided_views(x):
-    """The numbers of x in every other column, transposed, and beside other heads."""
-    yield torch.stack((x, x + 1), -1)[..., 0]
-    yield x.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    yield torch.cat((x, x + 1), 1)[:, : x.shape[1]]
+    check_large_logits(triton(layout, scale=0.125), layout, sign, dtype, "triton")
 
 
 @pytest.mark.parametrize("tma", [False, True])
@@ -195,31 +184,9 @@ def test_what_is_in_holes_does_not_matter():
         assert not found[0][name][unseen].any()
 
 
-def merging(first, second, length):
-    """Attention over keys in two parts: the middle ``length`` ones by ``second``, the others by ``first``."""
-
-    def call(q, k, v):
-        before = k.shape[0] - q.shape[0] - length
-        middle = slice(before, before + length)
-        k_rest, v_rest = (torch.cat((x[:before], x[before + length :])) for x in (k, v))
-        parts = [triton(first)(q, k_rest, v_rest), triton(second)(q, k[middle], v[middle])]
-        lse = torch.logaddexp(*(part for _, part in parts))
-        return sum((part - lse).exp().T.unsqueeze(-1).to(out.dtype) * out for out, part in parts), lse
-
-    return call
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_results_over_disjoint_keys_merge(dtype):
-    """out and lse over two sets of keys determine, with gradients, those over all keys."""
-    length = 21
-    text = (length, "causal")
-    whole = Layout.from_splits([[(18, "full"), (length, "full"), text]], cached=[18 + length])
-    first = Layout.from_splits([[(18, "full"), text]], cached=[18])
-    second = Layout.from_splits([[(length, "full")]])
-    inputs = arguments(whole, heads=(2, 1), dtype=dtype)
-    factor = factor_of("triton", dtype)
-    assert_accurate(merging(first, second, length), plain(whole), plain(whole), inputs, factor=factor, seeds=2)
+    check_merging(triton, dtype, "triton", 18, 21)
 
 
 def test_descriptors_are_used_where_they_can_be(monkeypatch):
