@@ -106,8 +106,8 @@ def metadata_case(trace: traces.Trace, device: torch.device) -> HostCase:
         "dense_masks": lambda: [mask.to(device) for mask in dense_masks(trace.splits, torch.float32)],
     }
     candidates |= {
-        "block_mask": functools.partial(_block_mask, layout.to(device), compiled=False),
-        "block_mask_compiled": functools.partial(_block_mask, layout.to(device), compiled=True),
+        "block_mask": functools.partial(_block_mask, layout.to(device), lambda f: f),
+        "block_mask_compiled": functools.partial(_block_mask, layout.to(device), _compiled),
     }
     peers = frozenset({"dense_masks", "block_mask", "block_mask_compiled"})
     return HostCase("attention_metadata", trace.name, f"{layout.num_queries:,} tokens", candidates, peers)
@@ -123,8 +123,13 @@ def _tiles(device: torch.device) -> list[tuple[int, int]]:
     return sorted({(config.block_m, config.block_n) for config in configs})
 
 
-def _block_mask(layout: Layout, *, compiled: bool) -> object:
-    """FlexAttention's, made anew as for a new pack."""
+@functools.cache
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    return torch.compile(function, dynamic=False)
+
+
+def _block_mask(layout: Layout, wrapped: Callable[..., Any]) -> object:
+    """FlexAttention's, made anew as for a new pack of the same length: for another, a compiled one compiles again."""
     from torch.nn.attention.flex_attention import create_block_mask
 
     if layout.num_queries > LARGEST_BLOCK_MASK:
@@ -134,7 +139,7 @@ def _block_mask(layout: Layout, *, compiled: bool) -> object:
         return visible(query, layout.query_begin[key], layout.query_end[key])
 
     shape = (None, None, layout.num_queries, layout.num_keys)
-    return create_block_mask(mask_mod, *shape, device=layout.device, _compile=compiled)
+    return wrapped(create_block_mask)(mask_mod, *shape, device=layout.device)
 
 
 def schedule_case(trace: traces.Trace, block_m: int, block_n: int) -> HostCase:

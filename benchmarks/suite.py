@@ -307,12 +307,10 @@ def _check_writable(name: str, path: Path | None, *, folder: bool) -> None:
             f"--{name} is {path}, a {'file' if folder else 'folder'}; it must be a {'folder' if folder else 'file'}"
         )
     if path is not None:
-        place = path if folder else path.absolute().parent
-        try:
-            place.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"--{name} is {path}; {place} cannot be made: {error.strerror}") from error
-        if not os.access(place, os.W_OK):
+        place = path.absolute() if folder else path.absolute().parent
+        while not place.exists():
+            place = place.parent
+        if not place.is_dir() or not os.access(place, os.W_OK):
             raise ValueError(f"--{name} is {path}; {place} must be a folder that can be written to")
 
 

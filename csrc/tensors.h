@@ -42,6 +42,7 @@ struct View {
   }
   bool is_contiguous() const {
     int64_t expected = 1;
+    if (numel == 0) return true;
     for (size_t i = shape.size(); i-- > 0;) {
       if (shape[i] != 1 && stride[i] != expected) return false;
       expected *= shape[i];

@@ -327,8 +327,8 @@ def test_competitors_take_turns_and_buffers_rotate():
     calls = {name: [lambda name=name, i=i: order.append((name, i)) for i in range(2)] for name in "ab"}
     timings = harness.measure_paired(calls, CPU, seconds=0.0)
     assert timings.keys() == {"a", "b"}
-    assert {t.runs for t in timings.values()} == {6}
-    assert order[-12:] == [(name, i % 2) for turn in range(2) for name in "ab" for i in range(3 * turn, 3 * turn + 3)]
+    assert {t.runs for t in timings.values()} == {8}
+    assert order[-16:] == [(name, i % 2) for turn in range(4) for name in "ab" for i in range(2)]
 
 
 def test_peak_memory_of_a_call_on_the_cpu():

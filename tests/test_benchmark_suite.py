@@ -105,7 +105,7 @@ def test_places_that_cannot_be_written_to_are_found_at_once(tmp_path, monkeypatc
         (tiny(out=tmp_path / "file" / "below"), {}, "--out"),
         (tiny(), {"json": tmp_path / "file" / "all.json"}, "--json"),
     ):
-        with pytest.raises(ValueError, match=f"{name} is .*file.* cannot be made"):
+        with pytest.raises(ValueError, match=f"{name} is .*file.* must be a folder that can be written to"):
             suite.bench(settings, **options)
 
 

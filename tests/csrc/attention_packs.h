@@ -128,7 +128,8 @@ inline bool check_pieces(const Pack& pack, const AttentionPlan& plan, int64_t ti
   return tile == plan.tiles.size() && block == plan.blocks.size() && covered == plan.covered_keys;
 }
 
-// Tasks hold each block once, those of one part no sample twice, the largest first; a long sample has several parts.
+// Tasks hold each block once, those of one part no sample twice, the largest first; a long sample has several parts, whose
+// rows of dq no other has.
 inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
   std::vector<int> times(plan.blocks.size());
   std::vector<std::pair<int64_t, int64_t>> sample_parts;
@@ -136,7 +137,7 @@ inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
   for (const auto& keys : pack.key_ranges) most_keys = std::max(most_keys, keys.second - keys.first);
   for (const AttentionTask& task : plan.tasks) {
     if (task.first_block < 0 || task.first_block >= task.end_block || size_t(task.end_block) > times.size() ||
-        task.part < 0 || task.part >= plan.parts || task.pairs > previous) {
+        task.pairs > previous) {
       return false;
     }
     previous = task.pairs;
@@ -147,9 +148,28 @@ inline bool check_tasks(const Pack& pack, const AttentionPlan& plan) {
     sample_parts.push_back({sample - pack.key_ranges.begin(), task.part});
   }
   std::sort(sample_parts.begin(), sample_parts.end());
+  std::vector<int> rows(size_t(plan.more_rows));
+  for (const AttentionTile& tile : plan.tiles) {
+    // The sample's parts are numbered from 0.
+    const int64_t key = plan.blocks[size_t(tile.first_block)].begin;
+    const auto sample = std::upper_bound(pack.key_ranges.begin(), pack.key_ranges.end(), std::make_pair(key, INT64_MAX));
+    const int64_t number = sample - pack.key_ranges.begin();
+    for (int64_t part = 0; part <= tile.parts; ++part) {
+      const bool is_there = std::binary_search(sample_parts.begin(), sample_parts.end(), std::make_pair(number, part));
+      if (is_there != (part < tile.parts)) return false;
+    }
+    for (int64_t part = 1; part < tile.parts; ++part) {
+      for (int64_t i = 0; i < tile.end - tile.begin; ++i) {
+        const int64_t row = tile.more + (part - 1) * tile.sample_queries + i;
+        if (row < 0 || row >= plan.more_rows) return false;
+        ++rows[size_t(row)];
+      }
+    }
+  }
+  const auto once = [](int n) { return n == 1; };
   return std::adjacent_find(sample_parts.begin(), sample_parts.end()) == sample_parts.end() &&
-         std::all_of(times.begin(), times.end(), [](int n) { return n == 1; }) &&
-         (plan.parts > 1 ? most_keys > 1000 : most_keys < 2100);
+         std::all_of(times.begin(), times.end(), once) && std::all_of(rows.begin(), rows.end(), once) &&
+         (plan.more_rows > 0 ? most_keys > 1000 : most_keys < 2100);
 }
 
 inline bool check_plan(const Pack& pack, const AttentionPlan& plan, int64_t tile_queries) {

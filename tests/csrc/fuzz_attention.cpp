@@ -254,7 +254,8 @@ bool within_all(const char* name, const Matrix& have, const Wanted& want, const 
 }
 
 bool check_forward(const Case& c, const Truth& truth, Source& source, const CpuKernels& kernels) {
-  const AttentionPlan plan = c.plan(true);
+  AttentionPlan plan = c.plan(true);
+  sort_tiles(&plan);
   const auto compute = [&](int32_t threads) {
     Results r;
     r.push_back(source.output(c.pack.queries, c.q_heads * c.head_dim));
@@ -284,18 +285,19 @@ bool check_unseen(const char* name, const Case& c, const Matrix& have) {
 
 bool check_backward(const Case& c, const Truth& truth, Source& source, const CpuKernels& kernels) {
   const AttentionPlan plan = c.plan(false);
-  const bool in_place = plan.parts == 1 && c.dtype == Dtype::float32 && c.head_dim == padded_floats(c.head_dim);
+  const bool in_dq = !c.splits_dq && c.dtype == Dtype::float32 && c.head_dim == padded_floats(c.head_dim);
   const auto compute = [&](int32_t threads) {
     Results r;
     r.push_back(source.output(c.pack.queries, c.q_heads * c.head_dim));
     for (int i = 0; i < 2; ++i) r.push_back(source.output(c.keys, c.kv_heads * c.head_dim));
     std::vector<float> delta(size_t(c.q_heads * c.pack.queries), kNaN);
     const Floats scratch = workspace(threads * attention_backward_scratch());
-    const Floats parts = workspace(attention_dq_floats(plan.parts, c.pack.queries, c.q_heads, c.head_dim));
+    const Floats first_parts = workspace(attention_dq_floats(c.pack.queries, c.q_heads, c.head_dim));
+    const Floats more_parts = workspace(attention_dq_floats(plan.more_rows, c.q_heads, c.head_dim));
     kernels.attention_backward({c.inputs(plan, threads), c.dout.view(), c.out.view(), floats_of(c.lse),
                                 c.has_dlse ? floats_of(c.dlse) : nullptr, plan.tasks.data(), int64_t(plan.tasks.size()),
-                                plan.parts, r[0].data, r[1].data, r[2].data, delta.data(),
-                                in_place && !c.splits_dq ? nullptr : parts.get(), scratch.get()});
+                                r[0].data, r[1].data, r[2].data, delta.data(), in_dq,
+                                in_dq ? nullptr : first_parts.get(), more_parts.get(), plan.more_rows, scratch.get()});
     return r;
   };
   const auto same_row = [](int64_t row) { return row; };
