@@ -163,7 +163,7 @@ def _run_benchmark(
     limits: dict[str, float],
 ) -> None:
     """Measure the ceilings, of which ``limits`` keeps the highest of a run, and run the cases of one benchmark."""
-    seconds = 1.0 if settings.size == "full" else 0.2
+    seconds = 1.0 if settings.size == "full" else 0.1
     found = harness.ceilings(settings.device, tiny=settings.size == "tiny", seconds=seconds)
     limits.update({name: max(rate, limits.get(name, 0.0)) for name, rate in found.items()})
     record.header["ceilings"] = dict(limits)
