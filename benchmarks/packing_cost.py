@@ -30,7 +30,7 @@ from .published import dense_masks
 from .record import table
 
 BLOCKS = ((128, 128), (128, 64), (64, 64), (32, 128))
-LARGEST_BLOCK_MASK = 40_000  # tokens; create_block_mask holds matrices of their square
+LARGEST_BLOCK_MASK = 40_000  # tokens; uncompiled, create_block_mask holds matrices of their square
 
 
 @dataclass(frozen=True)
@@ -106,8 +106,8 @@ def metadata_case(trace: traces.Trace, device: torch.device) -> HostCase:
         "dense_masks": lambda: [mask.to(device) for mask in dense_masks(trace.splits, torch.float32)],
     }
     candidates |= {
-        "block_mask": functools.partial(_block_mask, layout.to(device), lambda f: f),
-        "block_mask_compiled": functools.partial(_block_mask, layout.to(device), _compiled),
+        "block_mask": functools.partial(_block_mask, layout.to(device)),
+        "block_mask_compiled": functools.partial(_block_mask, layout.to(device), compiled=True),
     }
     peers = frozenset({"dense_masks", "block_mask", "block_mask_compiled"})
     return HostCase("attention_metadata", trace.name, f"{layout.num_queries:,} tokens", candidates, peers)
@@ -128,18 +128,19 @@ def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     return torch.compile(function, dynamic=False)
 
 
-def _block_mask(layout: Layout, wrapped: Callable[..., Any]) -> object:
+def _block_mask(layout: Layout, *, compiled: bool = False) -> object:
     """FlexAttention's, made anew as for a new pack of the same length: for another, a compiled one compiles again."""
     from torch.nn.attention.flex_attention import create_block_mask
 
-    if layout.num_queries > LARGEST_BLOCK_MASK:
+    if layout.num_queries > LARGEST_BLOCK_MASK and not compiled:
         raise CannotRun(f"of more than {LARGEST_BLOCK_MASK:,} tokens it would hold matrices of tens of GB")
 
     def mask_mod(batch: Any, head: Any, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         return visible(query, layout.query_begin[key], layout.query_end[key])
 
     shape = (None, None, layout.num_queries, layout.num_keys)
-    return wrapped(create_block_mask)(mask_mod, *shape, device=layout.device)
+    build = _compiled(create_block_mask) if compiled else create_block_mask
+    return build(mask_mod, *shape, device=layout.device)
 
 
 def schedule_case(trace: traces.Trace, block_m: int, block_n: int) -> HostCase:

@@ -39,6 +39,7 @@ class Settings:
 
     ``out``: folder for ``<device>/<benchmark>.json``; None keeps nothing. ``seconds``: for one measurement of one
     candidate (default: by size). ``limit``: seconds after which nothing new is begun (default: 100 for "quick").
+    ``whole``: ``ops`` are names of benchmarks only, each of which runs whole.
     """
 
     device: torch.device
@@ -51,6 +52,7 @@ class Settings:
     seconds: float | None = None
     limit: float | None = None
     quiet: bool = False
+    whole: bool = False
 
     @property
     def selection(self) -> dict[str, list[str]]:
@@ -97,7 +99,7 @@ def find_cases(settings: Settings) -> dict[str, list[Any]]:
 
 def _chosen(settings: Settings, benchmark: str, case: Any) -> bool:
     return (
-        (settings.ops is None or not {benchmark, case.op}.isdisjoint(settings.ops))
+        (settings.ops is None or not {benchmark, benchmark if settings.whole else case.op}.isdisjoint(settings.ops))
         and (settings.traces is None or case.trace in settings.traces)
         and (settings.backends is None or not set(case.candidates).isdisjoint(settings.backends))
         and (settings.directions is None or not set(case.work).isdisjoint(settings.directions))
@@ -323,7 +325,7 @@ def _recording(settings: Settings) -> Settings:
             "--record keeps whole benchmarks; it goes with none of --quick, --trace, --backend and --direction, and "
             f"--op must name benchmarks: {', '.join(BENCHMARKS)}"
         )
-    return dataclasses.replace(settings, out=environment.RESULTS)
+    return dataclasses.replace(settings, out=environment.RESULTS, whole=True)
 
 
 def _report(settings: Settings, record: bool) -> None:

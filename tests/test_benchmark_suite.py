@@ -185,6 +185,14 @@ def test_recording(tmp_path, monkeypatch, capsys):
         suite.bench(full, record=True)
 
 
+def test_recorded_files_hold_whole_benchmarks():
+    """A layer is also an op of the sweeps, of which a file must not hold the layers alone."""
+    assert suite.find_cases(tiny(ops=["decoder_layer"])).keys() == {"decoder_layer", "scaling"}
+    assert suite.find_cases(tiny(ops=["decoder_layer"], whole=True)).keys() == {"decoder_layer"}
+    everything, whole = (suite.find_cases(tiny(ops=ops, whole=True)) for ops in (None, ["scaling"]))
+    assert [case.title for case in whole["scaling"]] == [case.title for case in everything["scaling"]]
+
+
 def row(backend, ms, *, ours=True, spread=0.02, **changes):
     common = {"benchmark": "swiglu", "op": "swiglu", "trace": None, "shape": "4 x 4", "dtype": "float32"}
     timing = {"ms": ms, "p20": ms * (1 - spread), "p80": ms * (1 + spread), "status": "ok", "correct": True}
