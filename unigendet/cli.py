@@ -372,13 +372,13 @@ def gather_info() -> dict[str, dict[str, str | list[str]]]:
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
-    extras = ("transformers", "diffusers", "tokenizers", "safetensors", "pillow", "scikit-learn", "jsonargparse", "rich")
+    extras = "transformers, diffusers, tokenizers, safetensors, pillow, scikit-learn, jsonargparse, rich"
     return {
         "versions": versions,
         "devices": devices,
         "ops (backends built)": available(),
         "compiled extension": _extension(extension_facts()),
-        "extra 'train'": {name: installed(name) for name in extras},
+        "extra 'train'": {name: installed(name) for name in extras.split(", ")},
     }
 
 
