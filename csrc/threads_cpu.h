@@ -19,7 +19,7 @@ namespace unigendet {
 namespace {
 
 constexpr int64_t kLargeOutput = 8 << 20;  // bytes from which on an output would only push others out of the caches
-constexpr int64_t kHugeOutput = 64 << 20;  // and from which on it is worth 2 MB pages, which a virtual machine may be slow to get
+constexpr int64_t kHugeOutput = 64 << 20;  // and from which on it is worth 2 MB pages, which virtual machines may be slow to get
 
 UNIGENDET_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -35,9 +35,9 @@ struct Span {
   uintptr_t begin, end;
 };
 
-// The span of whole 2 MB pages inside a large output; none in a small one.
+// The span of whole 2 MB pages inside a very large output; none in a smaller one.
 UNIGENDET_INLINE Span huge_pages(void* memory, int64_t bytes) {
-  if (memory == nullptr || bytes < kLargeOutput) return {0, 0};
+  if (memory == nullptr || bytes < kHugeOutput) return {0, 0};
   const uintptr_t begin = reinterpret_cast<uintptr_t>(memory), end = begin + static_cast<uintptr_t>(bytes);
   return {(begin + kHugePage - 1) / kHugePage * kHugePage, end / kHugePage * kHugePage};
 }
@@ -47,7 +47,7 @@ UNIGENDET_INLINE Span huge_pages(void* memory, int64_t bytes) {
 UNIGENDET_INLINE void advise_huge_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const Span pages = huge_pages(memory, bytes);
-  if (bytes >= kHugeOutput && pages.begin < pages.end) {
+  if (pages.begin < pages.end) {
     (void)madvise(reinterpret_cast<void*>(pages.begin), pages.end - pages.begin, MADV_HUGEPAGE);
   }
 #else
