@@ -28,6 +28,11 @@ def unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+def empty_contiguous(x: Tensor) -> Tensor:
+    """Uninitialised memory like x, contiguous whatever x's strides."""
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
 def table_stream(op: str, backend: str, device: torch.device) -> int:
     """The stream to which a table belongs that goes to ``device`` now: another one would not wait for the copy.
 

@@ -10,11 +10,7 @@ import torch
 from torch import Tensor
 
 from unigendet.ops._extension import plain, threads
-
-
-def _empty(x: Tensor) -> Tensor:
-    """Uninitialised memory like x, contiguous whatever x's strides."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+from unigendet.ops._launching import empty_contiguous
 
 
 def _mask(query_begin: Tensor, query_end: Tensor, splits: Tensor, out_rows: Tensor | None) -> dict[str, Tensor | None]:
@@ -40,7 +36,7 @@ def forward(
     """Output [T, Hq, D], row t at out_rows[t], and lse [Hq, T] in sequence order. See ``symbiotic_attention``."""
     from unigendet import _C
 
-    out = _empty(q)
+    out = empty_contiguous(q)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     _C.attention_cpu(
         q=plain(q), k=plain(k), v=plain(v), **_mask(query_begin, query_end, splits, out_rows), scale=scale,
@@ -67,7 +63,7 @@ def backward(
     """Gradients of q, k, v in sequence order; ``grad_out`` and ``out`` have their rows at out_rows."""
     from unigendet import _C
 
-    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    dq, dk, dv = empty_contiguous(q), empty_contiguous(k), empty_contiguous(v)
     _C.attention_backward_cpu(
         dout=plain(grad_out), dlse=None if grad_lse is None else plain(grad_lse.contiguous()), q=plain(q), k=plain(k),
         v=plain(v), out=plain(out), lse=plain(lse.contiguous()),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from unigendet.ops._launching import capability, run_launches, unit_stride
+from unigendet.ops._launching import capability, empty_contiguous, run_launches, unit_stride
 from unigendet.schedule import TileSchedule, tile_schedule
 
 if TYPE_CHECKING:
@@ -33,11 +33,6 @@ def _configure(
     return config, tile_schedule(splits, k.shape[0], config.block_m, config.block_n, q.device)
 
 
-def _empty(x: Tensor) -> Tensor:
-    """Uninitialised memory like x, contiguous whatever x's strides."""
-    return torch.empty(x.shape, dtype=x.dtype, device=x.device)
-
-
 def forward(
     q: Tensor,
     k: Tensor,
@@ -52,7 +47,7 @@ def forward(
     from unigendet.kernels.attention_forward import attention_forward
 
     q, k, v = (unit_stride(x) for x in (q, k, v))
-    out = _empty(q)
+    out = empty_contiguous(q)
     lse = torch.empty((q.shape[1], q.shape[0]), dtype=torch.float32, device=q.device)
     config, schedule = _configure(q, k, splits, "forward", k, v)
     run_launches(attention_forward(q, k, v, out, lse, query_begin, query_end, schedule, out_rows, scale, config), q)
@@ -84,11 +79,11 @@ def backward(
     lse = lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     delta = torch.empty_like(lse)
-    in_sequence = grad_out if out_rows is None else _empty(grad_out)
+    in_sequence = grad_out if out_rows is None else empty_contiguous(grad_out)
     copy = None if out_rows is None else in_sequence
     run_launches(attention_delta(out, grad_out, grad_lse, delta, copy, out_rows), q)
 
-    dq, dk, dv = _empty(q), _empty(k), _empty(v)
+    dq, dk, dv = empty_contiguous(q), empty_contiguous(k), empty_contiguous(v)
     inputs, mask = (q, k, v, in_sequence, lse, delta), (query_begin, query_end)
     dq_sum = None if deterministic else torch.zeros(q.shape, dtype=torch.float32, device=q.device)
     direction = "backward_dkdv" if deterministic else "backward_dkdv_atomic"
