@@ -36,7 +36,7 @@ def test_speed(benchmark, case, direction, name):
         candidate = made if isinstance(made, Candidate) else Candidate(made)
         (call,) = calls(candidate, [case.inputs(0)], direction)
     except CannotRun as error:
-        pytest.skip(str(error))
+        pytest.skip(str(error))  # a peer that is not installed or that this device does not run
 
     def once() -> None:
         call()

@@ -47,10 +47,15 @@ def tools(tmp_path, monkeypatch):
     return make
 
 
+needs_compiler = pytest.mark.skipif(
+    build_extension.find_compiler(os.environ) is None,
+    reason="no C++ compiler: the package is pure Python then, as test_without_a_compiler shows",
+)
+
+
+@needs_compiler
 def test_where_there_is_a_compiler_the_extension_is_built():
     """In a tree that was installed in place; a distribution without it would lose its fastest loss unnoticed."""
-    if build_extension.find_compiler(os.environ) is None:
-        pytest.skip("no C++ compiler")
     facts = extension_facts()
     assert facts is not None, "run pip install -e . or python setup.py build_ext --inplace"
     assert facts["usable_isa_levels"][-1] == "baseline"
@@ -338,9 +343,8 @@ def test_switched_off_nothing_is_compiled_and_nothing_in_the_tree_removed(source
 
 
 @pytest.mark.slow
+@needs_compiler
 def test_the_wheel_of_the_source_distribution_works(source, tmp_path):
-    if build_extension.find_compiler(os.environ) is None:
-        pytest.skip("no C++ compiler")
     wheel, names, _ = wheel_of(source, UNIGENDET_CUDA="off")
     assert [name for name in names if name.startswith("unigendet/_C.")]
     assert not [name for name in names if name.startswith("csrc")]
