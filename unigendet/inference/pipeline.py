@@ -12,7 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -20,7 +20,7 @@ from unigendet.config import DataConfig, GuidanceConfig, check, guidance_from_di
 from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
-from unigendet.inference.detect import DetectionRequest, detect_packed
+from unigendet.inference.detect import DetectionOutput, DetectionRequest, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.checkpoint import load_pretrained, save_pretrained, stored_config
@@ -40,16 +40,20 @@ class Detection:
 
     ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
     neither decides. ``probability``: of being real, by the head. ``explanation``: the whole answer. ``name``: its path.
+    ``error``: why there is no verdict, for a picture that could not be read.
     """
 
     name: str
     real: bool | None
     probability: float | None
     explanation: str
+    error: str | None = None
 
     @property
     def verdict(self) -> str:
-        """``real``, ``fake`` or ``undecided``."""
+        """``real``, ``fake``, ``undecided`` or ``error``."""
+        if self.error is not None:
+            return "error"
         return "undecided" if self.real is None else "real" if self.real else "fake"
 
 
@@ -120,6 +124,7 @@ class Pipeline:
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
+        on_error: Literal["raise", "row"] = "raise",
     ) -> Iterator[Detection]:
         """Judge images, in their order.
 
@@ -131,32 +136,47 @@ class Pipeline:
             temperature: 0 = greedy.
             seed: of sampled answers.
             batch_size: images decoded together.
+            on_error: what becomes of a file that cannot be read: ``raise`` its error, or yield a ``row`` with it.
 
         Yields:
             A ``Detection`` per image.
 
         Raises:
-            ValueError: a file is no image; names it.
+            ValueError, FileNotFoundError: a file is no image or does not exist; names it.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
+        check(on_error in ("raise", "row"), "on_error", on_error, "'raise' or 'row'")
         text = self.builder.text(self.data.question if question is None else question)
         generator = torch.Generator(self.model.device).manual_seed(seed)
 
-        def request(image: str | Path | Image) -> DetectionRequest:
-            latent, pixels = self.builder.views(image)
-            name = str(getattr(image, "filename", "")) if not isinstance(image, str | Path) else str(image)
+        def request(image: str | Path | Image) -> DetectionRequest | Detection:
+            name = str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
+            try:
+                latent, pixels = self.builder.views(image)
+            except (ValueError, OSError) as error:
+                if on_error == "raise":
+                    raise
+                return Detection(name, None, None, "", str(error))
             return DetectionRequest(VitImage(pixels), text, LatentImage(latent) if with_latent else None, name)
 
         for group in _groups(images, batch_size):
-            requests = [request(image) for image in group]
-            outputs = detect_packed(
-                self.model, requests, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
+            rows = [request(image) for image in group]
+            requests = [row for row in rows if isinstance(row, DetectionRequest)]
+            outputs = iter(
+                detect_packed(
+                    self.model, requests, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
+                )
+                if requests
+                else ()
             )
-            for one, output in zip(requests, outputs, strict=True):
-                answer = self.tokenizer.decode(output.ids)
-                probability = output.probability
-                verdict = parse_verdict(answer) if probability is None else probability >= 0.5
-                yield Detection(one.name, None if verdict is None else bool(verdict), probability, answer)
+            for row in rows:
+                yield row if isinstance(row, Detection) else self._detection(row, next(outputs))
+
+    def _detection(self, request: DetectionRequest, output: DetectionOutput) -> Detection:
+        answer = self.tokenizer.decode(output.ids)
+        probability = output.probability
+        verdict = parse_verdict(answer) if probability is None else probability >= 0.5
+        return Detection(request.name, None if verdict is None else bool(verdict), probability, answer)
 
     def generate(
         self,

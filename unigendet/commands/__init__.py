@@ -1,0 +1,1 @@
+"""One module per command: ``add`` describes it to the parser, ``run`` carries it out."""
