@@ -60,7 +60,8 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
     return page
 
 
-def _render(results: RunResults, data: dict[str, Any]) -> str:
+def jinja_environment() -> jinja2.Environment:
+    """The templates of the pages, with the filters ``percent``, ``number``, ``seconds`` and ``flat``."""
     # StrictUndefined: a name that the template and this file spell differently is an error, not a blank.
     jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("unigendet.evaluation"),
@@ -69,19 +70,26 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters.update(percent=percent, number=number, seconds=seconds)
-    return jinja.get_template("report.html").render(
-        run=data,
-        aims=[aim_view(aim) for aim in results.aims],
-        charts=_charts(data["curves"]),
-        sample_tables=list(_sample_tables(results.grids)),
-        examples=[
-            {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
-            for e in results.examples
-        ],
-        digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
-        bars=_bars(data),
-        settings=list(_flat(data["settings"])),
+    jinja.filters.update(percent=percent, number=number, seconds=seconds, flat=lambda value: list(_flat(value)))
+    return jinja
+
+
+def _render(results: RunResults, data: dict[str, Any]) -> str:
+    return (
+        jinja_environment()
+        .get_template("report.html")
+        .render(
+            run=data,
+            aims=[aim_view(aim) for aim in results.aims],
+            charts=_charts(data["curves"]),
+            sample_tables=list(_sample_tables(results.grids)),
+            examples=[
+                {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
+                for e in results.examples
+            ],
+            digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
+            bars=_bars(data),
+        )
     )
 
 
