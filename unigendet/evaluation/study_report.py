@@ -6,7 +6,7 @@ The texts of means, intervals and differences are made here, for the page and fo
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +65,7 @@ def study_view(study: Mapping[str, Any]) -> dict[str, Any]:
         "joint": percent(study["joint_confidence"]),
         "table": {"titles": [m.title for m in shown], "lines": lines},
         "chance": _chance(study["comparisons"]),
-        "forests": [Markup(svg) for svg in _forests(study, titles)],
+        "forests": [{"title": metric.title, "svg": Markup(svg)} for metric, svg in _forests(study, titles)],
         "reference": reference(study["runs"]),
         "cost": {what: seconds(sum(sum(run[what].values()) for run in study["runs"])) for what in _COSTS},
         "seeds": sorted({run["seed"] for run in study["runs"]}),
@@ -139,9 +139,8 @@ def reference(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {name: value_text(values.mean, _METRICS[name]) for name, values in found.items()}
 
 
-def _forests(study: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
+def _forests(study: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[tuple[Metric, str]]:
     """A forest plot for every metric that differences are known of."""
-    plots = []
     for metric in METRICS:
         scale = 100 if metric.kind == "percent" else 1
         rows = [
@@ -158,6 +157,5 @@ def _forests(study: Mapping[str, Any], titles: Mapping[str, str]) -> list[str]:
         if rows:
             side = "right" if metric.higher_is_better else "left"
             unit = "percentage points; " if metric.kind == "percent" else ""
-            axis = f"difference in {metric.title} ({unit}{side} of zero is better)"
-            plots.append(forest_plot(rows, axis=axis, name=f"Differences in {metric.title}", salt=metric.name))
-    return plots
+            axis = f"{unit}{side} of zero is better"
+            yield metric, forest_plot(rows, axis=axis, name=f"Differences in {metric.title}", salt=metric.name)
