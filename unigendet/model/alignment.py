@@ -1,7 +1,7 @@
 """Options of DIGA's alignment that work on whole images: a convolution as φ, and a standardised teacher.
 
 Both take the rows of a pack, image by image and row by row, and do the images of one size together. Maths:
-docs/model.md §7; both follow iREPA (arXiv 2512.10794), which found them to help other alignment losses.
+docs/model.md §7; the ideas are those of iREPA (arXiv 2512.10794).
 """
 
 from __future__ import annotations

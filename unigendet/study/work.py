@@ -32,6 +32,7 @@ from unigendet.quickstart import (
     train_stage,
 )
 from unigendet.study.config import StudyConfig
+from unigendet.training.config import TrainConfig
 from unigendet.training.run import build_model
 
 TRAINED = "trained.json"  # beside a GDUF model: what decided it, and what it cost
@@ -110,7 +111,7 @@ class SeedWork:
             "cpu_seconds": cpu_seconds,
         }
 
-    def _stage(self, name: str, stage: str, checkpoint: Path | None = None) -> Any:
+    def _stage(self, name: str, stage: str, checkpoint: Path | None = None) -> TrainConfig:
         settings, tokenizer = self.settings[name], self.folder / "tokenizer"
         config = stage_config(settings, stage, self.data, seed=self.seed, tokenizer=tokenizer, output=None)
         if checkpoint is None:
