@@ -94,7 +94,7 @@ def test_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 
 def test_a_picture_never_stands_beside_another_ones_entry(tmp_path, monkeypatch):
-    """Killed at any moment of replacing a picture, the folder has the new one or makes it, never takes the old for it."""
+    """Killed at any moment of replacing a picture, a run leaves the new one or makes it next time."""
     steps, moments = ("replace", "unlink", "open"), []
     for ended_at in range(9):
         folder_path = tmp_path / str(ended_at)
