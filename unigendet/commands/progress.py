@@ -17,6 +17,7 @@ class Progress:
     def __init__(self, total: int, unit: str, *, every: int) -> None:
         self._total, self._unit, self._every, self._done = total, unit, every, 0
         self._bar: Any = None
+        self._by_steps = False
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
@@ -34,15 +35,17 @@ class Progress:
         return f"{self._done}/{self._total} {self._unit}"
 
     def steps(self, done: int, steps: int) -> None:
-        """So many of the work's steps are done; only a bar shows them."""
+        """So many of the work's steps are done; only a bar shows them, and then it goes by steps, not by things."""
         if self._bar is not None:
+            self._by_steps = True
             self._bar.update(self._task, completed=done / steps)
 
     def count(self) -> None:
         """One thing more is done."""
         self._done += 1
         if self._bar is not None:
-            self._bar.update(self._task, text=self._text())
+            share = None if self._by_steps else self._done / self._total
+            self._bar.update(self._task, completed=share, text=self._text())
         elif self._total > self._every and (self._done % self._every == 0 or self._done == self._total):
             print(self._text(), file=sys.stderr, flush=True)
 
