@@ -1,4 +1,4 @@
-"""Inception features by torch-fidelity: our command's distance is the library's own, on a network with random weights.
+"""Inception features by torch-fidelity: the command's are the library's own, on a network with random weights.
 
 The published weights cannot be had here. The library runs in a process of its own, from the folder that
 ``UNIGENDET_FID_LIBRARIES`` names (``make test`` fills it) or from where it is installed.
@@ -17,25 +17,27 @@ from command_runs import fails, run_command
 from PIL import Image
 
 from unigendet.evaluation import inception
+from unigendet.evaluation.generation import frechet_distance
 from unigendet.evaluation.inception import InceptionFeatures
 
 LIBRARIES = "UNIGENDET_FID_LIBRARIES"
 
 PROGRAM = """
 import json, sys
+import numpy as np
 import torch
 
 folder = sys.argv[1]
-# Beside another build of PyTorch torchvision's operators do not load, and its import fails where it describes these two.
-# Nothing here calls them.
+# Beside another build of PyTorch torchvision's operators do not load, and its import fails where it describes two of
+# them. Nothing here calls them.
 if torch.version.cuda is None:
     operators = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"):
         operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-import torch_fidelity
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 
-torch.hub.load_state_dict_from_url = None
 torch.manual_seed(0)
 torch.save({}, f"{folder}/empty.pth")
 load = FeatureExtractorInceptionV3.load_state_dict
@@ -45,56 +47,64 @@ FeatureExtractorInceptionV3.load_state_dict = load
 for name, tensor in network.state_dict().items():
     if tensor.ndim == 4:  # so that the signal keeps its size through the layers
         tensor.normal_(std=(2 / tensor[0].numel()) ** 0.5)
-torch.save(network.state_dict(), f"{folder}/weights.pth")
+weights = f"{folder}/weights.pth"
+torch.save(network.state_dict(), weights)
 
 from unigendet.cli import main
 
-base = ["evaluate", "generation", "--features", "inception", "--inception-weights", f"{folder}/weights.pth",
-        "--device", "cpu", "--batch-size", "3", "--images", f"{folder}/a"]
-codes = [main([*base, "--reference", f"{folder}/{name}", "--out", f"{folder}/{name}-scores"]) for name in "ba"]
-theirs = torch_fidelity.calculate_metrics(
-    input1=f"{folder}/a", input2=f"{folder}/b", fid=True, cuda=False, verbose=False, cache=False, save_cpu_ram=True,
-    batch_size=1, feature_extractor_weights_path=f"{folder}/weights.pth",
-)
-print(json.dumps({"codes": codes, "theirs": theirs["frechet_inception_distance"]}))
+code = main(["evaluate", "generation", "--features", "inception", "--inception-weights", weights, "--device", "cpu",
+             "--batch-size", "2", "--images", f"{folder}/a", "--reference", f"{folder}/b", "--out", f"{folder}/out"])
+options = dict(input1=f"{folder}/a", input2=f"{folder}/b", cuda=False, verbose=False, cache=False, save_cpu_ram=True,
+               batch_size=1, feature_extractor_weights_path=weights)
+extractor = create_feature_extractor("inception-v3-compat", ["2048"], **options)
+a, b = (extract_featuresdict_from_input_id_cached(i, extractor, **options)["2048"] for i in (1, 2))
+np.savez(f"{folder}/features.npz", a=a.numpy(), b=b.numpy())
+x, y = np.load(f"{folder}/few.npz").values()
+distance = fid_statistics_to_metric(*(fid_features_to_statistics(torch.from_numpy(f)) for f in (x, y)), False)
+print(json.dumps({"code": code, "few": distance["frechet_inception_distance"]}))
 """
 
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Two folders of five pictures, of two sizes."""
+    """Two folders of four pictures, of two sizes."""
     folder, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for name, high in (("a", 256), ("b", 128)):
         (folder / name).mkdir()
-        for i in range(5):
-            pixels = rng.integers(0, high, ((20, 24, 3), (9, 9, 3))[i % 4 == 3], dtype=np.uint8)
+        for i in range(4):
+            pixels = rng.integers(0, high, ((20, 24, 3), (9, 9, 3))[i == 2], dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
 
 
 @pytest.mark.slow
-def test_the_distance_is_the_librarys(pictures):
+def test_features_and_distance_are_the_librarys(pictures):
     libraries = os.environ.get(LIBRARIES)
     if libraries is None and importlib.util.find_spec("torch_fidelity") is None:
         pytest.skip(f"torch-fidelity is not installed, and {LIBRARIES} names no folder of it")
+    rng = np.random.default_rng(1)
+    few = rng.normal(size=(40, 12)), rng.normal(size=(30, 12)) @ rng.normal(size=(12, 12)) + 1
+    np.savez(pictures / "few.npz", *few)
     path = os.pathsep.join(p for p in (libraries, os.environ.get("PYTHONPATH")) if p)
     command = [sys.executable, "-c", PROGRAM, str(pictures)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path})
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["codes"] == [0, 0]
-    ours, same = (json.loads((pictures / f"{name}-scores" / "generation.json").read_text()) for name in "ba")
-    assert found["theirs"] > 1
-    # With fewer images than features their product of covariances is singular, which costs its eigenvalues digits.
-    assert ours["frechet_distance"] == pytest.approx(found["theirs"], rel=1e-4)
-    assert same["frechet_distance"] == pytest.approx(0, abs=1e-6)
-    assert ours["counts"] == {"images": 5, "reference": 5, "dimensions": 2048}
+    assert found["code"] == 0
+    assert frechet_distance(*few) == pytest.approx(found["few"], rel=1e-9)
+    ours = json.loads((pictures / "out" / "generation.json").read_text())
+    theirs = np.load(pictures / "features.npz")
+    assert theirs["a"].shape == (4, 2048)
+    distance = frechet_distance(theirs["a"], theirs["b"])
+    assert distance > 1
+    assert ours["frechet_distance"] == pytest.approx(distance, rel=1e-4)  # batches change the last bits of float32
+    assert ours["counts"] == {"images": 4, "reference": 4, "dimensions": 2048}
     assert (ours["features"], ours["agreement"], ours["real"]) == ("inception", None, None)
-    few, unpublished = ours["warnings"]
-    assert few.startswith("the smaller set has 5 images for 2,048 features: fewer than features")
+    small, unpublished = ours["warnings"]
+    assert small.startswith("the smaller set has 4 images for 2,048 features: fewer than features")
     assert "the Inception weights are not the published ones" in unpublished
     assert len(ours["settings"]["inception_weights_sha256"]) == 64
-    assert f"note: {few}" in done.stderr
+    assert f"note: {small}" in done.stderr
 
 
 class Network(torch.nn.Module):
@@ -128,10 +138,10 @@ def test_images_come_in_their_order_in_batches_of_one_size(pictures, stand_in):
     counted = []
     features = InceptionFeatures(stand_in)
     rows = features(files, batch_size=2, done=lambda: counted.append(1))
-    assert features._network.seen == [[2, 3, 20, 24], [1, 3, 20, 24], [1, 3, 9, 9], [1, 3, 20, 24]]
+    assert features._network.seen == [[2, 3, 20, 24], [1, 3, 9, 9], [1, 3, 20, 24]]
     expected = np.stack([np.asarray(Image.open(file), np.float64).mean((0, 1)) * 2 for file in files])
     np.testing.assert_allclose(rows, expected, rtol=1e-5)
-    assert (rows.dtype, len(counted)) == (np.float64, 5)
+    assert (rows.dtype, len(counted)) == (np.float64, 4)
     assert not features.published
 
 
@@ -204,11 +214,11 @@ def test_command_with_annotations_as_reference(capsys, pictures, stand_in, tmp_p
     result = evaluate(capsys, pictures, stand_in, "--reference", pictures / "real.json")
     assert result.code == 0
     scores = json.loads((tmp_path / "out" / "generation.json").read_text())
-    assert scores["counts"] == {"images": 5, "reference": 3, "dimensions": 2048}
+    assert scores["counts"] == {"images": 4, "reference": 3, "dimensions": 2048}
     assert scores["settings"]["reference"] == str(pictures / "real.json")
-    assert result.lines[:2] == ["generated images  5", "real images       3"]
+    assert result.lines[:2] == ["generated images  4", "real images       3"]
     folder = evaluate(capsys, pictures, stand_in, "--reference", pictures / "b")  # its own scores are replaced
-    assert folder.lines[1] == "real images       5"
+    assert folder.lines[1] == "real images       4"
     fails(evaluate(capsys, pictures, stand_in, "--reference", pictures / "real.json", "--image-root", tmp_path),
           f"real.json names images that are not there, 3 of 3: {tmp_path / 'b/0.png'}")  # fmt: skip
     (pictures / "bare.json").write_text(json.dumps([entries[0], "x"]))
