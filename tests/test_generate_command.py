@@ -275,6 +275,7 @@ def test_mistakes(generate, tmp_path, monkeypatch):
         ((*one, "--seeds", 2, 3), "a.png is one picture, but 2 images are asked for"),
         ((*one, "--count", 0), "--count is 0; it must be at least 1"),
         ((*one, "--count", 1, "--seeds", 3), "--count and --seeds both say"),
+        ((*one, "--seed", 1, "--seeds", 3), "--seed and --seeds both say"),
         ((*one, "--seeds", 3, 3), "--seeds names a seed twice: 3 3"),
         ((*one, "--seed", -1), "seed is -1; it must be from 0"),
         ((*one, "--size", "7x8"), "prompt 'a': size is (7, 8); it must be (height, width), multiples of 2 pixels"),

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from unigendet.evaluation.generation_scores import GenerationScores
     from unigendet.evaluation.inception import InceptionFeatures
 
-SAMPLING = ("seeds", "count", "size", "steps", "text_scale", "image_scale", "interval", "shift", "renorm", "renorm_min",
-            "prompts", "autoencoder")  # fmt: skip
+OF_A_MODEL = ("prompts", "autoencoder", "grid", "seed", "seeds", "count", "size", "steps", "text_scale", "image_scale",
+              "interval", "shift", "renorm", "renorm_min")  # fmt: skip
 EPILOG = f"""Either --model and --prompts, whose pictures are made first, in DIR/images, or --images. With digits as
 features the reference are the quickstart's test digits, and the prompts those of its captions. An interrupted
 evaluation goes on where it stopped: give the same command again. {GUIDANCE_NOTE}"""
@@ -97,7 +97,7 @@ def _check_options(options: argparse.Namespace) -> None:
     if options.model is not None and options.prompts is None:
         raise UserError("--model needs --prompts: what it is to show")
     if options.images is not None:
-        given = [name for name in (*SAMPLING, "grid") if getattr(options, name) is not None]
+        given = [name for name in OF_A_MODEL if getattr(options, name) is not None]
         if given:
             raise UserError(f"--{given[0].replace('_', '-')} goes with --model, not with --images")
         if not options.images.is_dir():
@@ -190,7 +190,7 @@ def _generated(
         "weights": entries[0]["weights"],
         "dtype": entries[0]["dtype"],
         "guidance": dataclasses.asdict(guidance),
-        "seeds": options.seeds or [options.seed],
+        "seeds": options.seeds or [options.seed or 0],
         "images_per_prompt": len(rows[0]),
         "size": None if options.size is None else list(options.size),
     }

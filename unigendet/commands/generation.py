@@ -26,11 +26,10 @@ def sampling_options() -> argparse.ArgumentParser:
     """How images are made, as a parent parser."""
     parent = argparse.ArgumentParser(add_help=False)
     options = parent.add_argument_group("sampling")
-    seeds = options.add_mutually_exclusive_group()
-    seeds.add_argument("--seed", type=int, default=0, metavar="N",
-                       help="of the first image; each next one adds 1 (default: 0)")  # fmt: skip
-    seeds.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one image of each prompt for each of these")
-    options.add_argument("--count", type=int, default=None, metavar="N", help="images per prompt (default: 1)")
+    options.add_argument("--seed", type=int, metavar="N",
+                         help="of the first image; each next one adds 1 (default: 0)")  # fmt: skip
+    options.add_argument("--seeds", type=int, nargs="+", metavar="N", help="one image of each prompt for each of these")
+    options.add_argument("--count", type=int, metavar="N", help="images per prompt (default: 1)")
     options.add_argument("--size", type=_size, metavar="HxW",
                          help="pixels (default: that of the last input image; without one the largest square the model "
                               "makes)")  # fmt: skip
@@ -84,8 +83,9 @@ def requests_of(
     """
     from unigendet.inference.requests import ImageRequest
 
-    if options.seeds and options.count is not None:
-        raise UserError("--count and --seeds both say how many images a prompt gets; give one of them")
+    for name in ("seed", "count"):
+        if options.seeds and getattr(options, name) is not None:
+            raise UserError(f"--{name} and --seeds both say which images a prompt gets; give one of them")
     count = 1 if options.count is None else options.count
     if count < 1:
         raise UserError(f"--count is {count}; it must be at least 1")
@@ -95,7 +95,7 @@ def requests_of(
     for i, record in enumerate(records):
         if options.seeds and record.seed is not None:
             raise UserError(f"{record.where} has a seed of its own; --seeds is for prompts without")
-        first = options.seed + i * count if record.seed is None else record.seed
+        first = (options.seed or 0) + i * count if record.seed is None else record.seed
         seeds = options.seeds or range(first, first + count)
         size, given = record.size or options.size, record.images or tuple(images)
         rows.append([ImageRequest(record.prompt, seed, size, given, record.where) for seed in seeds])
