@@ -4,18 +4,23 @@ import dataclasses
 import errno
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command_runs import StandardInput, fails, run_command, save_model
 from PIL import Image
+from tiny_models import tiny_model
 
+from unigendet.commands.generation import entries_of
 from unigendet.commands.progress import Progress
 from unigendet.config import GuidanceConfig
 from unigendet.data.image_folder import read_manifest
 from unigendet.inference import pipeline as pipeline_module
+from unigendet.inference.requests import ImageRequest
 
 STEPS = ("--steps", 3)
 
@@ -221,6 +226,27 @@ def test_other_settings_or_another_model_are_not_the_same_picture(generate, caps
     assert (out / "00000.png").read_bytes() != before
 
 
+def test_the_autoencoder_counts_as_a_part_of_the_model(model_folder, tmp_path):
+    shutil.copytree(model_folder, tmp_path / "m")
+    (tmp_path / "m" / "ae.safetensors").write_bytes(b"one")
+    (tmp_path / "same").write_bytes(b"one")
+    (tmp_path / "other").write_bytes(b"two")
+
+    def weights(kind, autoencoder):
+        model = tiny_model()
+        latent = dataclasses.replace(model.config.latent, autoencoder=kind)
+        pipeline = SimpleNamespace(model=SimpleNamespace(
+            config=dataclasses.replace(model.config, latent=latent), parameters=model.parameters
+        ))  # fmt: skip
+        options = SimpleNamespace(model=tmp_path / "m", autoencoder=autoencoder)
+        (entry,) = entries_of([ImageRequest("a", size=(8, 8))], options, pipeline, GuidanceConfig())
+        return entry["weights"]
+
+    in_folder = weights("flux", None)
+    assert in_folder == weights("flux", tmp_path / "same")
+    assert len({in_folder, weights("flux", tmp_path / "other"), weights("pixels", None)}) == 3
+
+
 def test_foreign_files_stay(generate, tmp_path):
     (tmp_path / "00001.png").write_bytes(b"holiday")
     (tmp_path / "grid.png").write_bytes(b"holiday")
@@ -308,6 +334,8 @@ def test_mistakes(generate, tmp_path, monkeypatch):
         assert not folder.exists() or files(folder) == []
     StandardInput(monkeypatch, b"\xff")
     fails(generate("--prompts", "-", "--out", folder), "standard input, line 1 is not UTF-8 text")
+    monkeypatch.setattr(sys, "stdin", None)
+    fails(generate("--prompts", "-", "--out", folder), "--prompts - reads standard input, which is closed")
     both = generate("--prompt", "a", "--prompts", tmp_path / "long.txt", "--out", folder)
     assert (both.code, "not allowed with argument" in both.err) == (2, True)
 

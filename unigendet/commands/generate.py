@@ -103,6 +103,8 @@ def _records(options: argparse.Namespace) -> list[PromptRecord]:
     if options.prompt is not None:
         return [PromptRecord(prompt) for prompt in options.prompt]
     if str(options.prompts) == "-":
+        if sys.stdin is None:
+            raise UserError("--prompts - reads standard input, which is closed")
         return parse_prompts(sys.stdin.buffer.read(), "standard input", Path())
     return read_prompts(options.prompts)
 

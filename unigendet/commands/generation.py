@@ -107,15 +107,17 @@ def entries_of(
 ) -> list[dict[str, Any]]:
     """What the manifest says of each image: all that the picture follows from."""
     from unigendet.data.image_folder import fingerprint
+    from unigendet.inference.pipeline import FLUX_WEIGHTS
     from unigendet.model.checkpoint import weight_files
 
-    autoencoder = [options.autoencoder] if options.autoencoder else []
-    weights = fingerprint([*weight_files(options.model), *autoencoder])
-    inputs = {image: fingerprint([image]) for request in requests for image in request.images}
+    files = weight_files(options.model)
+    if pipeline.model.config.latent.autoencoder == "flux":
+        files.append(options.autoencoder or options.model / FLUX_WEIGHTS)
+    inputs = {image: fingerprint([image]) for image in {image for request in requests for image in request.images}}
     shared = {
         "guidance": dataclasses.asdict(guidance),
         "model": str(options.model),
-        "weights": weights,
+        "weights": fingerprint(files),
         "dtype": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
     }
     return [
