@@ -6,6 +6,9 @@ INSTALLED := $(VENV)/.installed
 # The oldest Triton that the package allows, without torch: the tests compile the kernels with it. It shares the tree,
 # and any unigendet/_C there, with $(VENV).
 OLDEST_TRITON := $(VENV)/triton-oldest
+# torch-fidelity and the torchvision that it imports, for one test, in a folder of their own: beside another build of
+# PyTorch torchvision does not load, and transformers and diffusers then do not either.
+FID_LIBRARIES := $(VENV)/fid-libraries
 # The GPU machine's own Python, with its own torch, triton, pytest, pybind11, ninja and setuptools (77 or later):
 # `make gpu` takes nothing from the network. The benchmarks run even if a test fails, and begin nothing new when their
 # time is over: whatever is left is listed as such.
@@ -29,6 +32,10 @@ $(OLDEST_TRITON)/.installed: $(INSTALLED) constraints-triton-oldest.txt
 	test -x $(OLDEST_TRITON)/bin/python || $(PYTHON) -m venv $(OLDEST_TRITON)
 	$(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints-triton-oldest.txt triton
 	UNIGENDET_EXTENSION=off $(OLDEST_TRITON)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+$(FID_LIBRARIES)/.installed: $(INSTALLED) constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps --upgrade --target $(FID_LIBRARIES) torch-fidelity torchvision
 	touch $@
 
 install: $(INSTALLED)  ## Create .venv and install the package with all extras
@@ -70,7 +77,8 @@ sanitize: $(SANITIZE_PROGRAMS)  ## Run the C++ sources on random inputs under sa
 	for program in $^; do OMP_WAIT_POLICY=passive $$program || exit 1; done
 
 test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
-test: $(INSTALLED) $(OLDEST_TRITON)/.installed sanitize  ## Run the tests that need no GPU
+test: export UNIGENDET_FID_LIBRARIES := $(CURDIR)/$(FID_LIBRARIES)
+test: $(INSTALLED) $(OLDEST_TRITON)/.installed $(FID_LIBRARIES)/.installed sanitize  ## Run the tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist worksteal

@@ -21,7 +21,8 @@ from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdi
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
 from unigendet.inference.detect import DetectionOutput, DetectionRequest, detect_packed
-from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
+from unigendet.inference.generate import generate_latents, tokens_to_latent
+from unigendet.inference.requests import ImageRequest, RequestBuilder
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.checkpoint import load_pretrained, save_pretrained, stored_config
 from unigendet.model.unigendet import UniGenDet
@@ -182,45 +183,71 @@ class Pipeline:
         self,
         prompts: Sequence[str],
         *,
+        images: Sequence[str | Path | Image] = (),
         size: tuple[int, int] | None = None,
         guidance: GuidanceConfig | None = None,
         seed: int = 0,
         batch_size: int = 8,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Image]:
-        """Make one image per prompt.
+        """Make one image per prompt and return them all; ``generate_each`` keeps no more than a batch in memory.
 
         Args:
-            prompts: captions.
-            size: (height, width) in pixels; default: the largest square the model makes.
-            guidance: scales and steps.
-            seed: image i depends on ``seed + i`` and its prompt alone, not on the other prompts.
+            prompts: captions, or instructions that go with the input ``images``.
+            images: what every image is made from besides its prompt.
+            size: (height, width) in pixels; default: that of the last input image, without one the largest square the
+                model makes.
+            guidance, batch_size, progress, and errors: see ``generate_each``.
+            seed: image i depends on ``seed + i`` and its conditions alone, not on the other prompts.
+
+        Returns:
+            PIL images.
+        """
+        requests = [ImageRequest(prompt, seed + i, size, tuple(images)) for i, prompt in enumerate(prompts)]
+        return list(self.generate_each(requests, guidance=guidance, batch_size=batch_size, progress=progress))
+
+    def check_requests(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
+        """The same requests, each with its size. Errors as ``generate_each``'s."""
+        return RequestBuilder(self.model, self.builder).check(requests)
+
+    def generate_each(
+        self,
+        requests: Sequence[ImageRequest],
+        *,
+        guidance: GuidanceConfig | None = None,
+        batch_size: int = 8,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Iterator[Image]:
+        """Make images, in the order of their requests. All requests are checked by this call, before the first image.
+
+        Args:
+            requests: prompts, seeds, sizes and input images.
+            guidance: scales and steps; default: the model folder's.
             batch_size: images denoised together.
             progress: called with (steps done, steps of all batches).
 
         Returns:
-            PIL images.
+            An iterator over PIL images; it makes a batch when the first image of it is asked for.
 
         Raises:
-            ValueError: a setting, or a size that the model cannot make.
+            ValueError: a setting, a prompt that is too long, a size that the model cannot make, an unreadable image.
+            FileNotFoundError: an input image does not exist.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
         guidance = guidance or self.guidance
-        latent = self.model.config.latent
-        size = size or (latent.stride * latent.max_size,) * 2
-        rows, columns = latent_grid(self.model, size)
-        images: list[Image] = []
-        batches = -(-len(prompts) // batch_size)
-        for group in _groups(prompts, batch_size):
-            requests = [GenerationRequest((self.builder.text(prompt),), size, prompt) for prompt in group]
-            first, done = seed + len(images), len(images) // batch_size
-            shape = (rows * columns, latent.token_dim)
-            noise = [torch.randn(shape, generator=torch.Generator().manual_seed(first + i)) for i in range(len(group))]
-            step = None if progress is None else lambda i, n, done=done: progress(done * n + i, batches * n)
-            for tokens in generate_latents(self.model, requests, guidance, noise=noise, progress=step):
-                pixels = self.autoencoder.decode(tokens_to_latent(self.model, tokens, size))
-                images.append(to_image(pixels))
-        return images
+        build = RequestBuilder(self.model, self.builder)
+        requests = build.check(requests)
+        batches = -(-len(requests) // batch_size)
+
+        def images() -> Iterator[Image]:
+            for done, group in enumerate(_groups(requests, batch_size)):
+                step = None if progress is None else lambda i, n, done=done: progress(done * n + i, batches * n)
+                conditions, noise = build.build(group)
+                tokens = generate_latents(self.model, conditions, guidance, noise=noise, progress=step)
+                for request, one in zip(group, tokens, strict=True):
+                    yield to_image(self.autoencoder.decode(tokens_to_latent(self.model, one, request.size)))
+
+        return images()
 
 
 def save_guidance(folder: str | Path, guidance: GuidanceConfig) -> None:

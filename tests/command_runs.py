@@ -1,0 +1,59 @@
+"""Running commands in this process on a small model with random weights."""
+
+import sys
+from pathlib import Path
+
+from run_data import ANSWERS
+from tiny_models import tiny_model
+
+from unigendet.cli import main
+from unigendet.config import DataConfig, ImageConfig
+from unigendet.data.tokenizer import train_tokenizer
+from unigendet.inference.pipeline import Pipeline
+from unigendet.model.autoencoder import PixelAutoencoder
+
+
+class Result:
+    """A command's exit code, its lines on standard output, and standard error."""
+
+    def __init__(self, code, captured):
+        self.code, self.out, self.err = code, captured.out, captured.err
+        self.lines = self.out.splitlines()
+
+
+def run_command(capsys, *arguments):
+    """Run ``unigendet`` with arguments; no traceback may show."""
+    capsys.readouterr()
+    try:
+        code = main([str(a) for a in arguments])
+    except SystemExit as end:
+        code = end.code
+    result = Result(code, capsys.readouterr())
+    assert "Traceback" not in result.err
+    return result
+
+
+def fails(result, message, code=1):
+    """The command failed with one line that says ``message``."""
+    assert result.code == code
+    assert message in result.err
+    assert len(result.err.splitlines()) == 1, result.err
+
+
+def save_model(folder, seed=0, **changes):
+    """A model folder: 8×8 grey pictures, byte tokens, 128 positions."""
+    view = ImageConfig(min_size=4, max_size=8, stride=2)
+    model = tiny_model(seed, vocab_size=280, **changes)
+    tokenizer = train_tokenizer(ANSWERS, 270)
+    Pipeline(model, tokenizer, PixelAutoencoder(model.config.latent), DataConfig(view, view)).save(folder)
+    return Path(folder)
+
+
+class StandardInput:
+    """Stands for ``sys.stdin`` with bytes to read."""
+
+    def __init__(self, monkeypatch, content):
+        import io
+
+        self.buffer = io.BytesIO(content)
+        monkeypatch.setattr(sys, "stdin", self)

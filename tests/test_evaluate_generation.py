@@ -1,0 +1,130 @@
+"""``unigendet evaluate generation``: from prompts or a folder of pictures to ``generation.json``."""
+
+import json
+
+import numpy as np
+import pytest
+from command_runs import fails, run_command, save_model
+from PIL import Image
+
+from unigendet.data.quickstart import caption, load_digits, write_png
+from unigendet.inference import pipeline as pipeline_module
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    return save_model(tmp_path_factory.mktemp("saved") / "model")
+
+
+@pytest.fixture
+def evaluate(capsys):
+    return lambda *arguments: run_command(capsys, "evaluate", "generation", *arguments)
+
+
+@pytest.fixture
+def captions(tmp_path):
+    """Ten prompts, as LAION annotations."""
+    entries = [{"image_path": f"{digit}.png", "prompt": caption(digit)} for digit in range(10)]
+    (tmp_path / "captions.json").write_text(json.dumps(entries))
+    return tmp_path / "captions.json"
+
+
+def test_from_prompts_to_scores(evaluate, model_folder, captions, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    base = ("--model", model_folder, "--prompts", captions, "--features", "digits", "--steps", 3, "--seed", 5,
+            "--batch-size", 4, "--out", out, "--grid", tmp_path / "grid.png")  # fmt: skip
+    result = evaluate(*base)
+    assert result.code == 0
+    assert result.lines[0] == f"{out / 'images' / '00000.png'}\tseed 5\t{caption(0)}"
+    assert result.lines[10:12] == ["generated images  10", "real images       397"]
+    assert result.lines[-1] == f"The numbers: {out / 'generation.json'}"
+    assert [line for line in result.err.splitlines() if "note: " in line and "10 images for 20 features" in line]
+    first = (out / "generation.json").read_bytes()
+    scores = json.loads(first)
+    assert scores["counts"] == {"images": 10, "reference": 397, "dimensions": 20}
+    assert scores["agreement"]["digit_counts"] == {str(digit): 1 for digit in range(10)}
+    assert scores["settings"] == {
+        "features": "digits",
+        "prompts": str(captions),
+        "model": str(model_folder),
+        "weights": json.loads((out / "images" / "manifest.jsonl").read_text().splitlines()[0])["weights"],
+        "dtype": "float32",
+        "guidance": scores["settings"]["guidance"],
+        "seeds": [5],
+        "images_per_prompt": 1,
+        "size": None,
+    }
+    assert scores["settings"]["guidance"]["num_timesteps"] == 3
+    assert Image.open(tmp_path / "grid.png").height > 10 * 160
+
+    def none(*arguments, **options):
+        raise AssertionError("a picture was made again")
+
+    monkeypatch.setattr(pipeline_module, "generate_latents", none)
+    again = evaluate(*base)
+    assert again.code == 0
+    assert (out / "generation.json").read_bytes() == first
+    folder = evaluate("--images", out / "images", "--features", "digits", "--out", tmp_path / "other")
+    assert folder.code == 0
+    other = json.loads((tmp_path / "other" / "generation.json").read_text())
+    assert other["settings"] == {"features": "digits", "images": str(out / "images")}
+    same = ("counts", "frechet_distance", "agreement", "real", "warnings")
+    assert [other[key] for key in same] == [scores[key] for key in same]
+
+
+def test_a_folder_without_a_manifest(evaluate, tmp_path):
+    digits = load_digits()
+    (tmp_path / "pictures").mkdir()
+    for i, image in enumerate(digits.test_images):
+        write_png(tmp_path / "pictures" / f"{i}.png", image)
+    result = evaluate("--images", tmp_path / "pictures", "--features", "digits", "--out", tmp_path / "out")
+    assert result.code == 0
+    scores = json.loads((tmp_path / "out" / "generation.json").read_text())
+    assert scores["frechet_distance"] == pytest.approx(0, abs=1e-9)
+    assert scores["agreement"] is None
+    assert "0.png has no known prompt" in result.err
+
+
+def test_mistakes(evaluate, model_folder, captions, tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "generation.json").write_text('{"num_timesteps": 3}')
+    for i in range(2):
+        Image.fromarray(rng.integers(0, 256, (8, 9), dtype=np.uint8)).save(tmp_path / "pictures" / f"{i}.png")
+
+    def none(*arguments, **options):
+        raise AssertionError("a picture was made before the mistake was found")
+
+    monkeypatch.setattr(pipeline_module, "generate_latents", none)
+    out = ("--out", tmp_path / "out")
+    digits = ("--features", "digits", *out)
+    pictures, model = ("--images", tmp_path / "pictures"), ("--model", model_folder)
+    inception = ("--features", "inception", "--inception-weights", tmp_path / "w.pth", *out)
+    cases = [
+        (digits, "give either --model, whose pictures are made first, or --images"),
+        ((*digits, *pictures, *model), "give either --model"),
+        ((*digits, *model), "--model needs --prompts"),
+        ((*digits, *pictures, "--prompts", captions), "--prompts goes with --model, not with --images"),
+        ((*digits, *pictures, "--text-scale", 2), "--text-scale goes with --model"),
+        ((*digits, *pictures, "--grid", tmp_path / "g.png"), "--grid goes with --model"),
+        ((*digits, *pictures, "--batch-size", 0), "--batch-size is 0; it must be at least 1"),
+        ((*digits, *pictures), "0.png has 9×8 pixels; a digit must have 8×8"),
+        ((*digits, "--images", tmp_path / "lost"), "lost is no folder"),
+        ((*digits, "--images", tmp_path / "empty"), "no images in"),
+        ((*digits, *pictures, "--reference", captions), "--reference goes with --features inception"),
+        ((*digits, *pictures, "--inception-weights", captions), "--inception-weights goes with --features inception"),
+        ((*digits, *model, "--prompts", tmp_path / "lost.json"), "lost.json does not exist"),
+        ((*digits, *model, "--prompts", captions, "--size", "3x3"), "entry 0 ('a handwritten digit zero'): size is"),
+        ((*digits, *model, "--prompts", captions, "--steps", 1), "num_timesteps is 1"),
+        ((*inception, *model, "--prompts", captions), "captions.json names images that are not there, 10 of 10: "),
+        (("--features", "digits", *pictures, "--out", tmp_path / "taken"),
+         "generation.json is there already and holds no scores; name another --out, or give --overwrite"),
+    ]  # fmt: skip
+    for arguments, message in cases:
+        fails(evaluate(*arguments), message)
+        assert not (tmp_path / "out" / "generation.json").exists()
+    assert (tmp_path / "taken" / "generation.json").read_text() == '{"num_timesteps": 3}'
+    wrong = evaluate("--images", tmp_path, *out)
+    assert (wrong.code, "required: --features" in wrong.err) == (2, True)

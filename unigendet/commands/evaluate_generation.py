@@ -1,0 +1,212 @@
+"""``unigendet evaluate generation``: how close generated pictures come to real ones, and to their prompts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unigendet.commands.common import Commands, UserError, find_images, load_pipeline, model_options
+from unigendet.commands.generation import (
+    GUIDANCE_NOTE,
+    check_grid,
+    entries_of,
+    file_name,
+    fill_folder,
+    guidance_of,
+    requests_of,
+    sampling_options,
+    save_grid,
+)
+from unigendet.commands.progress import Progress
+
+if TYPE_CHECKING:
+    from unigendet.data.prompts import PromptRecord
+    from unigendet.evaluation.generation_scores import GenerationScores
+    from unigendet.evaluation.inception import InceptionFeatures
+
+OF_A_MODEL = ("prompts", "autoencoder", "grid", "seed", "seeds", "count", "size", "steps", "text_scale", "image_scale",
+              "interval", "shift", "renorm", "renorm_min")  # fmt: skip
+EPILOG = f"""Either --model and --prompts, whose pictures are made first, in DIR/images, or --images. With digits as
+features the reference are the quickstart's test digits, and the prompts those of its captions. An interrupted
+evaluation goes on where it stopped: give the same command again. {GUIDANCE_NOTE}"""
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    command = commands.add(
+        "generation", run, "Score generated pictures against real ones.",
+        model_options(required=False), sampling_options(), epilog=EPILOG,
+    )  # fmt: skip
+    command.add_argument("--prompts", type=Path, metavar="FILE",
+                         help="what the model is to show: a prompt file, see generate; in LAION annotations each "
+                              "entry's image_path is a reference image")  # fmt: skip
+    command.add_argument("--images", type=Path, metavar="DIR",
+                         help="generated pictures to score, instead of a model; with the manifest of generate, their "
+                              "prompts are known")  # fmt: skip
+    command.add_argument("--reference", type=Path, metavar="PATH",
+                         help="real images: a folder, or annotations (default: those of --prompts)")  # fmt: skip
+    command.add_argument("--image-root", type=Path, metavar="DIR",
+                         help="what the paths in annotations are relative to (default: their folder)")  # fmt: skip
+    command.add_argument("--features", choices=["inception", "digits"], required=True,
+                         help="what the Fréchet distance compares")  # fmt: skip
+    command.add_argument("--inception-weights", type=Path, metavar="FILE",
+                         help="the Inception network's weights; they are not downloaded")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="DIR", help="where generation.json goes")
+    command.add_argument("--overwrite", action="store_true", help="replace what is in the way")
+    command.add_argument("--grid", type=Path, metavar="FILE",
+                         help="also a contact sheet of what --model makes, a row for each prompt (.png)")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry it out."""
+    from unigendet.evaluation.generation_scores import FILE, format_scores, is_scores, write_scores
+
+    _check_options(options)
+    scores_file = options.out / FILE
+    if scores_file.exists() and not options.overwrite and not is_scores(scores_file):
+        raise UserError(f"{scores_file} is there already and holds no scores; name another --out, or give --overwrite")
+    records = _records(options)
+    reference = _reference(options, records)  # all that can be missing is looked for before pictures are made
+    features = _features(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.images is not None:
+        images, prompts, made = _found(options.images)
+    else:
+        images, prompts, made = _generated(options, records)
+    scores = _scored(options, images, prompts, reference, features)
+    settings: dict[str, Any] = {"features": options.features, **made}
+    if features is not None:
+        given = options.reference or options.prompts
+        settings |= {"reference": str(given), "inception_weights_sha256": features.sha256}
+    path = write_scores(options.out, scores, settings)
+    print(format_scores(scores))
+    print(f"The numbers: {path}")
+    for warning in scores.warnings:
+        print(f"unigendet evaluate: note: {warning}", file=sys.stderr)
+    return 0
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    """Raises UserError for options that do not go together."""
+    if (options.model is None) == (options.images is None):
+        raise UserError("give either --model, whose pictures are made first, or --images")
+    if options.model is not None and options.prompts is None:
+        raise UserError("--model needs --prompts: what it is to show")
+    if options.images is not None:
+        given = [name for name in OF_A_MODEL if getattr(options, name) is not None]
+        if given:
+            raise UserError(f"--{given[0].replace('_', '-')} goes with --model, not with --images")
+        if not options.images.is_dir():
+            raise UserError(f"--images {options.images} is no folder")
+    if options.batch_size < 1:
+        raise UserError(f"--batch-size is {options.batch_size}; it must be at least 1")
+    if options.features == "digits":
+        for name in ("reference", "inception_weights"):
+            if getattr(options, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')} goes with --features inception")
+    elif options.inception_weights is None:
+        from unigendet.evaluation.inception import WHERE
+
+        raise UserError(f"--features inception needs --inception-weights: {WHERE}; it is never downloaded here")
+
+
+def _records(options: argparse.Namespace) -> list[PromptRecord]:
+    from unigendet.data.prompts import read_prompts
+
+    return [] if options.prompts is None else read_prompts(options.prompts, options.image_root)
+
+
+def _reference(options: argparse.Namespace, records: Sequence[PromptRecord]) -> list[Path]:
+    """The real images, each once; none for digits, which bring their own."""
+    from unigendet.data.prompts import read_prompts
+
+    if options.features == "digits":
+        return []
+    if options.reference is not None and options.reference.is_dir():
+        return find_images([options.reference])
+    if options.reference is not None:
+        records = read_prompts(options.reference, options.image_root)
+    given = options.reference or options.prompts
+    if given is None:
+        raise UserError("--images needs --reference: a folder of real images, or annotations that name them")
+    without = next((record.where for record in records if record.reference is None), None)
+    if without is not None:
+        raise UserError(f"{without} has no 'image_path', a real image to compare with; name real images as --reference")
+    paths = list(dict.fromkeys(record.reference for record in records))
+    lost = [path for path in paths if not path.is_file()]
+    if lost:
+        raise UserError(f"{given} names images that are not there, {len(lost)} of {len(paths)}: {lost[0]}, …")
+    return paths
+
+
+def _features(options: argparse.Namespace) -> InceptionFeatures | None:
+    if options.features == "digits":
+        return None
+    from unigendet.device import find_device
+    from unigendet.evaluation.inception import InceptionFeatures
+
+    try:
+        return InceptionFeatures(options.inception_weights, find_device(options.device))
+    except ImportError as error:
+        raise UserError(str(error)) from error
+
+
+def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
+    """Pictures of a folder, their prompts as far as the manifest knows them, and what settings say of them."""
+    from unigendet.data.image_folder import read_manifest
+
+    images = find_images([folder])
+    manifest = read_manifest(folder)
+    prompts = [manifest.get(str(path.relative_to(folder)), {}).get("prompt") for path in images]
+    return images, prompts, {"images": str(folder)}
+
+
+def _generated(
+    options: argparse.Namespace, records: Sequence[PromptRecord]
+) -> tuple[list[Path], list[str | None], dict[str, Any]]:
+    """The same of pictures that the model makes, as far as they are not there yet."""
+    from unigendet.data.image_folder import ImageFolder
+
+    rows = requests_of(records, options)
+    requests = [request for row in rows for request in row]
+    target = options.out / "images"
+    if options.grid is not None:
+        check_grid(options.grid, [target / file_name(i) for i in range(len(requests))], options.overwrite)
+    guidance = guidance_of(options)
+    pipeline = load_pipeline(options)
+    requests = pipeline.check_requests(requests)
+    folder = ImageFolder(target, overwrite=options.overwrite)
+    entries = entries_of(requests, options, pipeline, guidance)
+    images = fill_folder(folder, entries, pipeline, requests, guidance, options.batch_size)
+    if options.grid is not None:
+        save_grid(options.grid, rows, images)
+    made = {
+        "prompts": str(options.prompts),
+        "model": str(options.model),
+        "weights": entries[0]["weights"],
+        "dtype": entries[0]["dtype"],
+        "guidance": dataclasses.asdict(guidance),
+        "seeds": options.seeds or [options.seed or 0],
+        "images_per_prompt": len(rows[0]),
+        "size": None if options.size is None else list(options.size),
+    }
+    return images, [request.prompt for request in requests], made
+
+
+def _scored(
+    options: argparse.Namespace,
+    images: Sequence[Path],
+    prompts: Sequence[str | None],
+    reference: Sequence[Path],
+    features: InceptionFeatures | None,
+) -> GenerationScores:
+    from unigendet.evaluation.generation_scores import score_digits, score_inception
+
+    if features is None:
+        return score_digits(images, prompts)
+    with Progress(len(images) + len(reference), "images seen by Inception", every=100) as progress:
+        return score_inception(images, reference, features, batch_size=options.batch_size, done=progress.count)
