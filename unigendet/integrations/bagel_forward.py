@@ -176,9 +176,10 @@ class LayerForward:
         if not isinstance(pack, Pack):
             return type(self).forward(self, *args, **kwargs)
         if "packed_sequence" in kwargs:
-            out = _layer(self, kwargs["packed_sequence"], kwargs["packed_position_embeddings"], pack)
-            frozen = getattr(self, "freeze_und", False)
-            return _Constant.apply(out, int(pack.layout.stream_lengths[0])) if frozen else out
+            constant = getattr(self, "freeze_und", False)
+            tables = kwargs["packed_position_embeddings"]
+            out = _layer(self, kwargs["packed_sequence"], tables, pack, constant=constant)
+            return _Constant.apply(out, int(pack.layout.stream_lengths[0])) if constant else out
         cache = kwargs["past_key_values"]
         tables = kwargs["packed_query_position_embeddings"]
         update = kwargs["update_past_key_values"]
@@ -242,16 +243,18 @@ def _layer(
     pack: Pack,
     cache: Any = None,
     update: bool = False,
+    constant: bool = False,
 ) -> Tensor:
     """A decoder layer: x [T, hidden] sorted by stream → the same. tables: cos, sin [T, head_dim], sequence order.
 
-    ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too.
+    ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too. With ``constant`` no weight of the
+    understanding set gets a gradient.
     """
     projections, attention, layout = Projections.of(layer), layer.self_attn, pack.layout
     eps = layer.input_layernorm.variance_epsilon
-    n = rms_norm(x, _norms(layer, "input_layernorm"), layout, eps=eps)
-    qkv = _project(n, projections.qkv, layout)
-    q_norms, k_norms = _norms(attention, "q_norm"), _norms(attention, "k_norm")
+    n = rms_norm(x, _norms(layer, "input_layernorm", constant), layout, eps=eps)
+    qkv = _project(n, projections.qkv, layout, constant)
+    q_norms, k_norms = _norms(attention, "q_norm", constant), _norms(attention, "k_norm", constant)
     head_dim = len(q_norms[0])
     heads, kv_heads = (module.out_features // head_dim for module in projections.qkv[0][:2])
     keys = None
@@ -273,28 +276,31 @@ def _layer(
     if update:
         cache.key_cache[attention.layer_idx], cache.value_cache[attention.layer_idx] = k, v
     attended = symbiotic_attention(q, k, v, layout, out_order="stream").flatten(1)
-    delta = _project(attended, projections.out, layout)
-    m, x = rms_norm(delta, _norms(layer, "post_attention_layernorm"), layout, residual=x, eps=eps)
-    return x + _project(swiglu(_project(m, projections.gate_up, layout)), projections.down, layout)
+    delta = _project(attended, projections.out, layout, constant)
+    m, x = rms_norm(delta, _norms(layer, "post_attention_layernorm", constant), layout, residual=x, eps=eps)
+    gate_up = _project(m, projections.gate_up, layout, constant)
+    return x + _project(swiglu(gate_up), projections.down, layout, constant)
 
 
-def _norms(owner: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    return getattr(owner, name).weight, getattr(owner, name + GENERATION).weight
+def _norms(owner: nn.Module, name: str, constant: bool) -> tuple[Tensor, Tensor]:
+    understanding = getattr(owner, name).weight
+    return understanding.detach() if constant else understanding, getattr(owner, name + GENERATION).weight
 
 
-def _project(x: Tensor, modules: tuple[list[nn.Linear], list[nn.Linear]], layout: Layout) -> Tensor:
+def _project(x: Tensor, modules: tuple[list[nn.Linear], list[nn.Linear]], layout: Layout, constant: bool) -> Tensor:
     for module in (*modules[0], *modules[1]):
         if type(module) is not nn.Linear:
             raise ValueError(
                 f"a projection has become a {type(module).__name__}; it must be a Linear: restore the model before its "
                 "projections are adapted or quantised"
             )
-    weights = tuple(concatenated([module.weight for module in stream]) for stream in modules)
-    has_bias = [stream[0].bias is not None for stream in modules]
-    biases = (
-        concatenated([m.bias for m in stream]) if has else None for stream, has in zip(modules, has_bias, strict=True)
-    )
-    return stream_linear(x, weights, layout, biases=tuple(biases))
+    weights, biases = [], []
+    for stream, detached in zip(modules, (constant, False), strict=True):
+        weight = concatenated([module.weight for module in stream])
+        bias = None if stream[0].bias is None else concatenated([module.bias for module in stream])
+        weights.append(weight.detach() if detached else weight)
+        biases.append(bias.detach() if detached and bias is not None else bias)
+    return stream_linear(x, tuple(weights), layout, biases=tuple(biases))
 
 
 class _Constant(torch.autograd.Function):
