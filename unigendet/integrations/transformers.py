@@ -66,7 +66,8 @@ class Mask:
         keys: K, at least ``cached + queries``.
         cached: tokens of each row that are keys only.
         padding: None, or [B, tokens], nonzero for real tokens; where it ends before the tokens do, padding follows.
-        segments: None, or [B, Q]: tokens of one number, which are neighbours, are one packed sequence.
+        mask_function: what transformers makes masks with; it is looked at when the layout is made, and must be causal,
+            or causal in each of several packed sequences.
         device: of the layout.
     """
 
@@ -77,16 +78,16 @@ class Mask:
         keys: int,
         cached: int,
         padding: Tensor | None,
-        segments: Tensor | None,
+        mask_function: Callable[..., Any],
         device: torch.device,
     ) -> None:
         self.rows, self.queries, self.keys, self.cached = rows, queries, keys, cached
-        self.padding, self.segments, self.device = padding, segments, device
+        self.padding, self.mask_function, self.device = padding, mask_function, device
         self._layouts: dict[int, tuple[Any, Layout]] = {}
 
     @torch.compiler.disable
     def layout(self, cu_seq_lens_q: Tensor | None = None, cu_seq_lens_k: Tensor | None = None) -> Layout:
-        """The layout of the pass. Both lists, int [S + 1], are the bounds of packed sequences, instead of segments.
+        """The layout of the pass. Both lists, int [S + 1], are the bounds of packed sequences, whatever positions say.
 
         It is made once: layers that ask with the same list get the same layout.
         """
@@ -106,10 +107,11 @@ class Mask:
 
     def _make(self, cu_seqlens: Tensor | None) -> Layout:
         tokens = self.cached + self.queries
+        segments = _segments(self.mask_function)
         if cu_seqlens is not None:
             return self._packed([cu_seqlens.tolist()])
-        if self.segments is not None:
-            changes = (self.segments.diff(dim=1) != 0).cpu()
+        if segments is not None:
+            changes = (segments.diff(dim=1) != 0).cpu()
             bounds = [[0, *(row.nonzero()[:, 0] + 1).tolist(), self.queries] for row in changes]
             return self._packed([[self.queries * i + bound for bound in row] for i, row in enumerate(bounds)])
         samples = [[(tokens, "causal")]] * self.rows
@@ -121,9 +123,10 @@ class Mask:
 
     def _packed(self, bounds: list[list[int]]) -> Layout:
         if self.cached or self.keys != self.queries or self.padded():
+            what = "a padding mask" if self.padded() else f"{self.keys} keys a row"
             raise ValueError(
-                f"packed sequences come with {'a padding mask' if self.padded() else f'{self.keys} keys'}; they must "
-                f"come without one, and with as many keys as queries ({self.queries} a row): no cache"
+                f"packed sequences come with {what}; they must come without padding and without a cache: as many keys as "
+                f"queries, {self.queries}"
             )
         flat = [bounds[0][0], *(bound for row in bounds for bound in row[1:])]
         lengths = [end - begin for begin, end in pairwise(flat)]
@@ -161,10 +164,11 @@ def _mask(
     """The mask function that transformers calls once per pass; older versions give ``cache_position`` [Q]."""
     if cache_position is not None:
         q_length, q_offset, device = cache_position.shape[0], cache_position[0], cache_position.device
-    segments = _segments(mask_function)
     if int(kv_offset) != 0:
         raise ValueError(f"kv_offset is {kv_offset}; it must be 0: caches that drop early tokens are not supported")
-    return Mask(batch_size, q_length, kv_length, int(q_offset), attention_mask, segments, torch.device(device or "cpu"))
+    return Mask(
+        batch_size, q_length, kv_length, int(q_offset), attention_mask, mask_function, torch.device(device or "cpu")
+    )
 
 
 def _cells(function: Callable[..., Any]) -> Iterator[Any]:
@@ -204,7 +208,7 @@ def _segments(mask_function: Callable[..., Any]) -> Tensor | None:
             pending += [value for value in _cells(function) if callable(value)]
         else:
             raise ValueError(
-                f"the model's mask consists of, or holds, {getattr(function, '__qualname__', function)}; "
+                f"the model's mask is, or holds, {getattr(function, '__qualname__', function)}; "
                 f'attn_implementation="{NAME}" knows the causal mask, padding and packed sequences. Pass a layout to '
                 "the model, or use another implementation"
             )
