@@ -8,6 +8,7 @@ computes; what it must fit are names and signatures.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 from types import SimpleNamespace
 
 import torch
@@ -365,5 +366,5 @@ def dense_masks(sample_lens, split_lens, attn_modes, sequence_length) -> list[Te
     sees = torch.ones(len(number), len(number), dtype=torch.bool).tril() | (same & ~is_causal)
     sees &= same | ~is_noise
     bounds = [0, *torch.tensor(sample_lens).cumsum(0).tolist()]
-    pairs = [(a, b) for a, b in zip(bounds, bounds[1:], strict=False) if a < b <= sequence_length]
+    pairs = [(a, b) for a, b in pairwise(bounds) if a < b <= sequence_length]
     return [sees[a:b, a:b] for a, b in pairs]

@@ -272,10 +272,10 @@ class Requests:
             packed_query_sequence=torch.randn(sum(new), 32, generator=self.generator),
             query_lens=torch.tensor(new, dtype=torch.int32),
             packed_query_position_ids=torch.randint(20, (sum(new),), generator=self.generator),
-            packed_query_indexes=torch.tensor(sum(fresh, [])),
+            packed_query_indexes=torch.tensor([*fresh[0], *fresh[1]]),
             past_key_values=self.cache,
             key_values_lens=torch.tensor(self.lengths, dtype=torch.int32),
-            packed_key_value_indexes=torch.tensor(sum(rows, []), dtype=torch.int64),
+            packed_key_value_indexes=torch.tensor([*rows[0], *rows[1]], dtype=torch.int64),
             update_past_key_values=update,
             is_causal=causal,
             mode="gen" if latent else "und",
@@ -355,7 +355,10 @@ def test_masks_without_splits_are_an_error():
         ({"attn_modes": ["causal"]}, r"attn_modes has 1 entries; it must have one per split: 10"),
         ({"sample_lens": [14, 24, 1, 13, 12]}, r"sample_lens\[0\] is 14; it must be the sum"),
         ({"sequence_length": 50}, r"sequence_length is 50; it must be the end of a sample"),
-        ({"packed_text_indexes": torch.arange(20), "packed_text_ids": torch.arange(20)}, "name each of the 52 tokens"),
+        (
+            {"packed_text_indexes": torch.arange(20), "packed_text_ids": torch.arange(20)},
+            "must name each of the 52 rows once",
+        ),
     ],
 )
 def test_lists_that_do_not_fit(changes, message):
@@ -409,8 +412,18 @@ def test_an_outer_model_without_splits_is_an_error():
             return x
 
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="Other.forward has no argument split_lens"):
+    with pytest.raises(ValueError, match=r"Other\.forward has no argument split_lens"):
         accelerate(Other(Sizes()))
+
+
+def test_a_forward_that_others_have_replaced_is_an_error():
+    model = outer()
+    layer = decoder_of(model).layers[1]
+    layer.forward = theirs = lambda *a, **k: type(layer).forward(layer, *a, **k)
+    with pytest.raises(ValueError, match=r"Layer\.forward is replaced already"):
+        accelerate(model)
+    restore(model)
+    assert layer.forward is theirs
 
 
 def test_projections_that_are_replaced_later_are_an_error():

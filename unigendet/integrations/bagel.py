@@ -8,8 +8,8 @@ under their names. What changes is three kinds of ``forward``, as attributes of 
   would go, so that no mask is built;
 * the inner model's (``forward_train``, ``forward_inference`` and UniGenDet's ``forward_diga``) make the pass's
   ``Layout``, sort the rows by stream, let the original go through the layers, and sort the result back;
-* a layer's is ``rms_norm``, ``stream_linear``, ``qk_norm_rope``, ``symbiotic_attention`` and ``swiglu`` on rows that are
-  sorted by stream. It gathers and scatters nothing.
+* a layer's is ``rms_norm``, ``stream_linear``, ``qk_norm_rope``, ``symbiotic_attention`` and ``swiglu`` on rows that
+  are sorted by stream. It gathers and scatters nothing.
 
 A replacement keeps nothing but its instance, and finds the original on that one's class. So a deep copy of an
 accelerated model is an accelerated model of its own.
@@ -18,8 +18,9 @@ accelerated model is an accelerated model of its own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import MethodType
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -58,9 +59,13 @@ def accelerate(model: nn.Module) -> nn.Module:
     """
     outer, decoder = _find(model)
     layers = [_unwrapped(layer) for layer in decoder.layers]
+    replacements = list(_replacements(outer, decoder, layers))
     problems = list(_model_problems(outer, decoder))
     for i, layer in enumerate(layers):
         problems += [f"layers.{i}.{problem}" for problem in _layer_problems(layer)]
+    for module, name, function in replacements:
+        if name in vars(module) and not _is_bound(module, name, function):
+            problems.append(f"{type(module).__name__}.{name} is replaced already, by something else")
     if problems:
         shown = "\n  ".join(problems[:_SHOWN_PROBLEMS])
         more = f"\n  and {len(problems) - _SHOWN_PROBLEMS} more" if len(problems) > _SHOWN_PROBLEMS else ""
@@ -70,24 +75,36 @@ def accelerate(model: nn.Module) -> nn.Module:
             fuse([module.weight for module in stream])
             if stream[0].bias is not None:
                 fuse([module.bias for module in stream])
-        layer.forward = MethodType(LayerForward.forward, layer)
-    for name in _DECODER_FORWARDS:
-        if hasattr(type(decoder), name):
-            setattr(decoder, name, MethodType(getattr(DecoderForward, name), decoder))
-    if outer is not None:
-        outer.forward = MethodType(OuterForward.forward, outer)
+    for module, name, function in replacements:
+        setattr(module, name, MethodType(function, module))
     return model
 
 
 def restore(model: nn.Module) -> nn.Module:
     """Undo :func:`accelerate`: ``model`` computes as its classes say. Its parameters are left alone."""
     outer, decoder = _find(model)
-    replaced = [(_unwrapped(layer), "forward") for layer in decoder.layers]
-    replaced += [(decoder, name) for name in _DECODER_FORWARDS]
-    replaced += [(outer, "forward")] if outer is not None else []
-    for module, name in replaced:
-        vars(module).pop(name, None)
+    layers = [_unwrapped(layer) for layer in decoder.layers]
+    for module, name, function in _replacements(outer, decoder, layers):
+        if _is_bound(module, name, function):
+            delattr(module, name)
     return model
+
+
+def _replacements(
+    outer: nn.Module | None, decoder: nn.Module, layers: list[nn.Module]
+) -> Iterator[tuple[nn.Module, str, Callable[..., Any]]]:
+    """(module, name of its method, what takes the method's place)."""
+    if outer is not None:
+        yield outer, "forward", OuterForward.forward
+    for name in _DECODER_FORWARDS:
+        if hasattr(type(decoder), name):
+            yield decoder, name, getattr(DecoderForward, name)
+    for layer in layers:
+        yield layer, "forward", LayerForward.forward
+
+
+def _is_bound(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
+    return getattr(vars(module).get(name), "__func__", None) is function
 
 
 def _find(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:

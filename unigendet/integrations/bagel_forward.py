@@ -47,7 +47,7 @@ class SplitMask:
         """
         if len(split_lens) != len(attn_modes):
             raise ValueError(f"attn_modes has {len(attn_modes)} entries; it must have one per split: {len(split_lens)}")
-        samples, split, end = [], 0, 0
+        samples, split, end, sequence_length = [], 0, 0, int(sequence_length)
         for i, length in enumerate(map(int, sample_lens)):
             if end == sequence_length:
                 break
@@ -74,19 +74,35 @@ class Pack:
 
     @classmethod
     def of(
-        cls, samples: Sequence[Sequence[tuple[int, str]]], generation: Tensor | None, cached: list[int], like: Tensor
+        cls,
+        samples: Sequence[Sequence[tuple[int, str]]],
+        streams: Sequence[tuple[str, Tensor | None]] | None,
+        cached: Sequence[int],
+        like: Tensor,
     ) -> Pack:
-        """The pack of ``samples``, of which the leading ``cached`` tokens are keys only; like: [T, ...] on its device.
+        """The pack of ``samples``, of which the leading ``cached`` tokens are keys only, on the device of its rows.
 
-        ``generation`` int64 are the rows of generation tokens (a device is waited for), None if there are none.
+        Args:
+            samples: (tokens, mode) of each split, by sample.
+            streams: name and value of the two lists of rows, int64, of understanding and of generation tokens (a device
+                is waited for); None if all rows are understanding.
+            cached: by sample.
+            like: the rows [T, ...].
+
+        Raises:
+            ValueError: the rows are not as many as the splits say, or not each in one of the lists.
         """
         tokens = sum(length for sample in samples for length, _ in sample) - sum(cached)
         if tokens != len(like):
-            raise ValueError(f"the rows of the pack are {len(like)}; they must be as many as its splits say: {tokens}")
-        streams = np.zeros(tokens, np.int64)
-        if generation is not None:
-            streams[generation.cpu().numpy()] = 1
-        layout = Layout.from_splits(samples, streams=streams, positions=np.arange(tokens), cached=cached)
+            raise ValueError(f"the pack has {len(like)} rows; it must have as many as its splits have tokens: {tokens}")
+        numbers = np.zeros(tokens, np.int64)
+        if streams is not None:
+            rows = [np.empty(0, np.int64) if given is None else given.cpu().numpy() for _, given in streams]
+            if not np.array_equal(np.sort(np.concatenate(rows)), np.arange(tokens)):
+                names = " and ".join(f"{name} ({len(r)} entries)" for (name, _), r in zip(streams, rows, strict=True))
+                raise ValueError(f"{names} must name each of the {tokens} rows once")
+            numbers[rows[1]] = 1
+        layout = Layout.from_splits(samples, streams=numbers, positions=np.arange(tokens), cached=cached)
         past = None
         if sum(cached):
             is_past = torch.ones(layout.num_keys, dtype=torch.bool).index_fill_(0, layout.key_rows, False)
@@ -152,13 +168,16 @@ class DecoderForward:
             cached = given["key_values_lens"].tolist()
         new = "causal" if given["is_causal"] else "full"
         samples = [[(n, m) for n, m in ((p, "full"), (q, new)) if n] for p, q in zip(cached, lengths, strict=True)]
-        generation = given["packed_vae_token_indexes"] if given["mode"] == "gen" else None
-        pack = Pack.of(samples, generation, cached, rows)
+        streams = None
+        if given["mode"] == "gen":
+            streams = [(name, given[name]) for name in ("packed_text_indexes", "packed_vae_token_indexes")]
+        filled = [i for i, sample in enumerate(samples) if sample]
+        pack = Pack.of([samples[i] for i in filled], streams, [cached[i] for i in filled], rows)
         if pack.past_rows is not None:
             _check_rows("packed_query_indexes", given["packed_query_indexes"], pack.layout.key_rows)
             _check_rows("packed_key_value_indexes", given["packed_key_value_indexes"], pack.past_rows)
         given["packed_query_indexes"] = pack  # hands it to the layers
-        if generation is None:
+        if streams is None:
             return original(*call.args, **call.kwargs)
         given["packed_query_sequence"] = pack.sort(rows)
         given["packed_text_indexes"], given["packed_vae_token_indexes"] = pack.stream_rows()
@@ -188,6 +207,7 @@ class LayerForward:
 
 def _whole_pack(model: nn.Module, original: Any, args: tuple, kwargs: dict[str, Any]) -> Any:
     call = inspect.signature(original).bind(model, *args, **kwargs)
+    call.apply_defaults()
     given = call.arguments
     mask, rows = given["attention_mask"], given["packed_sequence"]
     if not isinstance(mask, SplitMask):
@@ -196,14 +216,8 @@ def _whole_pack(model: nn.Module, original: Any, args: tuple, kwargs: dict[str, 
             f"attention_mask is {shown}; an accelerated model must be given a SplitMask: call the outer model with "
             "split_lens and attn_modes, or pass SplitMask.of(...)"
         )
-    generation = given.get("packed_gen_token_indexes")
-    pack = Pack.of(mask.samples, generation, [0] * len(mask.samples), rows)
-    understanding = given["packed_und_token_indexes"]
-    if len(understanding) != pack.layout.stream_lengths[0]:
-        raise ValueError(
-            f"packed_und_token_indexes has {len(understanding)} entries and packed_gen_token_indexes "
-            f"{0 if generation is None else len(generation)}; they must name each of the {len(rows)} tokens once"
-        )
+    streams = [(name, given[name]) for name in ("packed_und_token_indexes", "packed_gen_token_indexes")]
+    pack = Pack.of(mask.samples, streams, [0] * len(mask.samples), rows)
     given["attention_mask"] = pack  # hands it to the layers
     given["packed_sequence"] = pack.sort(rows)
     given["packed_und_token_indexes"], given["packed_gen_token_indexes"] = pack.stream_rows()
@@ -247,8 +261,8 @@ def _layer(
 ) -> Tensor:
     """A decoder layer: x [T, hidden] sorted by stream → the same. tables: cos, sin [T, head_dim], sequence order.
 
-    ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too. With ``constant`` no weight of the
-    understanding set gets a gradient.
+    ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too. ``constant``: the understanding
+    weights do not learn.
     """
     projections, attention, layout = Projections.of(layer), layer.self_attn, pack.layout
     eps = layer.input_layernorm.variance_epsilon

@@ -1,8 +1,8 @@
 """Parameters that stay apart in a model, and are one matrix to a matrix product.
 
 ``q_proj``, ``k_proj`` and ``v_proj`` read the same rows; one product with their weights, one below the other, is
-cheaper than three, and it is what ``qk_norm_rope`` reads. The parameters of somebody else's model must keep their names,
-shapes and identity, though. So :func:`fuse` moves their numbers into one piece of memory, once, and
+cheaper than three, and it is what ``qk_norm_rope`` reads. The parameters of somebody else's model must keep their
+names, shapes and identity, though. So :func:`fuse` moves their numbers into one piece of memory, once, and
 :func:`concatenated` uses that memory as the larger matrix, without a copy. Its gradient is cut into views, which
 autograd keeps as the parameters' gradients: nothing is copied there either.
 

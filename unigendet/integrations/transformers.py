@@ -27,6 +27,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, masking_uti
 
 from unigendet.layout import Layout
 from unigendet.ops import symbiotic_attention
+from unigendet.ops._arguments import autocast
 
 NAME = "symbiotic"
 
@@ -125,8 +126,8 @@ class Mask:
         if self.cached or self.keys != self.queries or self.padded():
             what = "a padding mask" if self.padded() else f"{self.keys} keys a row"
             raise ValueError(
-                f"packed sequences come with {what}; they must come without padding and without a cache: as many keys as "
-                f"queries, {self.queries}"
+                f"packed sequences come with {what}; they must come without padding and without a cache: "
+                f"as many keys as queries, {self.queries}"
             )
         flat = [bounds[0][0], *(bound for row in bounds for bound in row[1:])]
         lengths = [end - begin for begin, end in pairwise(flat)]
@@ -247,16 +248,19 @@ def _attention(
             shown = "a tensor" if isinstance(option, Tensor) else repr(option)
             raise ValueError(f'{name} is {shown}; attn_implementation="{NAME}" does not support it')
     rows, _, queries, _ = query.shape
+    if layout is not None and cu_seq_lens_q is not None:
+        raise ValueError("layout and cu_seq_lens_q are both given; a layout says where samples end")
     if layout is not None:
         _check_layout(layout, attention_mask, rows * queries, rows * key.shape[2])
     elif not isinstance(attention_mask, Mask):
         raise ValueError(
-            f"attention_mask is {_shown(attention_mask)}; it must be None or a [batch, tokens] mask of padding. "
-            "For any other mask pass a layout to the model: model(..., layout=Layout.from_splits(...))"
+            f"the mask of this attention is {_shown(attention_mask)}; the model must ask transformers for a causal "
+            "mask, and be given none, or a [batch, tokens] mask of padding. For any other mask pass a layout to the "
+            "model: model(..., layout=Layout.from_splits(...))"
         )
     else:
         layout = attention_mask.layout(cu_seq_lens_q, cu_seq_lens_k)
-    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in autocast(query, key, value))
     out = symbiotic_attention(q, k, v, layout, scale=scaling, backend=backend)
     return out.unflatten(0, (rows, queries)), None
 
