@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "data": {"config", "config_file", "layout", "packing"},
     "evaluation": {"config", "config_file", "packing", "model", "data"},
     "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
+    "integrations": {"layout", "ops"},
     "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data"},
 }
 TOP = {"cli", "commands", "quickstart", "study", "__main__"}  # may import everything
