@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from unigendet.config import SpecialTokens
+from unigendet.files import telling
 
 # In the order of the fields of SpecialTokens.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -58,8 +59,10 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` into ``folder``, which is created."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(Path(folder) / "tokenizer.json"))
+        file = Path(folder) / "tokenizer.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with telling(file):
+            self._backend.save(str(file))
 
     def __getstate__(self) -> str:
         return self._backend.to_str()
