@@ -144,9 +144,13 @@ def test_replaced_files_never_mix(tmp_path, monkeypatch):
 
 
 def test_files_of_a_new_folder_appear_together(tmp_path):
-    with pytest.raises(Killed), replaced_files(tmp_path / "model") as new:
-        (new / "a").write_text("half")
-        raise Killed
+    def half():
+        with replaced_files(tmp_path / "model") as new:
+            (new / "a").write_text("half")
+            raise Killed
+
+    with pytest.raises(Killed):
+        half()
     assert not list(tmp_path.iterdir())
     with replaced_files(tmp_path / "model") as new:
         (new / "a").write_text("whole")

@@ -6,7 +6,6 @@ is not ours.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -147,20 +146,3 @@ def published_settings(config: ModelConfig) -> tuple[dict[str, Any], dict[str, A
         "patch_size": vision.patch_size,
     }
     return llm, vit
-
-
-def not_published(config: ModelConfig) -> list[str]:
-    """The settings that ``published_settings`` cannot say, by name: reading them back would give other values."""
-    heads = {"class_head": config.class_head, "align_head": config.align_head}  # the weights say it
-    again = dataclasses.replace(published_config(*published_settings(config)), **heads)
-    return _differences(config.to_dict(), again.to_dict())
-
-
-def _differences(mine: dict[str, Any], other: dict[str, Any], prefix: str = "") -> list[str]:
-    names = []
-    for name, value in mine.items():
-        if isinstance(value, dict):
-            names += _differences(value, other[name], f"{prefix}{name}.")
-        elif value != other[name]:
-            names.append(prefix + name)
-    return names
