@@ -19,8 +19,8 @@ from unigendet.model.unigendet import UniGenDet
 def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
     """Write settings and weights in the published form; one shard at a time is held in memory.
 
-    A model with both heads also gets the published files' ``latent_to_vit_connector``, all zero: nothing uses it, but
-    a strict loader asks for it.
+    A model with the real/fake head also gets the published files' ``latent_to_vit_connector``, all zero: nothing uses
+    it, but a strict loader asks for it.
 
     Args:
         source: a model folder, ours or one in the published form.
@@ -39,7 +39,7 @@ def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.
     with torch.device("meta"):
         targets = published_state_dict(UniGenDet(config))
     found = find_tensors(targets, source)
-    unused = _unused(config) if config.class_head and config.align_head else {}
+    unused = _unused(config) if config.class_head else {}
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in (targets | unused).items()}
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(open_tensors(file)) for file in set(found.values())}
