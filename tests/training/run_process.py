@@ -53,7 +53,7 @@ def start(*arguments, wrapped=(), **options):
 
 def finish(process):
     """Wait for its end; (exit code, standard error)."""
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate()
     assert out == ""
     return process.returncode, err
 
