@@ -160,6 +160,7 @@ def test_every_setting_is_said_or_named():
         "latent": dataclasses.replace(config().latent, max_size=32),
         "special_tokens": dataclasses.replace(config().special_tokens, bos=5),
         "vision": dataclasses.replace(config().vision, num_positions=5000),
+        "align_projector": "conv",
     }
     assert not_published(config()) == []
     for name, value in changes.items():
