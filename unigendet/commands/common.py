@@ -20,8 +20,8 @@ class UserError(Exception):
 class Commands:
     """The parser's commands, as their modules add them."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    def __init__(self, parser: argparse.ArgumentParser, dest: str = "command") -> None:
+        self._subparsers = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
 
@@ -34,6 +34,10 @@ class Commands:
         )
         command.set_defaults(run=run)
         return command
+
+    def group(self, name: str, text: str) -> Commands:
+        """A command that has commands of its own, which are added to what this returns."""
+        return Commands(self._subparsers.add_parser(name, help=text, description=text), dest="subcommand")
 
 
 def model_options() -> argparse.ArgumentParser:

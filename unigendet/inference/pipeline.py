@@ -8,6 +8,7 @@ published views; its autoencoder is ``ae.safetensors``; it has no real/fake head
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import torch
 from unigendet.config import DataConfig, GuidanceConfig, check, guidance_from_dict
 from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
-from unigendet.data.transforms import to_image
+from unigendet.data.transforms import read_image, to_image
 from unigendet.inference.detect import DetectionOutput, DetectionRequest, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
@@ -72,6 +73,11 @@ class Pipeline:
         self.data, self.guidance = data or DataConfig(), guidance or GuidanceConfig()
         self.builder = SampleBuilder(model.config, tokenizer, self.data, encode=autoencoder.encode)
 
+    @property
+    def has_head(self) -> bool:
+        """Whether verdicts come from a real/fake head; otherwise they are read from the answer's text."""
+        return self.model.class_head is not None
+
     @classmethod
     def from_pretrained(
         cls,
@@ -118,7 +124,8 @@ class Pipeline:
         self,
         images: Iterable[str | Path | Image],
         *,
-        question: str | None = None,
+        question: str | Iterable[str | None] | None = None,
+        transform: Callable[[Image], Image] | None = None,
         with_latent: bool = True,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
@@ -130,7 +137,8 @@ class Pipeline:
 
         Args:
             images: paths or PIL images.
-            question: what the model is asked; default: the question it was trained with.
+            question: what the model is asked, of every image or one per image; None: the question it was trained with.
+            transform: applied to every original image, before the model's views of it are made.
             with_latent: show the model the latent view too (symbiotic attention).
             max_new_tokens: longest answer; 0 skips the explanation.
             temperature: 0 = greedy.
@@ -143,24 +151,27 @@ class Pipeline:
 
         Raises:
             ValueError, FileNotFoundError: a file is no image or does not exist; names it.
+            ValueError: not as many questions as images.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
         check(on_error in ("raise", "row"), "on_error", on_error, "'raise' or 'row'")
-        text = self.builder.text(self.data.question if question is None else question)
         generator = torch.Generator(self.model.device).manual_seed(seed)
 
-        def request(image: str | Path | Image) -> DetectionRequest | Detection:
+        def request(image: str | Path | Image, asked: str | None) -> DetectionRequest | Detection:
             name = str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
             try:
+                if transform is not None:
+                    image = transform(read_image(image) if isinstance(image, str | Path) else image)
                 latent, pixels = self.builder.views(image)
             except (ValueError, OSError) as error:
                 if on_error == "raise":
                     raise
                 return Detection(name, None, None, "", str(error))
+            text = self.builder.text(self.data.question if asked is None else asked)
             return DetectionRequest(VitImage(pixels), text, LatentImage(latent) if with_latent else None, name)
 
-        for group in _groups(images, batch_size):
-            rows = [request(image) for image in group]
+        for group in _groups(_with_questions(images, question), batch_size):
+            rows = [request(*pair) for pair in group]
             requests = [row for row in rows if isinstance(row, DetectionRequest)]
             outputs = iter(
                 detect_packed(
@@ -242,6 +253,18 @@ def load_guidance(folder: str | Path) -> GuidanceConfig:
         return guidance_from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, IndexError) as error:  # not JSON; an unfit setting; no mapping
         raise ValueError(f"{file} does not hold sampling settings: {error}") from error
+
+
+def _with_questions(images: Iterable[Any], question: str | Iterable[str | None] | None) -> Iterator[tuple[Any, Any]]:
+    """Each image with what is asked of it."""
+    if question is None or isinstance(question, str):
+        yield from ((image, question) for image in images)
+        return
+    nothing = object()
+    for image, asked in itertools.zip_longest(images, question, fillvalue=nothing):
+        if image is nothing or asked is nothing:
+            raise ValueError("question has more or fewer entries than images; it must be one text, or one per image")
+        yield image, asked
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
