@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    import torch
+
     from unigendet.inference.pipeline import Pipeline
 
 IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
@@ -53,16 +55,22 @@ def model_options() -> argparse.ArgumentParser:
     return device
 
 
-def load_pipeline(options: argparse.Namespace) -> Pipeline:
-    """The model that ``model_options`` name."""
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Where the model that ``model_options`` name runs, and the dtype of its weights."""
     import torch
 
     from unigendet.device import find_device
-    from unigendet.inference.pipeline import Pipeline
 
     device = find_device(options.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
+    return device, default if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """The model that ``model_options`` name."""
+    from unigendet.inference.pipeline import Pipeline
+
+    device, dtype = device_and_dtype(options)
     return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, autoencoder=options.autoencoder)
 
 

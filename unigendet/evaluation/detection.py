@@ -11,10 +11,10 @@ Conventions, each of which changes numbers, so each is stated once, here:
   generator) is set against *all* real images for balanced accuracy, F1, average precision and ROC-AUC. Its accuracy
   and ROUGE-L always cover its own images only.
   (F1 and average precision depend on the ratio of fakes to reals; balanced accuracy and ROC-AUC do not.)
-- The verdict is the real/fake head's if the model has one; its answer says one too. ``agreement`` is the share of images
-  whose answer begins with the verdict's sentence, ``text_accuracy`` the accuracy of the answers' own verdicts; an answer
-  without such a sentence neither agrees nor is right. Both cover a group's own images; without a head there is nothing
-  to agree with, without answers there is neither.
+- The verdict is the real/fake head's if the model has one; its answer says one too. ``agreement`` is the share of
+  images whose answer begins with the verdict's sentence, ``text_accuracy`` the accuracy of the answers' own verdicts;
+  an answer without such a sentence neither agrees nor is right. Both cover a group's own images; without a head there
+  is nothing to agree with, without answers there is neither.
 - ``calibration_error`` and ``brier`` (module ``reliability``) cover a group's own images.
 - Explanations are compared with the annotations as wholes, by ROUGE-L, by the cosine of TF-IDF vectors and, if a
   sentence encoder has made them, by that of sentence embeddings (module ``explanations``). Silence scores 0.

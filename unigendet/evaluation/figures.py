@@ -142,9 +142,7 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, name: str, sa
     return svg_chart(draw, name=name, salt=salt)
 
 
-def svg_chart(
-    draw: Callable[[Figure], None], *, name: str, salt: str, size: tuple[float, float] = (3.3, 2.1)
-) -> str:
+def svg_chart(draw: Callable[[Figure], None], *, name: str, salt: str, size: tuple[float, float] = (3.3, 2.1)) -> str:
     """What ``draw`` puts on a figure of ``size`` inches, as an ``<svg>`` element in the page's colours.
 
     Draw with ``INK`` (text and axes), ``LINE`` (the accent), ``GREY`` and ``GOOD``. ``name`` and ``salt`` as in

@@ -8,8 +8,8 @@ Transparency is first composited on white; grey images stay grey.
   resampling. The smaller image *is* the disturbed one, as a site would serve it; it is not enlarged again. The views
   then do with it what they do with any image of that size, so a factor matters less for an image that they would shrink
   anyway.
-- ``blur``: a Gaussian of this standard deviation in pixels of the original, cut at four of them, with the image mirrored
-  at its edges; rounded to 8 bits.
+- ``blur``: a Gaussian of this standard deviation in pixels of the original, cut at four standard deviations, with the
+  image mirrored at its edges; rounded to 8 bits.
 """
 
 from __future__ import annotations

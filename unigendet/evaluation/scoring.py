@@ -31,13 +31,12 @@ class Verdict(Protocol):
 
 
 class Detector(Protocol):
-    """Whatever judges images as ``Pipeline.detect`` does, one verdict per image and in their order.
-
-    ``has_head``: whether verdicts come from a real/fake head, so that no text is needed for them.
-    """
+    """Whatever judges images as ``Pipeline.detect`` does, one verdict per image and in their order."""
 
     @property
-    def has_head(self) -> bool: ...
+    def has_head(self) -> bool:
+        """Whether verdicts come from a real/fake head, so that no text is needed for them."""
+        ...
 
     def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
         """Judge images; ``options`` are ``question``, ``transform``, ``with_latent``, ``max_new_tokens``,
