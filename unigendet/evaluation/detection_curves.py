@@ -17,6 +17,7 @@ from unigendet.evaluation.figures import GOOD, GREY, INK, LINE, MAX_POINTS, clea
 from unigendet.evaluation.reliability import ReliabilityBin
 from unigendet.evaluation.robustness import CurvePoint
 
+_PERCENT = PercentFormatter(1, decimals=0, symbol="\u00a0%")
 LABELS = {"jpeg": "JPEG quality", "resize": "scale of both edges", "blur": "Gaussian blur, σ in pixels"}
 
 
@@ -92,7 +93,7 @@ def reliability_chart(bins: Sequence[ReliabilityBin], *, name: str) -> str:
         for axes in (upper, lower):
             clean(axes)
         for axis in (upper.yaxis, upper.xaxis):
-            axis.set_major_formatter(PercentFormatter(1, decimals=0))
+            axis.set_major_formatter(_PERCENT)
 
     return svg_chart(draw, name=name, salt="reliability", size=(3.3, 2.8))
 
@@ -106,17 +107,17 @@ def robustness_chart(kind: str, points: Sequence[CurvePoint], *, name: str) -> s
         low, high = zip(*(p.accuracy_interval for p in points), strict=True)
         axes.fill_between(places, low, high, color=LINE, alpha=0.15, linewidth=0)
         for label, values, colour, style in (
-            ("accuracy", [p.accuracy for p in points], LINE, "o-"),
-            ("balanced", [p.balanced_accuracy for p in points], GREY, "s--"),
             ("AUC", [p.roc_auc for p in points], GOOD, "^:"),
+            ("balanced accuracy", [p.balanced_accuracy for p in points], GREY, "s--"),
+            ("accuracy", [p.accuracy for p in points], LINE, "o-"),
         ):
             if all(value is not None for value in values):
                 axes.plot(places, values, style, color=colour, linewidth=1.6, markersize=3.5, label=label)
                 least.append(min(values))
         axes.set_xticks(places, ["none" if p.level is None else f"{p.level:g}" for p in points])
         axes.set(ylim=(min(0.4, *low, *least) - 0.03, 1.03), xlabel=LABELS[kind])
-        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        axes.legend(frameon=False, fontsize=7.5, loc="lower left", handlelength=2.2)
+        axes.yaxis.set_major_formatter(_PERCENT)
+        figure.legend(frameon=False, fontsize=7.5, loc="outside upper left", ncols=3, handlelength=2.2)
         clean(axes)
 
     least: list[float] = []
@@ -128,6 +129,6 @@ def _shares(figure: Figure, x: str, y: str) -> matplotlib.axes.Axes:
     axes = figure.add_subplot()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.04), xlabel=x, ylabel=y)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(PercentFormatter(1, decimals=0))
+        axis.set_major_formatter(_PERCENT)
     clean(axes)
     return axes

@@ -129,7 +129,7 @@ def write_detection_report(folder: str | Path, report: DetectionReport) -> Path:
         "run": data,
         "detection": data["detection"],
         "tiles": list(_tiles(overall, report.encoder is not None)),
-        "charts": {"ranking": list(_ranking_charts(report)), "reliability": _reliability(report)},
+        "charts": list(_charts(report)),
         "robustness": list(_robustness_charts(report)),
         "answered": overall.explained > 0 or overall.text_accuracy is not None,
         "encoder": report.encoder,
@@ -195,32 +195,38 @@ def _tiles(overall: DetectionMetrics, with_css: bool) -> Iterator[dict[str, str]
     ):  # fmt: skip
         yield {"name": name, "value": percent(value), "meaning": meaning}
     if overall.explained:
-        meaning = "Words that answers and annotations share, in order."
-        yield {"name": "Explanations, ROUGE-L", "value": percent(overall.rouge_l), "meaning": meaning}
+        meaning = "Words that explanations and annotations share, in order."
+        yield {"name": "ROUGE-L", "value": percent(overall.rouge_l), "meaning": meaning}
         if with_css:
-            name, value, meaning = "CSS", overall.css, "Likeness in meaning, by a sentence encoder."
+            name, value, meaning = (
+                "CSS",
+                overall.css,
+                "Explanations like the annotations in meaning, by a sentence encoder.",
+            )
         else:
-            name, value, meaning = "TF-IDF", overall.tfidf_cosine, "Likeness in words, rare ones counting more."
-        yield {"name": f"Explanations, {name}", "value": percent(value), "meaning": meaning}
+            name, value, meaning = (
+                "TF-IDF cosine",
+                overall.tfidf_cosine,
+                "Explanations like the annotations in words, rare ones counting more.",
+            )
+        yield {"name": name, "value": percent(value), "meaning": meaning}
 
 
-def _ranking_charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
+def _charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
+    """Of the probabilities; none without them, no ranking of one class."""
     curves, overall = detector_curves(report.outcomes), report.summary.overall
-    if curves["roc"] is None or curves["precision_recall"] is None:
-        return
-    svg = roc_chart(curves["roc"], name="ROC curve")
-    yield {"name": "ROC", "value": f"AUC {percent(overall.roc_auc)}", "svg": Markup(svg)}
-    svg = precision_recall_chart(
-        curves["precision_recall"], overall.fake / overall.count, name="Precision by recall of the fakes"
-    )
-    yield {"name": "Precision and recall", "value": f"AP {percent(overall.average_precision)}", "svg": Markup(svg)}
-
-
-def _reliability(report: DetectionReport) -> Markup | None:
-    if report.summary.overall.calibration_error is None:
-        return None
-    bins = reliability_bins(probabilities(report.outcomes), [o.label for o in report.outcomes])
-    return Markup(reliability_chart(bins, name="Share of right verdicts by confidence"))
+    if curves["roc"] is not None and curves["precision_recall"] is not None:
+        svg = roc_chart(curves["roc"], name="ROC curve")
+        yield {"name": "ROC", "value": f"AUC {percent(overall.roc_auc)}", "svg": Markup(svg)}
+        svg = precision_recall_chart(
+            curves["precision_recall"], overall.fake / overall.count, name="Precision by recall of the fakes"
+        )
+        yield {"name": "Precision", "value": f"AP {percent(overall.average_precision)}", "svg": Markup(svg)}
+    if overall.calibration_error is not None:
+        bins = reliability_bins(probabilities(report.outcomes), [o.label for o in report.outcomes])
+        svg = reliability_chart(bins, name="Share of right verdicts by confidence")
+        value = f"calibration error {percent(overall.calibration_error)}"
+        yield {"name": "Reliability", "value": value, "svg": Markup(svg)}
 
 
 def _robustness_charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
