@@ -30,7 +30,7 @@ class BrightnessDetector:
     stop_after: int | None = None
     calls: list = field(default_factory=list)
 
-    def detect(self, images, *, question, transform, with_latent, max_new_tokens, batch_size, on_error):
+    def detect(self, images, *, question, transform, with_latent, max_new_tokens, batch_size, calibration, on_error):
         images = list(images)
         questions = [question] * len(images) if question is None or isinstance(question, str) else list(question)
         assert len(questions) == len(images)
@@ -48,7 +48,9 @@ class BrightnessDetector:
             if transform is not None:
                 image = transform(image)
             p = float(np.asarray(image.convert("L")).mean()) / 255
-            text = f"This is a {'real' if p >= 0.5 else 'fake'} image. It is bright."[: 8 * max_new_tokens]
+            text = f"This is a {'real' if p >= 0.5 else 'fake'} image. It is bright."[
+                : None if max_new_tokens is None else 8 * max_new_tokens
+            ]
             says_so = self.has_head or len(text) > 20
             yield Said((p >= 0.5) if says_so else None, p if self.has_head else None, text)
 

@@ -1,6 +1,5 @@
 """The loop from records to a summary, and which records a limit leaves."""
 
-import math
 from collections import Counter
 from pathlib import Path
 
@@ -95,13 +94,14 @@ def test_answers_without_a_verdict_are_wrong_without_a_head(records):
     assert (overall.accuracy, overall.unparsed, overall.text_accuracy) == (0.0, 9, 0.0)
 
 
-def test_a_probability_that_is_no_number_is_no_verdict(records):
-    class Diverged:
+def test_images_in_an_unsure_band_are_wrong_and_counted(records):
+    class Unsure:
         def detect(self, images, **options):
-            return (Said(False, math.nan, "This is a fake image.") for _ in images)
+            return (Said(None, 0.55, "This is a real image.") for _ in images)
 
-    overall = score_detection(Diverged(), records).overall
-    assert (overall.accuracy, overall.unreadable) == (0.0, 9)
+    overall = score_detection(Unsure(), records).overall
+    assert (overall.accuracy, overall.unparsed, overall.unsure, overall.unreadable) == (0.0, 9, 9, 0)
+    assert overall.calibration_error == pytest.approx(abs(0.55 - 4 / 9))  # the probability is judged all the same
 
 
 def test_text_that_disagrees_with_the_head(records):

@@ -44,9 +44,13 @@ def add(commands: Commands) -> None:
                               "the model was trained with)")  # fmt: skip
     command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
     command.add_argument(
-        "--max-tokens", type=int, default=256, metavar="N", help="longest explanation; 0 = verdict only (default: 256)"
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest explanation; 0 = verdict only (default: 256, or the model's room)",
     )
     command.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
     command.add_argument("--sentence-encoder", type=Path, metavar="FOLDER",
                          help="local sentence encoder (safetensors) for the semantic similarity of explanations, CSS; "
                               "without it, only words are compared")  # fmt: skip
@@ -102,6 +106,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _settings(options: argparse.Namespace) -> RunSettings:
     from unigendet.evaluation.detection_run import RunSettings
+    from unigendet.inference.calibration import Calibration
 
     for name, least in (("limit", 1), ("batch_size", 1), ("max_tokens", 0)):
         value = getattr(options, name)
@@ -112,6 +117,7 @@ def _settings(options: argparse.Namespace) -> RunSettings:
         with_latent=not options.no_latent,
         max_new_tokens=options.max_tokens,
         batch_size=options.batch_size,
+        calibration=None if options.calibration is None else Calibration.load(options.calibration),
         disturbances=tuple(_disturbances(options)),
     )
 
@@ -132,11 +138,14 @@ def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
 
 def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: object) -> dict[str, Any]:
     """The settings that verdicts depend on; batches and devices move last bits at most, so a run may change them."""
+    from unigendet.evaluation.results import plain
+
     return {
         "limit": options.limit,
         "question": settings.question,
         "latent_view": settings.with_latent,
         "max_tokens": settings.max_new_tokens,
+        "calibration": settings.calibration and plain(settings.calibration),
         "dtype": str(dtype).removeprefix("torch."),
         "version": __version__,
     }

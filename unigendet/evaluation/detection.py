@@ -47,10 +47,10 @@ REAL, FAKE = 1, 0
 class DetectionOutcome:
     """What the detector said about one image.
 
-    ``name``: the image (a path or an id, unique in a run). ``group``: generator or category. ``label``: 1 real, 0 fake.
-    ``verdict``: 1, 0 or None (unparsed answer or failed request). ``probability`` of real in [0, 1], None if there is
-    none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is none.
-    ``error``: why the image could not be judged.
+    ``name``: the image (a path or an id). ``group``: generator or category. ``label``: 1 real, 0 fake. ``verdict``: 1,
+    0 or None (unparsed answer, failed request, or within an unsure band). ``probability`` of real in [0, 1], None if
+    there is none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is
+    none. ``error``: why the image could not be judged.
     """
 
     name: str
@@ -79,9 +79,9 @@ class DetectionMetrics:
     """The metrics of one group, or of everything; the module's docstring says how they are defined.
 
     ``count`` = ``real`` + ``fake`` images of the group itself; ``unparsed``: without a verdict, of which ``unreadable``
-    could not be judged at all; ``borrowed_real``: real images of other groups it was
-    set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a reference, over which
-    ``rouge_l`` (mean ROUGE-L F-measure), ``tfidf_cosine`` and ``css`` (mean cosine of the sentence encoder) run.
+    could not be judged at all and ``unsure`` lie within a calibration's unsure band; ``borrowed_real``: real images of
+    other groups it was set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a
+    reference, over which ``rouge_l`` (mean ROUGE-L F-measure), ``tfidf_cosine`` and ``css`` (mean cosines) run.
     """
 
     group: str
@@ -90,6 +90,7 @@ class DetectionMetrics:
     fake: int
     unparsed: int
     unreadable: int
+    unsure: int
     accuracy: float
     accuracy_interval: tuple[float, float]
     borrowed_real: int
@@ -197,6 +198,7 @@ def _metrics(
         fake=len(own) - real,
         unparsed=sum(outcomes[i].verdict is None for i in own),
         unreadable=sum(outcomes[i].error is not None for i in own),
+        unsure=sum(outcomes[i].verdict is None and outcomes[i].probability is not None for i in own),
         accuracy=correct / len(own),
         accuracy_interval=wilson_interval(correct, len(own)),
         borrowed_real=len(borrowed),

@@ -105,6 +105,13 @@ def _notes(report: DetectionReport) -> Iterator[str]:
         )
     if overall.calibration_error is None:
         yield "There are no probabilities, as from a model without a real/fake head: verdicts are the answers' own."
+    if overall.unsure:
+        decided = judged - overall.unparsed
+        share = f"{percent(overall.accuracy * judged / decided)} of the" if decided else "No"
+        yield (
+            f"{overall.unsure:,} images lie within the calibration's unsure band and count as wrong. {share} "
+            f"{decided:,} others with a verdict were judged right."
+        )
     if overall.unreadable:
         yield f"{overall.unreadable:,} images could not be judged. They count as wrong."
 
@@ -160,7 +167,7 @@ def make_report(
         encoder: for ``css``.
         parts: the other fields of ``DetectionReport``.
     """
-    outcomes = predictions.outcomes(UNDISTURBED, with_references=how.max_new_tokens > 0)
+    outcomes = predictions.outcomes(UNDISTURBED, with_references=how.with_text)
     disturbed = {d: predictions.outcomes(d.name, with_references=False) for d in how.disturbances}
     return DetectionReport(
         outcomes=outcomes,

@@ -16,13 +16,16 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
+
+if TYPE_CHECKING:
+    from unigendet.inference.calibration import Calibration
 
 RUN_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
 SCHEMA = 1  # of run.json and predictions.jsonl
@@ -193,13 +196,19 @@ class Predictions:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """How to judge: ``question`` None asks each record's own; ``disturbances``: further conditions, verdict only."""
+    """How to judge, as ``scoring.judge`` takes it; ``disturbances``: further conditions, verdicts only."""
 
     question: str | None = None
     with_latent: bool = True
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     batch_size: int = 16
+    calibration: Calibration | None = None
     disturbances: tuple[Disturbance, ...] = ()
+
+    @property
+    def with_text(self) -> bool:
+        """Whether the answers' texts are asked for."""
+        return self.max_new_tokens != 0
 
     @property
     def conditions(self) -> dict[str, Disturbance | None]:
@@ -236,8 +245,8 @@ def complete(
         return
     detector = load()
     need = "positive: without a real/fake head, the verdict is in the text"
-    check(detector.has_head or settings.max_new_tokens > 0, "max_new_tokens", settings.max_new_tokens, need)
-    verdict_only = 0 if detector.has_head else min(settings.max_new_tokens, VERDICT_TOKENS)
+    check(detector.has_head or settings.with_text, "max_new_tokens", settings.max_new_tokens, need)
+    verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
     for name, disturbance in settings.conditions.items():
         if progress is not None:
             progress(name, done, total)
@@ -250,6 +259,7 @@ def complete(
             with_latent=settings.with_latent,
             max_new_tokens=settings.max_new_tokens if disturbance is None else verdict_only,
             batch_size=settings.batch_size,
+            calibration=settings.calibration,
         )
         for _ in predictions.extend(name, todo[name], outcomes):
             done += 1

@@ -1,7 +1,7 @@
 """What images go through on their way over the web, as disturbances of a set strength, and accuracy under them.
 
 A disturbance is applied to the original image, before the model's views are made of it, and draws no random numbers.
-Transparency is first composited on white; grey images stay grey.
+The image is first made RGB as for the undisturbed views.
 
 - ``jpeg``: compressed at this quality (1 to 100, by Pillow, with its usual chroma subsampling) and decoded again.
 - ``resize``: both edges scaled by this factor, below 1, rounded and at least one pixel, with antialiased bicubic
@@ -55,9 +55,8 @@ class Disturbance:
         return f"{self.kind} {self.level:g}"
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """The disturbed image, in mode L or RGB."""
-        plain = image if image.mode == "L" and "transparency" not in image.info else to_rgb(image)
-        return {"jpeg": _jpeg, "resize": _resize, "blur": _blur}[self.kind](plain, self.level)
+        """The disturbed image, RGB."""
+        return {"jpeg": _jpeg, "resize": _resize, "blur": _blur}[self.kind](to_rgb(image), self.level)
 
 
 def _jpeg(image: Image.Image, quality: float) -> Image.Image:
@@ -74,9 +73,8 @@ def _resize(image: Image.Image, factor: float) -> Image.Image:
 
 
 def _blur(image: Image.Image, sigma: float) -> Image.Image:
-    values = np.asarray(image, np.float32)
-    sigmas = (sigma, sigma, *([0] * (values.ndim - 2)))  # not across the colours
-    blurred = gaussian_filter(values, sigmas, mode="reflect", truncate=4.0)
+    values = np.asarray(image, np.float32)  # [H, W, 3]
+    blurred = gaussian_filter(values, (sigma, sigma, 0), mode="reflect", truncate=4.0)
     return Image.fromarray(np.clip(np.rint(blurred), 0, 255).astype(np.uint8))
 
 

@@ -1,12 +1,11 @@
 """Scoring a detector on annotated images.
 
-The detector is anything with the ``detect`` of ``unigendet.inference.pipeline.Pipeline``: this room imports no
-inference, so a training run can score its unfinished model the same way.
+The detector is anything with the ``detect`` of ``unigendet.inference.pipeline.Pipeline``, so a training run can score
+its unfinished model the same way.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from unigendet.evaluation.explanations import SentenceEncoder
+    from unigendet.inference.calibration import Calibration
 
 
 class Verdict(Protocol):
@@ -40,7 +40,7 @@ class Detector(Protocol):
 
     def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
         """Judge images; ``options`` are ``question``, ``transform``, ``with_latent``, ``max_new_tokens``,
-        ``batch_size``, ``on_error``.
+        ``batch_size``, ``calibration``, ``on_error``.
         """
         ...
 
@@ -83,8 +83,9 @@ def judge(
     question: str | None = None,
     transform: Callable[[Image], Image] | None = None,
     with_latent: bool = True,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
+    calibration: Calibration | None = None,
 ) -> Iterator[DetectionOutcome]:
     """The detector's outcome on every record, in order and as they come; an unreadable image is one without a verdict.
 
@@ -95,8 +96,10 @@ def judge(
         question: asked of every image; None asks each record's own, and where it has none, the detector's.
         transform: applied to the original images, before the model's views.
         with_latent: show the latent view too.
-        max_new_tokens: longest answer; 0 asks for no explanation, so there is nothing to compare with the annotation.
+        max_new_tokens: longest answer; 0 asks for no explanation, so there is nothing to compare with the annotation;
+            None leaves it to the detector.
         batch_size: images judged together.
+        calibration: the pipeline's, for its verdicts.
 
     Raises:
         ValueError: of the detector, for an unfit option.
@@ -108,26 +111,24 @@ def judge(
         with_latent=with_latent,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        calibration=calibration,
         on_error="row",
     )
     for record, verdict in zip(records, verdicts, strict=True):
         name = record.image if root is None else record.image.relative_to(root)
-        yield _outcome(str(name), record, verdict, record.answer if max_new_tokens else "")
+        yield _outcome(str(name), record, verdict, record.answer if max_new_tokens != 0 else "")
 
 
 def _outcome(name: str, record: DetectionRecord, verdict: Verdict, reference: str) -> DetectionOutcome:
-    error, real, probability = verdict.error, verdict.real, verdict.probability
-    if probability is not None and not math.isfinite(probability):  # a model that has diverged
-        error, real, probability = f"the probability is {probability}", None, None
     return DetectionOutcome(
         name=name,
         group=record.category,
         label=record.label,
-        verdict=None if real is None else int(real),
-        probability=probability,
+        verdict=None if verdict.real is None else int(verdict.real),
+        probability=verdict.probability,
         explanation=verdict.explanation,
         reference=reference,
-        error=error,
+        error=verdict.error,
     )
 
 
@@ -144,8 +145,9 @@ def score_detection(
     limit: int | None = None,
     question: str | None = None,
     with_latent: bool = True,
-    max_new_tokens: int = 256,
+    max_new_tokens: int | None = None,
     batch_size: int = 16,
+    calibration: Calibration | None = None,
     encoder: SentenceEncoder | None = None,
 ) -> DetectionSummary:
     """Judge annotated images and score the verdicts and explanations.
@@ -154,7 +156,7 @@ def score_detection(
         detector: a ``Pipeline``, or what judges like one.
         records: annotated images.
         limit: judge at most so many, chosen by ``limit_evenly``.
-        question, with_latent, max_new_tokens, batch_size: as in ``judge``.
+        question, with_latent, max_new_tokens, batch_size, calibration: as in ``judge``.
         encoder: for ``css``.
 
     Raises:
@@ -168,5 +170,6 @@ def score_detection(
         with_latent=with_latent,
         max_new_tokens=max_new_tokens,
         batch_size=batch_size,
+        calibration=calibration,
     )
     return summarise(list(outcomes), encoder)
