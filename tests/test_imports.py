@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "packing": {"config", "layout"},
     "model": {"config", "layout", "ops", "packing"},
     "data": {"config", "config_file", "layout", "packing"},
-    "evaluation": {"config", "config_file", "packing", "model", "data"},
+    "evaluation": {"config", "config_file", "packing", "model", "data", "inference"},
     "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
     "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data"},
 }
