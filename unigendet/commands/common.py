@@ -1,9 +1,8 @@
-"""What several commands share: their common options, a user's errors, loading a model, finding pictures."""
+"""What several commands share: their common options, a user's errors, loading a model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ if TYPE_CHECKING:
 
     from unigendet.inference.pipeline import Pipeline
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures to be written
 
 
 class UserError(Exception):
@@ -72,19 +71,3 @@ def load_pipeline(options: argparse.Namespace) -> Pipeline:
 
     device, dtype = device_and_dtype(options)
     return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, autoencoder=options.autoencoder)
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are; folders as the images anywhere below them, sorted. Raises UserError for what is not there."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"no images in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-            found.extend(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"there is no file or folder {path}")
-    return found

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigendet import __version__
 from unigendet.commands.common import Commands, UserError, device_and_dtype, load_pipeline, model_options
+from unigendet.commands.detect import quiet_pillow
+from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
     from unigendet.evaluation.detection_run import RunSettings
@@ -83,8 +85,14 @@ def run(options: argparse.Namespace) -> int:
         "data": folders.data_hash(records, root),
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
-    with _progress() as progress:
-        folders.complete(predictions, records, settings, lambda: load_pipeline(options), root=root, progress=progress)
+    left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
+    if left < len(records) * len(settings.conditions):
+        print(f"{options.out}: going on where it stopped, {left} verdicts to come", file=sys.stderr)
+    quiet_pillow()
+    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
+        folders.complete(
+            predictions, records, settings, lambda: load_pipeline(options), root=root, progress=bar.advance
+        )
     shown = {
         "model": {"folder": str(options.model), "sha256": identity["model"]},
         "data": {"path": str(options.data), "sha256": identity["data"], "images": len(everything)},
@@ -149,20 +157,3 @@ def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: obje
         "dtype": str(dtype).removeprefix("torch."),
         "version": __version__,
     }
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on standard error, if that is a terminal."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("")
-
-        def show(condition: str, done: int, total: int) -> None:
-            bar.update(task, description=condition, completed=done, total=total)
-
-        yield show

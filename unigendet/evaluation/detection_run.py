@@ -223,7 +223,7 @@ def complete(
     load: Callable[[], Detector],
     *,
     root: Path,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Callable[[], None] = lambda: None,
 ) -> None:
     """Judge what ``predictions`` lack.
 
@@ -233,26 +233,23 @@ def complete(
         settings: how.
         load: makes the detector; called only if anything is missing.
         root: what image names are relative to.
-        progress: called with (condition, done, of how many in all) before the first image and after every one.
+        progress: called after every outcome.
 
     Raises:
         ValueError: a setting that the detector cannot do.
     """
-    todo = {name: predictions.missing(name) for name in settings.conditions}
-    total = len(todo) * len(records)
-    done = total - sum(map(len, todo.values()))
-    if done == total:
+    todo = {name: places for name in settings.conditions if (places := predictions.missing(name))}
+    if not todo:
         return
     detector = load()
     need = "positive: without a real/fake head, the verdict is in the text"
     check(detector.has_head or settings.with_text, "max_new_tokens", settings.max_new_tokens, need)
     verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
-    for name, disturbance in settings.conditions.items():
-        if progress is not None:
-            progress(name, done, total)
+    for name, places in todo.items():
+        disturbance = settings.conditions[name]
         outcomes = judge(
             detector,
-            [records[i] for i in todo[name]],
+            [records[i] for i in places],
             root=root,
             question=settings.question,
             transform=disturbance,
@@ -261,7 +258,5 @@ def complete(
             batch_size=settings.batch_size,
             calibration=settings.calibration,
         )
-        for _ in predictions.extend(name, todo[name], outcomes):
-            done += 1
-            if progress is not None:
-                progress(name, done, total)
+        for _ in predictions.extend(name, places, outcomes):
+            progress()
