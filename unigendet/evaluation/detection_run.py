@@ -32,6 +32,7 @@ SCHEMA = 1  # of run.json and predictions.jsonl
 KIND = "unigendet evaluate detection"
 UNDISTURBED = "undisturbed"
 VERDICT_TOKENS = 32  # enough for the verdict's sentence in any vocabulary, for a model whose verdict is its text
+ODD_NAMES = "backslashreplace"  # file names that are no text; what this makes of them, JSON reads back
 MODEL_SUFFIXES = {".json", ".safetensors", ".txt"}
 
 
@@ -115,7 +116,7 @@ def _compare(run: Path, identity: Mapping[str, Any]) -> None:
 def write_whole(path: Path, text: str) -> None:
     """Write a file that is there whole or not at all."""
     part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8")
+    part.write_text(text, encoding="utf-8", errors=ODD_NAMES)
     os.replace(part, path)
 
 
@@ -148,6 +149,7 @@ class Predictions:
 
     def _read(self, row: dict[str, Any]) -> None:
         index, fields = row["index"], {"verdict", "probability", "explanation", "error"}
+        check(index in range(len(self._records)), "index", index, f"from 0 to {len(self._records) - 1}")
         record = self._records[index]
         check(row["image"] == self.name(index), "image", row["image"], self.name(index))
         outcome = DetectionOutcome(
@@ -175,7 +177,7 @@ class Predictions:
 
     def extend(self, condition: str, places: Sequence[int], outcomes: Iterable[DetectionOutcome]) -> Iterator[int]:
         """Write outcomes as they come; yields each one's place after it is on disk."""
-        with self._file.open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8", errors=ODD_NAMES) as file:
             for index, outcome in zip(places, outcomes, strict=True):
                 row = {
                     "condition": condition,
