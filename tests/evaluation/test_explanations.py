@@ -7,26 +7,12 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tiny_encoder import write_encoder
+from transformers import BertModel, BertTokenizerFast
 
 from unigendet.evaluation.explanations import SentenceEncoder, tfidf_cosines
 
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "soft", "edges", "hard", "pale", "ink"]
 TEXTS = ["soft edges", "hard edges pale ink", "ink", "ink ink soft unknown"]
-
-
-def write_encoder(folder, **config):
-    """A BERT of two layers as transformers saves one."""
-    torch.manual_seed(0)
-    folder.mkdir(parents=True)
-    (folder / "vocab.txt").write_text("\n".join(WORDS))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 24}
-    model = BertModel(
-        BertConfig(vocab_size=len(WORDS), max_position_embeddings=12, initializer_range=1.0, **sizes, **config)
-    )
-    model.save_pretrained(folder)
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +62,15 @@ def test_cosines(encoder):
     found = encoder.cosines([TEXTS[0], TEXTS[1], "", TEXTS[2]], [TEXTS[1], TEXTS[1], TEXTS[0], ""])
     assert found == [pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5), pytest.approx(1.0, abs=1e-5), 0.0, None]
     assert encoder.cosines(["", "x"], ["soft", ""]) == [0.0, None]  # nothing to encode
+
+
+def test_loading_is_silent_and_leaves_the_library_s_progress_bars_as_they_were(folder, capsys):
+    from transformers.utils import logging
+
+    before = logging.is_progress_bar_enabled()
+    SentenceEncoder(folder)
+    assert capsys.readouterr() == ("", "")
+    assert logging.is_progress_bar_enabled() == before
 
 
 def test_long_texts_are_cut(encoder):

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from detectors import BrightnessDetector, Said, write_images
-from test_explanations import write_encoder
+from tiny_encoder import write_encoder
 
 from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.explanations import SentenceEncoder

@@ -106,14 +106,14 @@ def _notes(report: DetectionReport) -> Iterator[str]:
     if overall.calibration_error is None:
         yield "There are no probabilities, as from a model without a real/fake head: verdicts are the answers' own."
     if overall.unsure:
+        note = f"{overall.unsure:,} images lie within the calibration's unsure band and count as wrong."
         decided = judged - overall.unparsed
-        share = f"{percent(overall.accuracy * judged / decided)} of the" if decided else "No"
-        yield (
-            f"{overall.unsure:,} images lie within the calibration's unsure band and count as wrong. {share} "
-            f"{decided:,} others with a verdict were judged right."
-        )
+        if decided:
+            share = percent(overall.accuracy * judged / decided)
+            note += f" {share} of the {decided:,} others with a verdict were judged right."
+        yield note
     if overall.unreadable:
-        yield f"{overall.unreadable:,} images could not be judged. They count as wrong."
+        yield f"Images that could not be judged: {overall.unreadable:,}. They count as wrong."
 
 
 def write_detection_report(folder: str | Path, report: DetectionReport) -> Path:

@@ -118,7 +118,10 @@ class SentenceEncoder:
 
 def _load(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model, found = AutoModel.from_pretrained(
@@ -127,6 +130,9 @@ def _load(folder: Path) -> tuple[PreTrainedTokenizerBase, PreTrainedModel]:
     except Exception as error:  # transformers raises whatever its parts do
         why = str(error).strip().partition("\n")[0]
         raise ValueError(f"{folder} does not hold a sentence encoder: {type(error).__name__}: {why}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()
     # transformers fills what is missing with random numbers. The pooler comes after the states that are used here.
     missing = sorted(name for name in found["missing_keys"] if not name.startswith("pooler."))
     if missing:
