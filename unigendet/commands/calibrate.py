@@ -37,7 +37,7 @@ def add(commands: Commands) -> None:
     calibrate.add_argument("--out", type=Path, default=Path("calibration.json"), metavar="FILE",
                            help="the calibration (default: %(default)s); replaced if it is there")  # fmt: skip
     calibrate.add_argument("--max-false-alarms", type=float, metavar="RATE",
-                         help="most real images to be called fake, as a share (default: best balanced accuracy)")  # fmt: skip
+                           help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
                            help="leave as few unsure as lets this share of the others be right")  # fmt: skip
     question_options(calibrate)
@@ -46,24 +46,19 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.data.labelled import read_labelled
-    from unigendet.evaluation.calibration import at_limit, fit_calibration
+    from unigendet.evaluation.calibration import at_limit, check_request, fit_calibration
 
     records = read_labelled(options.data, image_root=options.image_root)
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder; name a file")
-    for label, name in ((1, "real"), (0, "fake")):
-        if all(record.label != label for record in records):
-            raise UserError(f"{options.data} has no {name} images; a calibration needs images of both labels")
+    targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
+    check_request([record.label for record in records], **targets)
     pipeline = load_pipeline(options)
     if pipeline.model.class_head is None:
-        raise UserError(
-            f"the model {options.model} has no real/fake head, only its words; there is nothing to calibrate"
-        )
+        raise UserError(f"the model {options.model} has no real/fake head; there is nothing to calibrate")
     quiet_pillow()
     logits, labels = _judge(options, pipeline, records)
-    fitted = fit_calibration(
-        logits, labels, max_false_alarms=options.max_false_alarms, confident_accuracy=options.confident_accuracy
-    )
+    fitted = fit_calibration(logits, labels, **targets)
     fitted = _described(options, pipeline, fitted, len(records) - len(labels))
     options.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(options.out)

@@ -95,11 +95,14 @@ class RowWriter:
         self._file.write(json.dumps({name: row[name] for name in self._columns}, ensure_ascii=plain) + "\n")
 
     def _write_csv(self, row: Mapping[str, Any]) -> None:
-        writer = csv.writer(self._file, lineterminator="\n")
+        cells = ["" if row[name] is None else row[name] for name in self._columns]
+        # Quotes where they are needed; Python before 3.13 does not see that a carriage return needs them.
+        every = any("\r" in one for one in cells if isinstance(one, str))
+        writer = csv.writer(self._file, lineterminator="\n", quoting=csv.QUOTE_ALL if every else csv.QUOTE_MINIMAL)
         if not self._begun:
             writer.writerow(self._columns)
             self._begun = True
-        writer.writerow(["" if row[name] is None else row[name] for name in self._columns])
+        writer.writerow(cells)
 
     def _write_tabs(self, row: Mapping[str, Any]) -> None:
         self._file.write("\t".join(self._cells(row)) + "\n")

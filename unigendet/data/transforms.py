@@ -69,7 +69,8 @@ def _reason(error: Exception) -> str:
         return "cannot be decoded: there is not enough memory; scale it down first"
     if isinstance(error, OSError) and error.errno is not None:
         return f"cannot be read: {error.strerror}; check the file and where it is kept"
-    return f"cannot be decoded: {error or type(error).__name__}; the file is damaged or cut short: copy or save it anew"
+    what = str(error) or type(error).__name__
+    return f"cannot be decoded: {what}; the file is damaged or cut short: copy or save it anew"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

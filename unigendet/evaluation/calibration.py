@@ -50,25 +50,34 @@ def fit_calibration(
     Raises:
         ValueError: the arguments do not fit; fewer than ten images of a label; no band reaches the accuracy.
     """
+    check_request(labels, max_false_alarms=max_false_alarms, confident_accuracy=confident_accuracy)
     z, real = np.asarray(logits, np.float64), np.asarray(labels)
-    check(z.ndim == 1 and z.shape == real.shape, "labels", f"of shape {real.shape}", f"of the logits' shape {z.shape}")
+    check(z.shape == real.shape, "logits", f"of shape {list(z.shape)}", f"one per label, {list(real.shape)}")
     check(bool(np.isfinite(z).all()), "logits", "not finite in places", "finite")
-    check(set(real.tolist()) <= {0, 1}, "labels", sorted(set(real.tolist())), "1 (real) or 0 (fake)")
-    counts = {"real": int(real.sum()), "fake": int(len(real) - real.sum())}
-    for name, count in counts.items():
+    counts, real = {"real": int(real.sum()), "fake": int((1 - real).sum())}, real.astype(bool)
+    fitted = Calibration(fit_temperature(z, real))
+    probabilities = np.array([fitted.probability(x) for x in z])
+    fitted = dataclasses.replace(fitted, threshold=best_threshold(probabilities, real, max_false_alarms))
+    if confident_accuracy is not None:
+        band = unsure_band(probabilities, real, fitted.threshold, confident_accuracy)
+        fitted = dataclasses.replace(fitted, unsure=band)
+    measured = counts | {"before": measure(Calibration(), z, real), "after": measure(fitted, z, real)}
+    return dataclasses.replace(fitted, measured=measured)
+
+
+def check_request(
+    labels: Sequence[int], *, max_false_alarms: float | None = None, confident_accuracy: float | None = None
+) -> None:
+    """Raise ValueError for what ``fit_calibration`` cannot do, before there are logits."""
+    unknown = sorted(set(labels) - {0, 1})
+    check(not unknown, "labels", unknown, "1 (real) or 0 (fake)")
+    for label, name in ((1, "real"), (0, "fake")):
+        count = sum(one == label for one in labels)
         need = f"at least {LEAST_PER_LABEL} for a calibration, and several hundred for a good one"
         check(count >= LEAST_PER_LABEL, f"the number of {name} images", count, need)
     limit, accuracy = max_false_alarms, confident_accuracy
     check(limit is None or 0 <= limit < 1, "max_false_alarms", limit, "a share in [0, 1)")
     check(accuracy is None or 0.5 < accuracy <= 1, "confident_accuracy", accuracy, "a share in (0.5, 1]")
-    real = real.astype(bool)
-    fitted = Calibration(fit_temperature(z, real))
-    probabilities = np.array([fitted.probability(x) for x in z])
-    fitted = dataclasses.replace(fitted, threshold=best_threshold(probabilities, real, limit))
-    if accuracy is not None:
-        fitted = dataclasses.replace(fitted, unsure=unsure_band(probabilities, real, fitted.threshold, accuracy))
-    measured = counts | {"before": measure(Calibration(), z, real), "after": measure(fitted, z, real)}
-    return dataclasses.replace(fitted, measured=measured)
 
 
 def fit_temperature(logits: np.ndarray, real: np.ndarray) -> float:
