@@ -113,7 +113,7 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
     first = (tmp_path / "out" / "evaluation.html").read_bytes()
     code, _, err = evaluate("--max-tokens", 0, "--batch-size", 3, "--jpeg", 50)
     assert code == 0
-    assert "going on where it stopped, 12 verdicts to come" in err
+    assert "out has 12 of 24 verdicts already" in err
     assert list(results(tmp_path / "out")["robustness"]) == ["jpeg"]
     monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
     evaluate("--max-tokens", 0)

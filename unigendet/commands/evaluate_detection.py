@@ -86,8 +86,9 @@ def run(options: argparse.Namespace) -> int:
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
     left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
-    if left < len(records) * len(settings.conditions):
-        print(f"{options.out}: going on where it stopped, {left} verdicts to come", file=sys.stderr)
+    total = len(records) * len(settings.conditions)
+    if left < total:
+        print(f"{options.out} has {total - left} of {total} verdicts already", file=sys.stderr)
     quiet_pillow()
     with Progress("unigendet evaluate detection", left, "verdicts") as bar:
         folders.complete(
