@@ -17,7 +17,6 @@ from sklearn.metrics import balanced_accuracy_score, log_loss
 from unigendet.evaluation.calibration import (
     at_limit,
     best_threshold,
-    expected_calibration_error,
     fit_calibration,
     fit_temperature,
     unsure_band,
@@ -133,13 +132,6 @@ def test_no_band_is_enough():
     ):
         unsure_band(p, real, 0.5, 0.9)
     assert unsure_band(p, real, 0.5, 0.75) is None
-
-
-def test_calibration_error():
-    assert expected_calibration_error(np.array([0.0, 1.0]), np.array([False, True])) == 0
-    assert expected_calibration_error(np.array([1.0, 1.0]), np.array([False, True])) == 0.5
-    p = np.array([0.41, 0.43, 0.9])  # the first two share a bin: mean 0.42, half of them real
-    assert expected_calibration_error(p, np.array([False, True, True])) == pytest.approx((2 * 0.08 + 0.1) / 3)
 
 
 @pytest.mark.parametrize(

@@ -120,18 +120,22 @@ def test_a_line_that_was_cut_off_is_judged_again(folder, records, root, cut):
     ("line", "message"),
     [
         ("no JSON", "Expecting value"),
-        ("[]", "list indices"),
-        ('{"condition": "undisturbed", "index": 99}', "index is 99; it must be from 0 to 8"),
-        ('{"condition": "undisturbed", "index": "1"}', "index is '1'"),
-        ('{"condition": "undisturbed", "index": -1}', "index is -1"),
-        ('{"condition": "undisturbed", "index": 1}', "'image'"),
-        ('{"condition": "undisturbed", "index": 0, "image": "else.png"}', "image is 'else.png'; it must be"),
-        ('{"condition": "undisturbed", "index": 0, "image": "real/0.png", "verdict": 3}', "probability"),
+        ("[]", "it is no object"),
+        ('{"index": 1, "image": "real/1.png", "verdict": 1, "error": null}', "it lacks condition, probability, expl"),
+        ({"index": 99}, "index is 99; it must be from 0 to 8"),
+        ({"index": "1"}, "index is '1'"),
+        ({"index": -1}, "index is -1"),
+        ({"image": "else.png"}, r"image is 'else\.png'; it must be real/0\.png"),
+        ({"verdict": 3}, "verdict is 3"),
+        ({"probability": 2}, "probability is 2"),
+        ({"probability": "high"}, "must be real number"),
     ],
 )
 def test_a_damaged_line_is_named(folder, records, root, line, message):
     finish(folder, records, root, RunSettings())
     file = folder / "predictions.jsonl"
+    if isinstance(line, dict):
+        line = json.dumps({**rows(folder)[0], **line})
     file.write_text(file.read_text() + line + "\n")
     with pytest.raises(
         ValueError, match=rf"predictions\.jsonl, line 10 is no prediction of this evaluation: .*{message}"

@@ -22,6 +22,7 @@ DISTURBANCES = {
     "resize": (float, "F", "factors, below 1, that both edges are scaled by"),
     "blur": (float, "S", "standard deviations of a Gaussian blur, in pixels"),
 }
+CALIBRATION = ("temperature", "threshold", "unsure")  # what of one moves verdicts
 
 
 def add(commands: Commands) -> None:
@@ -149,12 +150,13 @@ def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: obje
     """The settings that verdicts depend on; batches and devices move last bits at most, so a run may change them."""
     from unigendet.evaluation.results import plain
 
+    calibration = settings.calibration
     return {
         "limit": options.limit,
         "question": settings.question,
         "latent_view": settings.with_latent,
         "max_tokens": settings.max_new_tokens,
-        "calibration": settings.calibration and plain(settings.calibration),
+        "calibration": calibration and {name: plain(getattr(calibration, name)) for name in CALIBRATION},
         "dtype": str(dtype).removeprefix("torch."),
         "version": __version__,
     }

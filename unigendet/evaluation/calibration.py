@@ -22,11 +22,11 @@ import numpy as np
 from scipy.optimize import minimize_scalar
 
 from unigendet.config import check
+from unigendet.evaluation.reliability import calibration_error
 from unigendet.inference.calibration import Calibration
 
 LEAST_PER_LABEL = 10
 TEMPERATURES = (0.05, 20.0)  # where labels are told apart perfectly, or not at all, the best one has no bounds
-BINS = 15
 
 
 def fit_calibration(
@@ -149,10 +149,10 @@ def unsure_band(
 def measure(calibration: Calibration, logits: np.ndarray, real: np.ndarray) -> dict[str, Any]:
     """What a calibration does on labelled images. ``logits`` [N], ``real`` bool [N].
 
-    ``nll``: mean negative log-likelihood, in nats. ``ece``: expected calibration error, the mean distance between the
-    probability of real and the share of real images over 15 bins of equal width. ``accuracy``, ``balanced_accuracy``,
-    ``false_alarms`` (share of real images below the threshold), ``missed_fakes`` (share of fakes from it on): of the
-    threshold alone. ``unsure``: the share in the band; ``confident_accuracy``: accuracy outside it, None if nothing is.
+    ``nll``: mean negative log-likelihood, in nats. ``ece``: ``reliability.calibration_error``. ``accuracy``,
+    ``balanced_accuracy``, ``false_alarms`` (share of real images below the threshold), ``missed_fakes`` (share of fakes
+    from it on): of the threshold alone. ``unsure``: the share in the band; ``confident_accuracy``: accuracy outside it,
+    None if nothing is.
     """
     p = np.array([calibration.probability(x) for x in logits])
     verdicts = [calibration.verdict(x) for x in p]
@@ -162,7 +162,7 @@ def measure(calibration: Calibration, logits: np.ndarray, real: np.ndarray) -> d
     alarms, missed = float((~called)[real].mean()), float(called[~real].mean())
     return {
         "nll": _negative_log_likelihood(logits / calibration.temperature, real),
-        "ece": expected_calibration_error(p, real),
+        "ece": calibration_error(p, real),
         "accuracy": float(right.mean()),
         "balanced_accuracy": 1 - (alarms + missed) / 2,
         "false_alarms": alarms,
@@ -170,13 +170,6 @@ def measure(calibration: Calibration, logits: np.ndarray, real: np.ndarray) -> d
         "unsure": float((~outside).mean()),
         "confident_accuracy": float(right[outside].mean()) if outside.any() else None,
     }
-
-
-def expected_calibration_error(probabilities: np.ndarray, real: np.ndarray) -> float:
-    """See ``measure``. A probability on the border of two bins belongs to the upper one."""
-    index = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    gaps = np.bincount(index, probabilities - real, minlength=BINS)
-    return float(np.abs(gaps).sum() / len(probabilities))
 
 
 def _negative_log_likelihood(scaled: np.ndarray, real: np.ndarray) -> float:

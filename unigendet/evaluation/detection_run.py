@@ -33,6 +33,8 @@ KIND = "unigendet evaluate detection"
 UNDISTURBED = "undisturbed"
 VERDICT_TOKENS = 32  # enough for the verdict's sentence in any vocabulary, for a model whose verdict is its text
 ODD_NAMES = "backslashreplace"  # file names that are no text; what this makes of them, JSON reads back
+JUDGED = ("verdict", "probability", "explanation", "error")  # fields of a row, as of an outcome
+ROW = ("condition", "index", "image", *JUDGED)  # what a row must have to be read
 MODEL_SUFFIXES = {".json", ".safetensors", ".txt"}
 
 
@@ -141,19 +143,24 @@ class Predictions:
         for number, line in enumerate(whole.splitlines(), 1):
             try:
                 self._read(json.loads(line))
-            except (ValueError, TypeError, KeyError) as error:
+            except (ValueError, TypeError) as error:
                 raise ValueError(f"{self._file}, line {number} is no prediction of this evaluation: {error}") from error
         if len(whole) < len(content):
             with self._file.open("r+b") as file:
                 file.truncate(len(whole))
 
-    def _read(self, row: dict[str, Any]) -> None:
-        index, fields = row["index"], {"verdict", "probability", "explanation", "error"}
+    def _read(self, row: Any) -> None:
+        if not isinstance(row, dict):
+            raise ValueError("it is no object")
+        lacks = [name for name in ROW if name not in row]
+        if lacks:
+            raise ValueError(f"it lacks {', '.join(lacks)}")
+        index = row["index"]
         check(index in range(len(self._records)), "index", index, f"from 0 to {len(self._records) - 1}")
         record = self._records[index]
         check(row["image"] == self.name(index), "image", row["image"], self.name(index))
         outcome = DetectionOutcome(
-            name=row["image"], group=record.category, label=record.label, **{name: row[name] for name in fields}
+            name=row["image"], group=record.category, label=record.label, **{name: row[name] for name in JUDGED}
         )
         self._known.setdefault(row["condition"], {})[index] = outcome
 
@@ -179,17 +186,8 @@ class Predictions:
         """Write outcomes as they come; yields each one's place after it is on disk."""
         with self._file.open("a", encoding="utf-8", errors=ODD_NAMES) as file:
             for index, outcome in zip(places, outcomes, strict=True):
-                row = {
-                    "condition": condition,
-                    "index": index,
-                    "image": outcome.name,
-                    "group": outcome.group,
-                    "label": outcome.label,
-                    "verdict": outcome.verdict,
-                    "probability": outcome.probability,
-                    "explanation": outcome.explanation,
-                    "error": outcome.error,
-                }
+                row = {"condition": condition, "index": index, "image": outcome.name}
+                row |= {name: getattr(outcome, name) for name in ("group", "label", *JUDGED)}
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
                 self._read(row)

@@ -52,7 +52,7 @@ class Disturbance:
     @property
     def name(self) -> str:
         """``jpeg 75``, ``resize 0.5``."""
-        return f"{self.kind} {self.level:g}"
+        return f"{self.kind} {self.level:.12g}"
 
     def __call__(self, image: Image.Image) -> Image.Image:
         """The disturbed image, RGB."""
