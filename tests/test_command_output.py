@@ -28,18 +28,18 @@ def row(path="a.png", verdict="real", probability=0.75, explanation="", error=No
 
 def test_a_table_on_a_terminal(monkeypatch):
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("COLUMNS", "70")
-    with RowWriter(COLUMNS, (12, 9, 16), "table") as writer:
+    monkeypatch.setenv("COLUMNS", "61")
+    with RowWriter(COLUMNS, {"path": 12, "verdict": 9, "p(real)": 7}, "table") as writer:
         writer.write(row(explanation="This is a real image.\nIt has a clean background."))
         writer.write(row("pictures/longer.png", "error", None, error="image pictures/longer.png is empty"))
         writer.write(row("a\x1b[2J.png"))
     assert sys.stdout.getvalue().splitlines() == [
-        "path          verdict    probability_real  explanation or error",
-        "a.png         real       0.7500            This is a real image. It",
-        "                                           has a clean background.",
+        "path          verdict    p(real)  explanation or error",
+        "a.png         real       0.7500   This is a real image. It",
+        "                                  has a clean background.",
         "pictures/longer.png",
-        "              error                        image pictures/longer.png",
-        "                                           is empty",
+        "              error               image pictures/longer.png",
+        "                                  is empty",
         r"a\x1b[2J.png  real       0.7500",
     ]
 
@@ -51,7 +51,7 @@ def test_rows_that_cannot_be_written(tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "stdout", Full())
     with (
-        RowWriter(COLUMNS, (5, 9, 9), "jsonl") as writer,
+        RowWriter(COLUMNS, {}, "jsonl") as writer,
         pytest.raises(UserError, match=r"standard output cannot be written: No space left on device; the rows before"),
     ):
         writer.write(row())
@@ -64,7 +64,7 @@ def test_an_encoding_that_lacks_characters():
         stream = io.TextIOWrapper(raw, encoding="latin-1")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
-            with RowWriter(COLUMNS, (5, 9, 9), form) as writer:
+            with RowWriter(COLUMNS, {}, form) as writer:
                 writer.write(row("漢.png"))
         assert text in raw.getvalue()
 

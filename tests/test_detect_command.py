@@ -6,12 +6,14 @@ import json
 import os
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from command_runner import noise_picture, run_command, tiny_pipeline
 from image_zoo import BAD, GOOD
+from PIL import Image
 
 from unigendet.commands import detect as detect_command
 from unigendet.commands.rows import cell
@@ -152,6 +154,15 @@ def test_every_kind_of_file(detect, tmp_path, form):
             assert BAD[name][1] in row["error"]
     assert result.code == 1
     assert result.err == f"unigendet detect: {len(BAD) - 1} images were not judged, of {len(names)}; the row says why\n"
+
+
+def test_large_pictures_raise_no_warnings(detect, pictures, monkeypatch):
+    """Pillow warns between its limit and twice that, where we read on."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 9 * 12 - 1)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = detect(pictures, tokens=0)
+    assert (result.code, result.err, caught) == (0, "", [])
 
 
 def test_a_file_that_vanishes(detect, pictures, monkeypatch):

@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
+from unigendet.commands.common import Commands, load_pipeline, model_options
 from unigendet.commands.inputs import find_pictures
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import FORMATS, RowWriter, check_out, format_of
@@ -70,8 +70,8 @@ def run(options: argparse.Namespace) -> int:
         batch_size=options.batch_size, calibration=calibration, on_error="row",
     )  # fmt: skip
     failed = 0
-    width = min(max(map(len, paths)), 48)
-    writer = RowWriter(COLUMNS, (width, 9, 16), format_of(options.format, options.out), options.out)
+    heads = {"path": min(max(map(len, paths)), 40), "verdict": 9, "p(real)": 7}
+    writer = RowWriter(COLUMNS, heads, format_of(options.format, options.out), options.out)
     progress = Progress("unigendet detect", len(paths))
     try:
         with progress, writer:
@@ -89,8 +89,8 @@ def run(options: argparse.Namespace) -> int:
         raise
     if failed:
         rows = "1 image was" if failed == 1 else f"{failed} images were"
-        raise UserError(f"{rows} not judged, of {len(paths)}; the row says why")
-    return 0
+        print(f"unigendet detect: {rows} not judged, of {len(paths)}; the row says why", file=sys.stderr)
+    return 1 if failed else 0
 
 
 def quiet_pillow() -> None:

@@ -1,8 +1,9 @@
-"""How far a command has come, on standard error: a bar on a terminal, elsewhere a plain line every so often."""
+"""How far a command has come, on standard error: a bar on a terminal with rich, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
 import time
 from collections.abc import Callable
@@ -33,7 +34,7 @@ class Progress:
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and importlib.util.find_spec("rich"):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, TimeRemainingColumn
             from rich.progress import Progress as Bar

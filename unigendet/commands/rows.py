@@ -47,13 +47,13 @@ class RowWriter:
 
     Args:
         columns: of every row, in their order; the last two are texts, such as an explanation and an error.
-        widths: of the other columns in a terminal's table; the texts share the rest of the line.
+        heads: the other columns' headings and widths in a terminal's table; the texts share the rest of the line.
         form: one of ``FORMATS``.
         out: a file to be written, see ``check_out``.
     """
 
-    def __init__(self, columns: Sequence[str], widths: Sequence[int], form: Format, out: Path | None = None) -> None:
-        self._columns, self._widths, self._form, self._out = list(columns), list(widths), form, out
+    def __init__(self, columns: Sequence[str], heads: Mapping[str, int], form: Format, out: Path | None = None) -> None:
+        self._columns, self._heads, self._form, self._out = list(columns), dict(heads), form, out
         self._stack = contextlib.ExitStack()
         self._begun = False
 
@@ -110,7 +110,7 @@ class RowWriter:
     def _write_columns(self, row: Mapping[str, Any]) -> None:
         """The last two columns share one place: whichever has something to say."""
         if not self._begun:
-            self._file.write(self._line([*self._columns[:-2], " or ".join(self._columns[-2:])]))
+            self._file.write(self._line([*self._heads, " or ".join(self._columns[-2:])]))
             self._begun = True
         *cells, text, other = self._cells(row)
         self._file.write(self._line([*cells, text or other]))
@@ -118,7 +118,7 @@ class RowWriter:
     def _line(self, cells: list[str]) -> str:
         """Cells in their columns; after one that is too wide, the others go on in a new line."""
         lines, place = [""], 0
-        for text, width in zip(cells[:-1], self._widths, strict=True):
+        for text, width in zip(cells[:-1], self._heads.values(), strict=True):
             lines[-1] = lines[-1].ljust(place) + text
             place += width + 2
             if len(lines[-1]) > place - 2:

@@ -56,7 +56,10 @@ class DetectionOutput:
     @property
     def logit(self) -> float | None:
         """The head's logit of real less that of fake; its sigmoid is the probability that the image is real."""
-        return None if self.class_logits is None else float(self.class_logits[1]) - float(self.class_logits[0])
+        if self.class_logits is None:
+            return None
+        fake, real = self.class_logits.tolist()
+        return real - fake
 
 
 def answer_room(config: ModelConfig, question: Text, *, with_latent: bool = True) -> int:
