@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
     "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data"},
 }
-TOP = {"cli", "commands", "quickstart", "__main__"}  # may import everything
+TOP = {"cli", "commands", "quickstart", "study", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}
 HEAVY = ("triton", "transformers", "diffusers", "safetensors", "tokenizers", "PIL", "sklearn", "scipy", "yaml", "rich")
 

@@ -117,7 +117,8 @@ class LatentConfig:
 class ModelConfig:
     """Sizes of one UniGenDet. The defaults are BAGEL-7B-MoT's.
 
-    ``align_head`` adds φ (``diga_mlp``), the projection of DIGA; ``class_head`` the real/fake head of GDUF.
+    ``align_head`` adds φ, the projection of DIGA, in the form that ``align_projector`` names: the published ``mlp``, or
+    ``conv``, a convolution over each image's tokens. ``class_head`` adds the real/fake head of GDUF.
     ``max_position`` bounds the RoPE positions of a sample.
     """
 
@@ -132,6 +133,7 @@ class ModelConfig:
     max_position: int = 32768
     class_head: bool = True
     align_head: bool = True
+    align_projector: Literal["mlp", "conv"] = "mlp"
     vision: VisionConfig = field(default_factory=VisionConfig)
     latent: LatentConfig = field(default_factory=LatentConfig)
     special_tokens: SpecialTokens = field(default_factory=SpecialTokens)
@@ -159,6 +161,7 @@ class ModelConfig:
             self.num_heads,
             f"a multiple of num_kv_heads ({self.num_kv_heads})",
         )
+        check(self.align_projector in ("mlp", "conv"), "align_projector", self.align_projector, "'mlp' or 'conv'")
         check(self.hidden_size % 4 == 0, "hidden_size", self.hidden_size, "a multiple of 4 (2-D position tables)")
         check(self.head_dim % 2 == 0, "hidden_size / num_heads", self.head_dim, "even (RoPE rotates pairs)")
         for name, token in dataclasses.asdict(self.special_tokens).items():

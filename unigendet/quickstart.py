@@ -50,7 +50,7 @@ from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_exam
 from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
-from unigendet.training.config import AnnotationFile, DatasetsConfig, ModelSource, TrainConfig
+from unigendet.training.config import AnnotationFile, TrainConfig
 from unigendet.training.metrics import TIMING
 from unigendet.training.run import build_loader, build_model, companions
 from unigendet.training.stages import make_stage
@@ -64,7 +64,7 @@ ROLES = {
     OWN: "the model's own samples",
 }
 
-
+ANSWER_TOKENS = 16  # longer than every explanation
 PARTS = ("data", "tokenizer", "gduf", "diga", "model", "samples", "grids", "report.html", "report.json")
 MARK = ".unigendet-quickstart"  # a folder without it is not ours, whatever the names in it
 
@@ -98,13 +98,13 @@ class QuickstartConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
 
 
-def default_config() -> Path:
-    """The settings that ship with the package: inside it in a wheel, beside it in a checkout."""
+def default_config(name: str = "quickstart.yaml") -> Path:
+    """Settings that ship with the package: inside it in a wheel, beside it in a checkout."""
     here = Path(__file__).parent
-    places = [folder / "configs" / "quickstart.yaml" for folder in (here, here.parent)]
+    places = [folder / "configs" / name for folder in (here, here.parent)]
     found = next((path for path in places if path.is_file()), None)
     if found is None:
-        raise FileNotFoundError(f"this installation has no quickstart.yaml (looked for {places[0]} and {places[1]})")
+        raise FileNotFoundError(f"this installation has no {name} (looked for {places[0]} and {places[1]})")
     return found
 
 
@@ -124,45 +124,77 @@ class _Job:
         yield
         self.durations[name] = time.perf_counter() - started
 
-    def stage_config(self, name: str, data: QuickstartData) -> TrainConfig:
-        """The settings of a stage with everything that this run decides."""
-        stage: TrainConfig = getattr(self.config, name)
-        detection = str(data.train_detection)
-        datasets = DatasetsConfig(
-            detection=(AnnotationFile(detection, label=1), AnnotationFile(detection, label=0)),
-            captions=(AnnotationFile(str(data.train_captions), weight=self.config.captions_weight),),
-            views=data_config(),
-        )
-        return dataclasses.replace(
-            stage,
-            seed=self.seed,
-            device="cpu",
-            output=str(self.out / name),
-            datasets=datasets,
-            model=ModelSource(preset=stage.model.preset or "quickstart", tokenizer=str(self.out / "tokenizer")),
-            loader=dataclasses.replace(stage.loader, seed=self.seed),
-        )
+    def stage(self, name: str, data: QuickstartData) -> TrainConfig:
+        """The settings of a stage of this run."""
+        places = {"tokenizer": self.out / "tokenizer", "output": self.out / name}
+        return stage_config(self.config, name, data, seed=self.seed, **places)
 
-    def train(self, name: str, model: UniGenDet, tokenizer: Tokenizer, data: QuickstartData) -> list[dict[str, Any]]:
-        """Train a stage in place, leave the averaged weights in the model, and return the metrics."""
-        config = self.stage_config(name, data)
-        trainer = Trainer(
-            make_stage(model, config),
-            build_loader(config, model, tokenizer),
-            config,
-            companions=companions(tokenizer, config.datasets.views),
-            console=self.console,
-        )
-        history = trainer.run().history
-        if trainer.ema is not None:
-            trainer.ema.copy_to_model()
-        return history
 
-    def sample(self, name: str, pipeline: Pipeline, labels: np.ndarray) -> np.ndarray:
-        """Generate a digit per label; the levels uint8 [N, 8, 8]. Before and after DIGA the noise is the same."""
-        prompts = [caption(int(label)) for label in labels]
-        images = pipeline.generate(prompts, seed=self.seed, batch_size=self.config.batch_size)
-        return np.stack([quantise(np.asarray(image, np.float64) * (WHITE / 255)) for image in images])
+def stage_config(
+    config: QuickstartConfig, name: str, data: QuickstartData, *, seed: int, tokenizer: Path, output: Path | None
+) -> TrainConfig:
+    """The settings of stage ``name``, ``gduf`` or ``diga``, with everything that a run on these data decides."""
+    stage: TrainConfig = getattr(config, name)
+    detection = str(data.train_detection)
+    datasets = dataclasses.replace(
+        stage.datasets,
+        detection=(AnnotationFile(detection, label=1), AnnotationFile(detection, label=0)),
+        captions=(AnnotationFile(str(data.train_captions), weight=config.captions_weight),),
+        views=data_config(),
+    )
+    return dataclasses.replace(
+        stage,
+        seed=seed,
+        device="cpu",
+        output=None if output is None else str(output),
+        datasets=datasets,
+        model=dataclasses.replace(stage.model, preset=stage.model.preset or "quickstart", tokenizer=str(tokenizer)),
+        loader=dataclasses.replace(stage.loader, seed=seed),
+    )
+
+
+def train_stage(
+    model: UniGenDet, config: TrainConfig, tokenizer: Tokenizer, console: Console, *, quiet: bool = False
+) -> list[dict[str, Any]]:
+    """Train a stage in place, leave the averaged weights in the model, and return the metrics of every step."""
+    trainer = Trainer(
+        make_stage(model, config),
+        build_loader(config, model, tokenizer),
+        config,
+        companions=companions(tokenizer, config.datasets.views),
+        console=console,
+        quiet=quiet,
+    )
+    history = trainer.run().history
+    if trainer.ema is not None:
+        trainer.ema.copy_to_model()
+    return history
+
+
+def sample_digits(pipeline: Pipeline, labels: np.ndarray, *, seed: int, batch_size: int) -> np.ndarray:
+    """Generate a digit per label; the levels uint8 [N, 8, 8]. Image i depends on ``seed + i`` and its label alone."""
+    prompts = [caption(int(label)) for label in labels]
+    images = pipeline.generate(prompts, seed=seed, batch_size=batch_size)
+    return np.stack([quantise(np.asarray(image, np.float64) * (WHITE / 255)) for image in images])
+
+
+def detect_records(
+    pipeline: Pipeline, records: Sequence[DetectionRecord], folder: Path, **options: Any
+) -> list[DetectionOutcome]:
+    """What the model says about annotated images below ``folder``; ``options``: of ``Pipeline.detect``."""
+    verdicts = pipeline.detect([r.image for r in records], **options)
+    return [
+        DetectionOutcome(
+            name=str(record.image.relative_to(folder)),
+            group=record.category,
+            label=record.label,
+            verdict=None if verdict.real is None else int(verdict.real),
+            probability=verdict.probability,
+            explanation=verdict.explanation,
+            reference=record.answer,
+        )
+        for record, verdict in zip(records, verdicts, strict=True)
+    ]
 
 
 def run(
@@ -185,6 +217,8 @@ def run(
     out = Path(out)
     check(seed >= 0, "seed", seed, "at least 0")
     settings = load_settings(QuickstartConfig, default_config() if config is None else config)
+    forms = [getattr(settings, name).model.align_projector for name in ("gduf", "diga")]
+    check(forms[0] == forms[1], "diga.model.align_projector", forms[1], f"gduf's, {forms[0]!r}: the model is the same")
     _prepare(out)
     job = _Job(out, seed, settings, console or Console())
     with job.part("data", "Writing digits: real ones, and fakes by two classical generators"):
@@ -194,7 +228,7 @@ def run(
         digits = data.digits
         judge = DigitJudge(digits.train_images, digits.train_labels, digits.test_images, digits.test_labels)
     torch.manual_seed(seed)
-    model = build_model(job.stage_config("gduf", data), tokenizer, "cpu")
+    model = build_model(job.stage("gduf", data), tokenizer, "cpu")
     count = sum(p.numel() for p in model.parameters())
     autoencoder = build_autoencoder(model.config.latent)
     pipeline = Pipeline(model, tokenizer, autoencoder, data_config(), settings.guidance)
@@ -204,10 +238,11 @@ def run(
         ("diga", "after DIGA", "DIGA: the frozen detector guides the generator"),
     ):
         with job.part(name.upper(), text):
-            curves[name.upper()] = thin(job.train(name, model, tokenizer, data))
+            curves[name.upper()] = thin(train_stage(model, job.stage(name, data), tokenizer, job.console))
         model.eval()
         with job.part(f"generation {when}", f"Generating {len(digits.test_labels)} digits, {when}"):
-            samples[when] = job.sample(name, pipeline, digits.test_labels)
+            # The same noise before and after DIGA.
+            samples[when] = sample_digits(pipeline, digits.test_labels, seed=seed, batch_size=settings.batch_size)
     with job.part("detection", "Judging and explaining unseen images"):
         pipeline.save(out / "model")
         entries = write_detection_images(out / "samples", "after", samples["after DIGA"], 0, OWN, data.annotator)
@@ -258,19 +293,14 @@ def judge_images(
     annotations.write_text(json.dumps(list(own), indent=0), encoding="utf-8")
     records: list[DetectionRecord] = [*read_detection(data.test_detection), *read_detection(annotations)]
     pipeline = Pipeline.from_pretrained(job.out / "model")
-    verdicts = pipeline.detect([r.image for r in records], max_new_tokens=16, batch_size=job.config.batch_size)
-    outcomes = [
-        DetectionOutcome(
-            name=str(record.image.relative_to(job.out)),
-            group=record.category,
-            label=record.label,
-            verdict=None if verdict.real is None else int(verdict.real),
-            probability=verdict.probability,
-            explanation=verdict.explanation,
-            reference=record.answer,
-        )
-        for record, verdict in zip(records, verdicts, strict=True)
-    ]
+    outcomes = detect_records(
+        pipeline,
+        records,
+        job.out,
+        with_latent=job.config.gduf.datasets.detection_latents,
+        max_new_tokens=ANSWER_TOKENS,
+        batch_size=job.config.batch_size,
+    )
     return outcomes, {o.name: read_png(r.image) for o, r in zip(outcomes, records, strict=True)}
 
 

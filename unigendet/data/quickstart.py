@@ -30,7 +30,7 @@ GENERATORS = ("gaussian_mixture", "kernel_density")  # seen in training; held ou
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 CAPTIONS = ("a handwritten digit {}", "the digit {}", "the number {} written by hand", "{}")
 
-_SPLIT_SEED = 0  # the split is part of the task's definition, not of a run
+_SPLIT_SEED = 0  # the split is part of the quickstart's definition, not of a run
 _TEST_IMAGES = 397
 _COMPONENTS = 12  # principal components per class: 83 to 93 % of its variance
 _MIXTURE = 4  # Gaussians per class
@@ -45,7 +45,7 @@ def data_config() -> DataConfig:
 
 @dataclass(frozen=True, eq=False)
 class Digits:
-    """The real digits, split once and for all. Images uint8 [N, 8, 8] with levels 0..16, labels int64 [N] in 0..9."""
+    """The real digits, split. Images uint8 [N, 8, 8] with levels 0..16, labels int64 [N] in 0..9."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -53,8 +53,14 @@ class Digits:
     test_labels: np.ndarray
 
 
-def load_digits() -> Digits:
-    """scikit-learn's digits, 1,400 for training and 397 for the test, stratified by class. Always the same split."""
+def load_digits(split: int | None = None) -> Digits:
+    """scikit-learn's digits, 1,400 for training and 397 for the test, stratified by class.
+
+    Args:
+        split: None is the quickstart's split, always the same. A number draws another one: its test images come from
+            the quickstart's training images, so none of them is an image that the quickstart is tested on, with which
+            in view its settings were chosen; those are training images here.
+    """
     from sklearn import datasets
     from sklearn.model_selection import train_test_split
 
@@ -63,6 +69,12 @@ def load_digits() -> Digits:
     train, test, train_labels, test_labels = train_test_split(
         images, bunch.target, test_size=_TEST_IMAGES, stratify=bunch.target, random_state=_SPLIT_SEED
     )
+    if split is not None:
+        rest, fresh, rest_labels, fresh_labels = train_test_split(
+            train, train_labels, test_size=_TEST_IMAGES, stratify=train_labels, random_state=split
+        )
+        train, train_labels = np.concatenate((rest, test)), np.concatenate((rest_labels, test_labels))
+        test, test_labels = fresh, fresh_labels
     return Digits(train, train_labels.astype(np.int64), test, test_labels.astype(np.int64))
 
 
@@ -260,7 +272,9 @@ class QuickstartData:
         return train_tokenizer(texts, 512, words=DIGIT_NAMES)
 
 
-def build_quickstart_data(folder: str | Path, seed: int = 0, *, fakes_per_real: int = 3) -> QuickstartData:
+def build_quickstart_data(
+    folder: str | Path, seed: int = 0, *, fakes_per_real: int = 3, split: int | None = None
+) -> QuickstartData:
     """Write the quickstart's images and annotation files.
 
     Args:
@@ -268,6 +282,7 @@ def build_quickstart_data(folder: str | Path, seed: int = 0, *, fakes_per_real: 
         seed: what the generators draw and which phrasing a caption has. The split of the real digits does not depend
             on it.
         fakes_per_real: Gaussian-mixture fakes per real training digit.
+        split: of the real digits, see ``load_digits``.
 
     Returns:
         The paths, the digits and the annotator.
@@ -276,7 +291,7 @@ def build_quickstart_data(folder: str | Path, seed: int = 0, *, fakes_per_real: 
         raise ValueError(f"fakes_per_real is {fakes_per_real}; it must be at least 1")
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    digits = load_digits()
+    digits = load_digits(split)
     annotator = Annotator(digits.train_images)
     seen, held_out = (DigitGenerator(kind, digits.train_images, digits.train_labels) for kind in GENERATORS)
     streams = [int(s) for s in np.random.SeedSequence(seed).generate_state(4)]

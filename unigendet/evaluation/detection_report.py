@@ -29,7 +29,7 @@ from unigendet.evaluation.detection_run import UNDISTURBED, Predictions, RunSett
 from unigendet.evaluation.explanations import SentenceEncoder
 from unigendet.evaluation.figures import data_uri
 from unigendet.evaluation.reliability import reliability_bins
-from unigendet.evaluation.report import compact_table, flat, format_table, number, percent, render
+from unigendet.evaluation.report import compact_table, format_table, jinja_environment, number, percent
 from unigendet.evaluation.results import Example, RunResults, environment, first_examples, plain
 from unigendet.evaluation.robustness import Disturbance, robustness_curves
 from unigendet.evaluation.scoring import summarise
@@ -145,9 +145,8 @@ def write_detection_report(folder: str | Path, report: DetectionReport) -> Path:
             for e in report.examples
         ],
         "unreadable": data["unreadable"],
-        "settings": list(flat(data["settings"])),
     }
-    write_whole(page, render("evaluation.html", **values))
+    write_whole(page, jinja_environment().get_template("evaluation.html").render(values))
     return page
 
 

@@ -1,4 +1,4 @@
-"""Pictures of a report: grids of sample images as PNG, training curves as inline SVG.
+"""Pictures of a report: grids of sample images as PNG, training curves and forest plots as inline SVG.
 
 The same input gives the same bytes.
 """
@@ -10,6 +10,7 @@ import io
 import math
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import matplotlib
@@ -157,6 +158,44 @@ def svg_chart(draw: Callable[[Figure], None], *, name: str, salt: str, size: tup
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
         )
     return _inline(buffer.getvalue(), name)
+
+
+@dataclass(frozen=True)
+class ForestRow:
+    """A line of a forest plot: a difference with its interval (None: not defined); ``strong`` ones stand out."""
+
+    label: str
+    mean: float
+    low: float | None
+    high: float | None
+    strong: bool = False
+
+
+def forest_plot(rows: Sequence[ForestRow], *, axis: str, name: str, salt: str) -> str:
+    """Differences, one below the other in the order given, with their intervals and a line at zero, as ``<svg>``.
+
+    ``axis``: what the differences are of; ``name``, ``salt``: as for ``line_chart``. Raises ValueError without rows.
+    """
+    check(len(rows) > 0, "rows", list(rows), "at least one row")
+
+    def draw(figure: Figure) -> None:
+        axes = figure.add_subplot()
+        axes.axvline(0, color=INK, linewidth=0.8, alpha=0.6)
+        for y, row in enumerate(rows):
+            colour = LINE if row.strong else INK
+            if row.low is not None and row.high is not None:
+                axes.plot([row.low, row.high], [y, y], color=colour, linewidth=2 if row.strong else 1.2)
+            axes.plot(row.mean, y, "D" if row.strong else "o", color=colour, markersize=5)
+        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(range(len(rows)), [row.label for row in rows])
+        axes.xaxis.set_major_locator(MaxNLocator(7))
+        axes.spines[["top", "right", "left"]].set_visible(False)
+        axes.spines["bottom"].set_alpha(0.4)
+        axes.tick_params(length=0)
+        axes.grid(axis="x", color=INK, alpha=0.12, linewidth=0.6)
+        axes.set_xlabel(axis)
+
+    return svg_chart(draw, name=name, salt=salt, size=(7.2, 0.75 + 0.27 * len(rows)))
 
 
 def _dress(axes: matplotlib.axes.Axes, value: NDArray[np.float64]) -> None:

@@ -60,8 +60,8 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
     return page
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from one of this room's templates."""
+def jinja_environment() -> jinja2.Environment:
+    """The templates of the pages, with the filters ``percent``, ``number``, ``seconds`` and ``flat``."""
     # StrictUndefined: a name that the template and this file spell differently is an error, not a blank.
     jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("unigendet.evaluation"),
@@ -70,24 +70,26 @@ def render(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    jinja.filters.update(percent=percent, number=number, seconds=seconds)
-    return jinja.get_template(template).render(values)
+    jinja.filters.update(percent=percent, number=number, seconds=seconds, flat=lambda value: list(_flat(value)))
+    return jinja
 
 
 def _render(results: RunResults, data: dict[str, Any]) -> str:
-    return render(
-        "report.html",
-        run=data,
-        aims=[aim_view(aim) for aim in results.aims],
-        charts=_charts(data["curves"]),
-        sample_tables=list(_sample_tables(results.grids)),
-        examples=[
-            {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
-            for e in results.examples
-        ],
-        digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
-        bars=_bars(data),
-        settings=list(flat(data["settings"])),
+    return (
+        jinja_environment()
+        .get_template("report.html")
+        .render(
+            run=data,
+            aims=[aim_view(aim) for aim in results.aims],
+            charts=_charts(data["curves"]),
+            sample_tables=list(_sample_tables(results.grids)),
+            examples=[
+                {"outcome": e.outcome, "picture": data_uri([e.image], columns=1, size=192, high=e.high)}
+                for e in results.examples
+            ],
+            digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
+            bars=_bars(data),
+        )
     )
 
 
@@ -188,11 +190,11 @@ def _bars(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**bar, "share": round(100 * (bar["value"] or 0) / longest, 1) if longest else 0} for bar in bars]
 
 
-def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as ("a.b.c", "value") pairs."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from flat(entry, f"{name}.{key}" if name else str(key))
+            yield from _flat(entry, f"{name}.{key}" if name else str(key))
     else:
         yield name, json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 

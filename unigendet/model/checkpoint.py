@@ -25,6 +25,7 @@ from unigendet.config import LatentConfig, ModelConfig, SpecialTokens, VisionCon
 from unigendet.model.unigendet import UniGenDet, init_weights
 
 CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+PROJECTORS = {"mlp": "diga_mlp", "conv": "diga_conv"}  # φ's forms by their names in files
 UNUSED = ("latent_to_vit_connector.",)  # in the published files, used by nothing
 SHARD_BYTES = 5 * 2**30
 
@@ -67,6 +68,7 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"class_head\.(?P<n>\d)\.(?P<k>weight|bias)", ("fake_cls_head.{n}.{k}",)),
     (r"align_head\.fc1\.(?P<k>weight|bias)", ("diga_mlp.0.{k}",)),
     (r"align_head\.fc2\.(?P<k>weight|bias)", ("diga_mlp.2.{k}",)),
+    (r"align_head\.conv\.(?P<k>weight|bias)", ("diga_conv.{k}",)),  # no published model has it
 )
 _COMPILED = tuple((re.compile(pattern), names) for pattern, names in _RULES)
 
@@ -103,7 +105,7 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
     """Copy published weights from a folder or file into ``model`` (on a real device), converting to its dtypes.
 
     ``initialize``: published modules (say ``"fake_cls_head"``, ``"diga_mlp"``) that may be missing from the file as a
-    whole and then keep the model's own initial weights.
+    whole and then keep the model's own initial weights. Where that is φ, the file's φ of another form is left aside.
 
     Raises:
         FileNotFoundError: there are no weights at ``path``.
@@ -111,6 +113,8 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
     """
     files = weight_files(path)
     targets = published_state_dict(model)
+    own = PROJECTORS[model.config.align_projector]
+    replaced = [f"{name}." for name in PROJECTORS.values() if own in initialize and name != own]
     found: dict[str, str] = {}
     unexpected, misshapen = [], []
     for file in files:
@@ -120,7 +124,7 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
                 if name in found:
                     unexpected.append(f"{name} (in {found[name]} and again in {file.name})")
                 elif target is None:
-                    if not name.startswith(UNUSED):
+                    if not name.startswith((*UNUSED, *replaced)):
                         unexpected.append(name)
                     continue
                 found[name] = file.name
@@ -319,7 +323,7 @@ def load_pretrained(
 
 
 def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module]:
-    modules = {"fake_cls_head": model.class_head, "diga_mlp": model.align_head}
+    modules = {"fake_cls_head": model.class_head, PROJECTORS[model.config.align_projector]: model.align_head}
     unknown = [name for name in names if modules.get(name) is None]
     if unknown:
         optional = [name for name, module in modules.items() if module is not None]

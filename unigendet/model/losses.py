@@ -143,7 +143,8 @@ def align_loss(
         weight: of the loss, inside the kernel, so that the incoming gradient is 1.
     """
     counts = counts or Counts.of(batch)
-    projected = model.align(student, latent_rows(batch).index_select(0, batch.noised_tokens))
+    rows = latent_rows(batch).index_select(0, batch.noised_tokens)
+    projected = model.align(student, rows, batch.latent_sizes)
     return alignment_loss(projected, teacher, grids, weight=weight, normalizer=counts.aligned, backend=model.backend)
 
 

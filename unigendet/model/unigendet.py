@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from unigendet.config import ModelConfig
 from unigendet.layout import Readout
+from unigendet.model.alignment import ConvProjector
 from unigendet.model.cache import KVCache
 from unigendet.model.embeddings import Mlp, TimestepEmbedding, sincos_table
 from unigendet.model.transformer import Decoder
@@ -62,7 +63,7 @@ class UniGenDet(nn.Module):
         self.register_buffer("vit_table", sincos_table(config.vision.max_patches_per_side, hidden))
         self.register_buffer("latent_table", sincos_table(config.latent.max_size, hidden))
         self.class_head = _class_head(hidden) if config.class_head else None
-        self.align_head = Mlp(hidden, 4 * hidden, hidden, approximate="none") if config.align_head else None
+        self.align_head = _align_head(config) if config.align_head else None
         self.backend = "auto"
         init_weights(self)
         with torch.no_grad():
@@ -161,18 +162,22 @@ class UniGenDet(nn.Module):
             raise ValueError("this model has no real/fake head; build it with class_head=True")
         return self.class_head(hidden.index_select(0, rows))
 
-    def align(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """φ, DIGA's projection [rows, hidden] of a layer's output at the given rows. Needs ``config.align_head``."""
+    def align(self, hidden: Tensor, rows: Tensor, sizes: Sequence[tuple[int, int]] = ()) -> Tensor:
+        """φ, DIGA's projection [rows, hidden] of a layer's output at the given rows. Needs ``config.align_head``.
+
+        ``sizes``: (rows, columns) of every image's tokens, in the order of ``rows``; a convolution needs them.
+        """
         if self.align_head is None:
             raise ValueError("this model has no alignment head; build it with align_head=True")
-        return self.align_head(hidden.index_select(0, rows))
+        selected = hidden.index_select(0, rows)
+        return self.align_head(selected, sizes) if self.config.align_projector == "conv" else self.align_head(selected)
 
 
 def init_weights(module: nn.Module) -> None:
     """Initialise a module: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases, fresh LayerNorms."""
     for part in module.modules():
-        if isinstance(part, nn.Linear):
-            nn.init.normal_(part.weight, std=part.in_features**-0.5)
+        if isinstance(part, nn.Linear | nn.Conv2d):
+            nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
             if part.bias is not None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
@@ -185,6 +190,13 @@ def latent_rows(batch: PackedBatch) -> Tensor:
     """Stream-major rows [Nl] of all latent tokens: the generation stream, in the order of the latent images."""
     first = batch.layout.stream_lengths[0].item()
     return torch.arange(first, first + batch.latent_positions.shape[0], device=batch.layout.device)
+
+
+def _align_head(config: ModelConfig) -> nn.Module:
+    hidden = config.hidden_size
+    if config.align_projector == "conv":
+        return ConvProjector(hidden)
+    return Mlp(hidden, 4 * hidden, hidden, approximate="none")
 
 
 def _class_head(hidden: int) -> nn.Sequential:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,16 +52,30 @@ class LossWeights:
     """Weights of the loss terms: ``mse`` in both stages, ``ce`` and ``label`` in GDUF, ``diga`` in DIGA.
 
     These are the published scripts'; the paper states 1 for ``label``. With ``diga`` 0 no teacher runs.
+    ``diga_schedule``: the alignment's weight stays (``constant``) or falls to zero, in a straight line (``linear``) or
+    along half a cosine (``cosine``), which it reaches at the fraction ``diga_until`` of the run's steps.
     """
 
     mse: float = 1.0
     ce: float = 1.0
     label: float = 0.2
     diga: float = 0.5
+    diga_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    diga_until: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("mse", "ce", "label", "diga"):
             check(getattr(self, name) >= 0, f"losses.{name}", getattr(self, name), "at least 0")
+        kinds = ("constant", "linear", "cosine")
+        check(self.diga_schedule in kinds, "losses.diga_schedule", self.diga_schedule, f"one of {kinds}")
+        check(0 < self.diga_until <= 1, "losses.diga_until", self.diga_until, "in (0, 1]")
+
+    def alignment(self, progress: float) -> float:
+        """The alignment's weight in a step that comes after the fraction ``progress`` in [0, 1) of the run."""
+        if self.diga_schedule == "constant":
+            return self.diga
+        done = min(1.0, progress / self.diga_until)
+        return self.diga * (1 - done if self.diga_schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass(frozen=True)
@@ -68,12 +83,15 @@ class ModelSource:
     """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
 
     ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
-    ``diga_mlp``). ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
+    ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the checkpoint's, or the preset's. A form
+    that the checkpoint does not have must also stand in ``initialize``, as ``diga_mlp`` or ``diga_conv``.
+    ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
     """
 
     preset: str | None = None
     checkpoint: str | None = None
     initialize: tuple[str, ...] = ()
+    align_projector: Literal["mlp", "conv"] | None = None
     tokenizer: str | None = None
     autoencoder: str | None = None
 
@@ -120,6 +138,8 @@ class TrainConfig:
 
     ``seed`` is that of new weights, noise and timesteps; the order of the data has its own, ``loader.seed``.
     ``align_layer``, ``teacher_layer``: the student's and the teacher's decoder layer in DIGA, numbered from 1.
+    ``teacher_norm``: ``tokens`` standardises the teacher's features over the tokens of each image. ``shuffled_teacher``
+    is a control, not a method: every image is aligned with the teacher's features of another image of its pack.
     ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
     activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.
     ``output`` None writes nothing.
@@ -130,6 +150,8 @@ class TrainConfig:
     timestep_shift: float = 1.0
     align_layer: int = 8
     teacher_layer: int = 8
+    teacher_norm: Literal["none", "tokens"] = "none"
+    shuffled_teacher: bool = False
     ema_decay: float | None = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
     recompute: bool = False
@@ -149,6 +171,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
         check(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
+        check(self.teacher_norm in ("none", "tokens"), "teacher_norm", self.teacher_norm, "'none' or 'tokens'")
         for name in ("total_steps", "align_layer", "teacher_layer", "log_every", "keep_checkpoints", "timestep_shift"):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import build_autoencoder
-from unigendet.model.checkpoint import load_pretrained
+from unigendet.model.checkpoint import load_config, load_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
 from unigendet.training.stages import make_stage
@@ -65,8 +66,12 @@ def build_model(
     source = config.model
     if resume is not None:
         return load_pretrained(resume / MODEL, device=device)
+    projector = source.align_projector
     if source.checkpoint is not None:
-        return load_pretrained(source.checkpoint, device=device, initialize=source.initialize)
+        config = None
+        if projector is not None:
+            config = dataclasses.replace(load_config(source.checkpoint), align_projector=projector)
+        return load_pretrained(source.checkpoint, config=config, device=device, initialize=source.initialize)
     if source.preset is None:
         raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
     if source.preset == "quickstart":
@@ -74,7 +79,7 @@ def build_model(
     else:
         sizes = PRESETS[source.preset]()
     with torch.device(device):
-        return UniGenDet(sizes)
+        return UniGenDet(sizes if projector is None else dataclasses.replace(sizes, align_projector=projector))
 
 
 def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unigendet.model.alignment import standardise_tokens
 from unigendet.model.losses import (
     Counts,
     NoisedLatents,
@@ -49,9 +50,11 @@ class Stage(ABC):
         name: ``gduf`` or ``diga``.
         model: the model that learns.
         trained: its parameters that learn, by name.
+        progress: the fraction of the run's steps that are done, in [0, 1); whoever runs the stage keeps it up to date.
     """
 
     name: str
+    progress: float = 0.0
 
     def __init__(self, model: UniGenDet, weights: LossWeights | None = None, timestep_shift: float = 1.0) -> None:
         self.model, self.weights, self.timestep_shift = model, weights or LossWeights(), timestep_shift
@@ -152,6 +155,8 @@ class DIGAStage(Stage):
         timestep_shift: see ``sample_timesteps``.
         align_layer: the student's decoder layer whose output is aligned, numbered from 1.
         teacher_layer: the teacher's last decoder layer.
+        teacher_norm: ``none``, or ``tokens``: see ``standardise_tokens``.
+        shuffled_teacher: a control: each image is aligned with the teacher's features of the next one in its pack.
     """
 
     name = "diga"
@@ -164,6 +169,8 @@ class DIGAStage(Stage):
         *,
         align_layer: int = 8,
         teacher_layer: int = 8,
+        teacher_norm: str = "none",
+        shuffled_teacher: bool = False,
     ) -> None:
         layers = model.config.num_layers
         for what, layer in (("align_layer", align_layer), ("teacher_layer", teacher_layer)):
@@ -173,6 +180,7 @@ class DIGAStage(Stage):
             raise ValueError("the model has no alignment head; DIGA needs one built with align_head=True")
         super().__init__(model, weights, timestep_shift)
         self.align_layer, self.teacher_layer = align_layer, teacher_layer
+        self.teacher_norm, self.shuffled_teacher = teacher_norm, shuffled_teacher
         self.teacher = frozen_teacher(model, teacher_layer) if self.weights.diga else None
 
     def learns(self, name: str) -> bool:
@@ -189,7 +197,7 @@ class DIGAStage(Stage):
         """Terms ``mse`` and ``diga``. ``batch``: generation samples, and the teacher's samples of the same images."""
         pack, teacher_pack = batch
         counts = counts or Counts.of(pack)
-        weight = self.weights.diga
+        weight = self.weights.alignment(self.progress)
         latents = self._noised(pack, generator)
         if not pack.latent_sizes or pack.noised_tokens.shape != pack.latent_positions.shape:
             raise ValueError("DIGA learns from generation samples: every latent image of the batch must be noised")
@@ -203,10 +211,8 @@ class DIGAStage(Stage):
         mse = mse_loss(self.model, pack, output, latents, counts)
         if not weight:
             return StageLosses(self.weights.mse * mse, {"mse": mse.detach()})
-        grids = alignment_grids(pack, teacher_pack)
-        weighted = align_loss(
-            self.model, pack, output.captured[self.align_layer], self.features(teacher_pack), grids, counts, weight
-        )
+        grids, teacher = alignment_grids(pack, teacher_pack, shuffled=self.shuffled_teacher), self.target(teacher_pack)
+        weighted = align_loss(self.model, pack, output.captured[self.align_layer], teacher, grids, counts, weight)
         return StageLosses(self.weights.mse * mse + weighted, {"mse": mse.detach(), "diga": weighted.detach() / weight})
 
     @torch.no_grad()
@@ -220,10 +226,22 @@ class DIGAStage(Stage):
         )
         return output.hidden.index_select(0, pack.vit_rows)
 
+    def target(self, pack: PackedBatch) -> Tensor:
+        """What the student is drawn to: the teacher's features, standardised and shuffled as the settings say."""
+        features = self.features(pack)
+        if self.teacher_norm == "tokens":
+            features = standardise_tokens(features, pack.vit_sizes)
+        if self.shuffled_teacher:
+            rows, columns = pack.vit_sizes[0]
+            features = features.roll(-rows * columns, 0)  # image i has those of i + 1, the last those of the first
+        return features
+
     @property
     def identity(self) -> dict[str, Any]:
-        """Stage and layers."""
-        return {"stage": self.name, "align_layer": self.align_layer, "teacher_layer": self.teacher_layer}
+        """Stage, layers, and what else the teacher is, where it is not the published one."""
+        values = {"stage": self.name, "align_layer": self.align_layer, "teacher_layer": self.teacher_layer}
+        options = {"teacher_norm": (self.teacher_norm, "none"), "shuffled_teacher": (self.shuffled_teacher, False)}
+        return values | {name: value for name, (value, usual) in options.items() if value != usual}
 
     def state_dict(self) -> dict[str, Tensor]:
         """The teacher's own weights: those that the model no longer holds."""
@@ -248,14 +266,22 @@ def frozen_teacher(model: UniGenDet, layers: int) -> UniGenDet:
     return teacher.requires_grad_(False)
 
 
-def alignment_grids(pack: PackedBatch, teacher_pack: PackedBatch) -> ImageGrids:
-    """Student and teacher grid of every image. Raises ValueError unless the packs hold equally many images."""
+def alignment_grids(pack: PackedBatch, teacher_pack: PackedBatch, *, shuffled: bool = False) -> ImageGrids:
+    """Student and teacher grid of every image; ``shuffled``: each student's with the teacher's of the next image.
+
+    Raises ValueError unless the packs hold equally many images, and more than one if they are to be shuffled.
+    """
     if len(pack.latent_sizes) != len(teacher_pack.vit_sizes):
         raise ValueError(
             f"the teacher's pack has {len(teacher_pack.vit_sizes)} ViT images; it must have one for each of the "
             f"{len(pack.latent_sizes)} latent images of the student's pack"
         )
-    return ImageGrids.from_sizes([(*s, *t) for s, t in zip(pack.latent_sizes, teacher_pack.vit_sizes, strict=True)])
+    teachers = teacher_pack.vit_sizes
+    if shuffled:
+        if len(teachers) < 2:
+            raise ValueError(f"the pack has {len(teachers)} image; with shuffled_teacher it must have at least 2")
+        teachers = (*teachers[1:], teachers[0])
+    return ImageGrids.from_sizes([(*s, *t) for s, t in zip(pack.latent_sizes, teachers, strict=True)])
 
 
 def make_stage(model: UniGenDet, config: TrainConfig) -> Stage:
@@ -268,4 +294,6 @@ def make_stage(model: UniGenDet, config: TrainConfig) -> Stage:
         config.timestep_shift,
         align_layer=config.align_layer,
         teacher_layer=config.teacher_layer,
+        teacher_norm=config.teacher_norm,
+        shuffled_teacher=config.shuffled_teacher,
     )

@@ -165,6 +165,7 @@ class Trainer:
         started = time.perf_counter()
         pack = self.stage.student(batch)
         lr = learning_rate(state.step, config.optimizer, config.total_steps)
+        self.stage.progress = state.step / config.total_steps
         names, values = self._backward(batch, pack)
         row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
         self._check_finite(row, pack)

@@ -1,0 +1,163 @@
+"""Record a study as evidence: ``python -m benchmarks.study DIR``.
+
+Its numbers go to ``benchmarks/results/study.json``, and from them the sections of ``docs/study.md`` and the README are
+written anew. Without DIR only that is done, from what is recorded already. ``--check`` writes nothing and exits with 1
+unless both are exactly what the record gives.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unigendet.config_file import load_settings
+from unigendet.evaluation.results import plain
+from unigendet.evaluation.study_report import STUDY_SCHEMA, study_view
+from unigendet.quickstart import default_config
+from unigendet.study.config import StudyConfig
+
+from .environment import RESULTS, ROOT
+from .quickstart import changes
+from .report import with_section
+
+RECORD = RESULTS / "study.json"
+DOCUMENT = ROOT / "docs" / "study.md"
+README = ROOT / "README.md"
+MARK = "study"  # of the sections
+NOTHING = "Not recorded yet."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.study", description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="what `unigendet study` left")
+    parser.add_argument("--check", action="store_true", help="only check that the documents say what is recorded")
+    options = parser.parse_args(arguments)
+    if options.check and options.folder:
+        parser.error("--check takes no DIR: it compares the documents with what is recorded")
+    if options.folder:
+        read_study(options.folder / "study.json")  # what cannot be read must not replace the record
+        RECORD.parent.mkdir(parents=True, exist_ok=True)
+        RECORD.write_bytes((options.folder / "study.json").read_bytes())
+    study = read_study(RECORD) if RECORD.is_file() else None
+    stale = {}
+    for file, section in ((DOCUMENT, document_section(study)), (README, readme_section(study))):
+        text = file.read_text(encoding="utf-8")
+        wanted = with_section(text, MARK, section, file.name)
+        if wanted != text:
+            stale[file] = wanted
+    if options.check:
+        for file in stale:
+            print(f"{file.name} does not say what is recorded; run python -m benchmarks.study", file=sys.stderr)
+        return int(bool(stale))
+    for file, wanted in stale.items():
+        file.write_text(wanted, encoding="utf-8")
+    return 0
+
+
+def read_study(file: Path) -> dict[str, Any]:
+    """A ``study.json``. Raises ValueError if it has another schema than this program knows."""
+    study = json.loads(file.read_text(encoding="utf-8"))
+    if study.get("schema") != STUDY_SCHEMA:
+        raise ValueError(f"{file} has schema {study.get('schema')}; it must be {STUDY_SCHEMA}")
+    return study
+
+
+def readme_section(study: Mapping[str, Any] | None) -> str:
+    """The README's section in Markdown: how it was done in a sentence, and the primary comparisons."""
+    if study is None:
+        return NOTHING
+    return "\n".join([*_how(study), "", *_differences(study, primary=True), "", _chance(study), *_outdated(study)])
+
+
+def document_section(study: Mapping[str, Any] | None) -> str:
+    """The section of ``docs/study.md``: everything."""
+    if study is None:
+        return NOTHING
+    view = study_view(study)
+    real = view["reference"]
+    lines = [*_how(study), *_outdated(study), "", "### Primary comparisons", "", *_differences(study, primary=True)]
+    lines += ["", "### All arms", ""]
+    lines += [
+        "Mean over the seeds, with the 95 % interval of Student's t. Arms of a seed share data and noise, so these"
+    ]
+    lines += ["intervals overlap more than the differences do. Real training digits, as many as are generated, have a"]
+    lines += [f"Fréchet distance of {real['frechet']}; the reader of the digits gets {real['agreement']} of the real"]
+    lines += ["test digits right.", "", *_arms(view), "", "| metric | what it is |", "|---|---|"]
+    lines += [f"| {metric['title']} | {metric['meaning']} |" for metric in study["metrics"]]
+    lines += ["", "### Exploratory differences", "", _chance(study), "", *_differences(study, primary=False)]
+    lines += [
+        "",
+        "### Arms",
+        "",
+        "| arm | settings that differ from the quickstart's | goes on from |",
+        "|---|---|---|",
+    ]
+    titles = {arm["name"]: arm["title"] for arm in study["arms"]}
+    for arm in study["arms"]:
+        settings = ", ".join(f"`{override}`" for override in arm["overrides"])
+        lines.append(f"| {arm['title']} | {settings} | {titles.get(arm['after'], 'new weights')} |")
+    return "\n".join(lines)
+
+
+def _how(study: Mapping[str, Any]) -> Iterator[str]:
+    view = study_view(study)
+    yield (
+        f"{len(study['runs'])} runs: {len(study['arms'])} arms, {len(view['seeds'])} seeds, {study['draws']} draws of "
+        f"the test prompts each; {view['cost']['seconds']}, {view['cost']['cpu_seconds']} of processor time."
+    ).replace("\u00a0", " ")
+    for place in study["environments"]:
+        versions = place["versions"]
+        yield (
+            f"{place['cpus']} CPUs ({place['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
+            f"commit {(place['commit'] or 'unknown')[:12]})."
+        )
+
+
+def _differences(study: Mapping[str, Any], *, primary: bool) -> Iterator[str]:
+    view = study_view(study)
+    wide = f" {view['joint']} interval |" if primary else ""
+    yield f"| arm against control | metric | difference | 95 % interval |{wide} seeds | reading |"
+    yield "|---|---|--:|--:|" + ("--:|" if primary else "") + "---|---|"
+    for entry in view["primary" if primary else "exploratory"]:
+        joint = f" {entry['joint']} |" if primary else ""
+        numbers = f"{entry['mean']} | {entry['interval']} |{joint} {entry['seeds']}"
+        yield f"| {entry['what']} | {entry['metric']} | {numbers} | {entry['verdict']} |"
+
+
+def _chance(study: Mapping[str, Any]) -> str:
+    chance = study_view(study)["chance"]
+    return (
+        f"Of {chance['count']} exploratory differences, {chance['apart']} have a 95 % interval that leaves out zero; "
+        f"about {chance['expected']} would if nothing had any effect."
+    )
+
+
+def _arms(view: Mapping[str, Any]) -> Iterator[str]:
+    titles = view["table"]["titles"]
+    yield "| arm | seeds | " + " | ".join(titles) + " |"
+    yield "|---|--:|" + "--:|" * len(titles)
+    for line in view["table"]["lines"]:
+        yield f"| {line['arm']} | {line['seeds']} | " + " | ".join(line["values"]) + " |"
+
+
+def _outdated(study: Mapping[str, Any]) -> list[str]:
+    """What the settings are now where they are not those of the record."""
+    config = load_settings(StudyConfig, default_config("study.yaml"))
+    now = plain({"draws": config.draws, "quickstart": config.base(), "arms": config.arms, "names": list(config.arms)})
+    arms = {arm["name"]: arm for arm in study["arms"]}
+    then = {"draws": study["draws"], "quickstart": study["quickstart"], "arms": arms, "names": list(arms)}
+    if other := sorted(changes(then, now)):
+        return [
+            "",
+            f"**Not what `unigendet study` does now.** Settings that differ (recorded → now): {'; '.join(other)}.",
+        ]
+    return []
+
+
+if __name__ == "__main__":
+    sys.exit(main())
