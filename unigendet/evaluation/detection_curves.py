@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import matplotlib.axes
 import numpy as np
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from numpy.typing import NDArray
@@ -17,7 +18,6 @@ from unigendet.evaluation.figures import GOOD, GREY, INK, LINE, MAX_POINTS, clea
 from unigendet.evaluation.reliability import ReliabilityBin
 from unigendet.evaluation.robustness import CurvePoint
 
-_PERCENT = PercentFormatter(1, decimals=0, symbol="\u00a0%")
 LABELS = {"jpeg": "JPEG quality", "resize": "scale of both edges", "blur": "Gaussian blur, σ in pixels"}
 
 
@@ -93,7 +93,7 @@ def reliability_chart(bins: Sequence[ReliabilityBin], *, name: str) -> str:
         for axes in (upper, lower):
             clean(axes)
         for axis in (upper.yaxis, upper.xaxis):
-            axis.set_major_formatter(_PERCENT)
+            _in_percent(axis)
 
     return svg_chart(draw, name=name, salt="reliability", size=(3.3, 2.8))
 
@@ -101,26 +101,26 @@ def reliability_chart(bins: Sequence[ReliabilityBin], *, name: str) -> str:
 def robustness_chart(kind: str, points: Sequence[CurvePoint], *, name: str) -> str:
     """Accuracy with its interval, balanced accuracy and AUC by level as an ``<svg>`` element, undisturbed first."""
     places = list(range(len(points)))
+    low, high = zip(*(p.accuracy_interval for p in points), strict=True)
+    lines = [
+        ("AUC", [p.roc_auc for p in points], GOOD, "^:"),
+        ("balanced accuracy", [p.balanced_accuracy for p in points], GREY, "s--"),
+        ("accuracy", [p.accuracy for p in points], LINE, "o-"),
+    ]
+    lines = [line for line in lines if None not in line[1]]
 
     def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
-        low, high = zip(*(p.accuracy_interval for p in points), strict=True)
         axes.fill_between(places, low, high, color=LINE, alpha=0.15, linewidth=0)
-        for label, values, colour, style in (
-            ("AUC", [p.roc_auc for p in points], GOOD, "^:"),
-            ("balanced accuracy", [p.balanced_accuracy for p in points], GREY, "s--"),
-            ("accuracy", [p.accuracy for p in points], LINE, "o-"),
-        ):
-            if all(value is not None for value in values):
-                axes.plot(places, values, style, color=colour, linewidth=1.6, markersize=3.5, label=label)
-                least.append(min(values))
+        for label, values, colour, style in lines:
+            axes.plot(places, values, style, color=colour, linewidth=1.6, markersize=3.5, label=label)
         axes.set_xticks(places, ["none" if p.level is None else f"{p.level:g}" for p in points])
-        axes.set(ylim=(min(0.4, *low, *least) - 0.03, 1.03), xlabel=LABELS[kind])
-        axes.yaxis.set_major_formatter(_PERCENT)
+        least = min(0.4, *low, *(min(values) for _, values, _, _ in lines))
+        axes.set(ylim=(least - 0.03, 1.03), xlabel=LABELS[kind])
+        _in_percent(axes.yaxis)
         figure.legend(frameon=False, fontsize=7.5, loc="outside upper left", ncols=3, handlelength=2.2)
         clean(axes)
 
-    least: list[float] = []
     return svg_chart(draw, name=name, salt=f"robustness/{kind}", size=(3.3, 2.4))
 
 
@@ -129,6 +129,10 @@ def _shares(figure: Figure, x: str, y: str) -> matplotlib.axes.Axes:
     axes = figure.add_subplot()
     axes.set(xlim=(-0.02, 1.02), ylim=(-0.02, 1.04), xlabel=x, ylabel=y)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(_PERCENT)
+        _in_percent(axis)
     clean(axes)
     return axes
+
+
+def _in_percent(axis: Axis) -> None:
+    axis.set_major_formatter(PercentFormatter(1, decimals=0, symbol="\u00a0%"))

@@ -15,7 +15,7 @@ from rich.console import Group
 from rich.text import Text
 
 from unigendet.data.datasets import DetectionRecord
-from unigendet.data.transforms import read_image, to_rgb
+from unigendet.data.transforms import read_image
 from unigendet.evaluation.detection import REAL, DetectionMetrics, DetectionOutcome, DetectionSummary, probabilities
 from unigendet.evaluation.detection_curves import (
     LABELS,
@@ -184,7 +184,7 @@ def _examples(outcomes: Sequence[DetectionOutcome], records: Sequence[DetectionR
     readable = [outcome for outcome in outcomes if outcome.error is None]
     examples = []
     for outcome in first_examples(readable, right=SHOWN, wrong=SHOWN):
-        picture = to_rgb(read_image(records[places[id(outcome)]].image))
+        picture = read_image(records[places[id(outcome)]].image)
         picture.thumbnail((2 * THUMBNAIL, THUMBNAIL))
         examples.append(Example(outcome, np.asarray(picture), high=255))
     return tuple(examples)
@@ -192,29 +192,18 @@ def _examples(outcomes: Sequence[DetectionOutcome], records: Sequence[DetectionR
 
 def _tiles(overall: DetectionMetrics, with_css: bool) -> Iterator[dict[str, str]]:
     low, high = map(percent, overall.accuracy_interval)
-    meaning = f"Right verdicts of all images; 95 % interval {low} to {high}."
-    yield {"name": "Accuracy", "value": percent(overall.accuracy), "meaning": meaning}
-    for name, value, meaning in (
+    tiles = [
+        ("Accuracy", overall.accuracy, f"Right verdicts of all images; 95 % interval {low} to {high}."),
         ("Balanced accuracy", overall.balanced_accuracy, "Mean of the shares of real and of fake images judged right."),
         ("AUC", overall.roc_auc, "Chance that a random fake looks more fake than a random real image."),
         ("Calibration error", overall.calibration_error, "How far confidence and success lie apart; lower is better."),
-    ):  # fmt: skip
-        yield {"name": name, "value": percent(value), "meaning": meaning}
+    ]
     if overall.explained:
-        meaning = "Words that explanations and annotations share, in order."
-        yield {"name": "ROUGE-L", "value": percent(overall.rouge_l), "meaning": meaning}
-        if with_css:
-            name, value, meaning = (
-                "CSS",
-                overall.css,
-                "Explanations like the annotations in meaning, by a sentence encoder.",
-            )
-        else:
-            name, value, meaning = (
-                "TF-IDF cosine",
-                overall.tfidf_cosine,
-                "Explanations like the annotations in words, rare ones counting more.",
-            )
+        words = "Explanations like the annotations in words, rare ones counting more."
+        meaning = "Explanations like the annotations in meaning, by a sentence encoder."
+        tiles.append(("ROUGE-L", overall.rouge_l, "Words that explanations and annotations share, in order."))
+        tiles.append(("CSS", overall.css, meaning) if with_css else ("TF-IDF cosine", overall.tfidf_cosine, words))
+    for name, value, meaning in tiles:
         yield {"name": name, "value": percent(value), "meaning": meaning}
 
 
