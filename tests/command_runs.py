@@ -3,6 +3,8 @@
 import sys
 from pathlib import Path
 
+import numpy as np
+from PIL import Image
 from run_data import ANSWERS
 from tiny_models import tiny_model
 
@@ -40,13 +42,25 @@ def fails(result, message, code=1):
     assert len(result.err.splitlines()) == 1, result.err
 
 
-def save_model(folder, seed=0, **changes):
-    """A model folder: 8×8 grey pictures, byte tokens, 128 positions."""
-    view = ImageConfig(min_size=4, max_size=8, stride=2)
+VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
+
+
+def tiny_pipeline(seed=0, view=VIEW, **changes):
+    """A model of 8×8 grey pictures, with byte tokens and 128 positions."""
     model = tiny_model(seed, vocab_size=280, **changes)
     tokenizer = train_tokenizer(ANSWERS, 270)
-    Pipeline(model, tokenizer, PixelAutoencoder(model.config.latent), DataConfig(view, view)).save(folder)
+    return Pipeline(model, tokenizer, PixelAutoencoder(model.config.latent), DataConfig(view, view))
+
+
+def save_model(folder, seed=0, **changes):
+    """The folder of a ``tiny_pipeline`` that sees pictures from 4 pixels on."""
+    tiny_pipeline(seed, ImageConfig(min_size=4, max_size=8, stride=2), **changes).save(folder)
     return Path(folder)
+
+
+def noise_picture(seed, width=9, height=12):
+    """A colour picture of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
 class StandardInput:

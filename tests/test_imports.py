@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "packing": {"config", "layout"},
     "model": {"config", "files", "layout", "ops", "packing"},
     "data": {"config", "config_file", "files", "layout", "packing"},
-    "evaluation": {"config", "config_file", "packing", "model", "data"},
+    "evaluation": {"config", "config_file", "files", "packing", "model", "data", "inference"},
     "inference": {"config", "config_file", "files", "layout", "ops", "packing", "model", "data"},
     "integrations": {"layout", "ops"},
     "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data"},

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from unigendet.commands import evaluate_generation
+from unigendet.commands import evaluate_detection, evaluate_generation
 from unigendet.commands.common import Commands
 
-KINDS = (evaluate_generation,)  # in the order of the help
+KINDS = (evaluate_detection, evaluate_generation)  # in the order of the help
 
 
 def add(commands: Commands) -> None:

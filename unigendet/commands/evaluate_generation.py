@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, UserError, find_images, load_pipeline, model_options
+from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
 from unigendet.commands.generation import (
     GUIDANCE_NOTE,
     check_grid,
@@ -21,6 +21,7 @@ from unigendet.commands.generation import (
     sampling_options,
     save_grid,
 )
+from unigendet.commands.inputs import find_pictures
 from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
@@ -127,7 +128,7 @@ def _reference(options: argparse.Namespace, records: Sequence[PromptRecord]) -> 
     if options.features == "digits":
         return []
     if options.reference is not None and options.reference.is_dir():
-        return find_images([options.reference])
+        return _below(options.reference)
     if options.reference is not None:
         records = read_prompts(options.reference, options.image_root)
     given = options.reference or options.prompts
@@ -141,6 +142,12 @@ def _reference(options: argparse.Namespace, records: Sequence[PromptRecord]) -> 
     if lost:
         raise UserError(f"{given} names images that are not there, {len(lost)} of {len(paths)}: {lost[0]}, …")
     return paths
+
+
+def _below(folder: Path) -> list[Path]:
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}")
+    return [Path(path) for path in find_pictures([str(folder)])]
 
 
 def _features(options: argparse.Namespace) -> InceptionFeatures | None:
@@ -159,7 +166,7 @@ def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
     """Pictures of a folder, their prompts as far as the manifest knows them, and what settings say of them."""
     from unigendet.data.image_folder import read_manifest
 
-    images = find_images([folder])
+    images = _below(folder)
     manifest = read_manifest(folder)
     prompts = [manifest.get(str(path.relative_to(folder)), {}).get("prompt") for path in images]
     return images, prompts, {"images": str(folder)}
@@ -208,5 +215,5 @@ def _scored(
 
     if features is None:
         return score_digits(images, prompts)
-    with Progress(len(images) + len(reference), "images seen by Inception", every=100) as progress:
-        return score_inception(images, reference, features, batch_size=options.batch_size, done=progress.count)
+    with Progress("unigendet evaluate generation", len(images) + len(reference), "images seen") as progress:
+        return score_inception(images, reference, features, batch_size=options.batch_size, done=progress.advance)

@@ -88,7 +88,7 @@ def _one_picture(
 ) -> list[Path]:
     from unigendet.data.image_folder import save_image
 
-    with Progress(1, "picture", every=1) as progress:
+    with Progress("unigendet generate", 1, "pictures") as progress:
         (image,) = pipeline.generate_each(
             [request], guidance=guidance, batch_size=options.batch_size, progress=progress.steps
         )

@@ -158,7 +158,7 @@ def fill_folder(
     """
     todo = folder.missing(entries)
     paths = [folder.path / entry["file"] for entry in entries]
-    with Progress(len(todo), "pictures", every=batch_size) as progress:
+    with Progress("unigendet", len(todo), "pictures") as progress:
         images = pipeline.generate_each(
             [requests[i] for i in todo], guidance=guidance, batch_size=batch_size, progress=progress.steps
         )
@@ -168,7 +168,7 @@ def fill_folder(
             if i in remaining:
                 folder.add(entries[i], next(images), picture_texts(request))
                 progress.show(result_line(path, request))
-                progress.count()
+                progress.advance()
             else:
                 progress.show(result_line(path, request) + "\t(kept)")
     return paths

@@ -1,38 +1,56 @@
-"""How far a command has come, on standard error: a bar on a terminal, plain lines elsewhere."""
+"""How far a command has come, on standard error: a bar on a terminal with rich, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import sys
-from types import TracebackType
+import time
+from collections.abc import Callable
 from typing import Any
+
+EVERY = 15.0  # seconds from one plain line to the next
 
 
 class Progress:
-    """A context manager that counts ``total`` things called ``unit``.
+    """A context manager that counts things done.
 
-    Without a terminal it says how many are done after ``every`` of them, unless that is all.
+    Rows that go to a terminal while the bar stands there are to be written inside it: the bar stays below them.
+
+    Args:
+        label: the command, as plain lines begin.
+        total: how many there are.
+        what: what is counted, in the plural.
+        clock: seconds.
     """
 
-    def __init__(self, total: int, unit: str, *, every: int) -> None:
-        self._total, self._unit, self._every, self._done = total, unit, every, 0
-        self._bar: Any = None
+    def __init__(
+        self, label: str, total: int, what: str = "images", *, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._label, self._total, self._what, self._clock = label, total, what, clock
+        self.done = 0
         self._by_steps = False
+        self._begin = self._said = clock()
+        self._bar: Any = None
         self._stack = contextlib.ExitStack()
 
     def __enter__(self) -> Progress:
-        if sys.stderr.isatty() and self._total:
-            self._bar = self._stack.enter_context(_bar())
-            self._task = self._bar.add_task("", total=1.0, text=self._text())
+        if sys.stderr.isatty() and self._total and importlib.util.find_spec("rich"):
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = (BarColumn(bar_width=24), TextColumn("{task.fields[text]}"), TimeRemainingColumn())
+            bar = Bar(*columns, console=Console(stderr=True), transient=True, redirect_stdout=sys.stdout.isatty())
+            self._bar = self._stack.enter_context(bar)
+            self._task = bar.add_task("", total=1.0, text=self._text())
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
 
     def _text(self) -> str:
-        return f"{self._done}/{self._total} {self._unit}"
+        return f"{self.done}/{self._total} {self._what}"
 
     def steps(self, done: int, steps: int) -> None:
         """So many of the work's steps are done; only a bar shows them, and then it goes by steps, not by things."""
@@ -40,26 +58,32 @@ class Progress:
             self._by_steps = True
             self._bar.update(self._task, completed=done / steps)
 
-    def count(self) -> None:
-        """One thing more is done."""
-        self._done += 1
+    def advance(self) -> None:
+        """One more is done."""
+        self.done += 1
         if self._bar is not None:
-            share = None if self._by_steps else self._done / self._total
+            share = None if self._by_steps else self.done / self._total
             self._bar.update(self._task, completed=share, text=self._text())
-        elif self._total > self._every and (self._done % self._every == 0 or self._done == self._total):
-            print(self._text(), file=sys.stderr, flush=True)
+            return
+        now = self._clock()
+        if now - self._said >= EVERY and self.done < self._total:
+            self._said = now
+            rate = self.done / (now - self._begin)
+            left = (self._total - self.done) / rate
+            print(f"{self._label}: {self.done} of {self._total} {self._what}, about {_duration(left)} left",
+                  file=sys.stderr, flush=True)  # fmt: skip
 
     def show(self, line: str) -> None:
-        """Print a line of results to standard output, above the bar if both are on one terminal."""
+        """Print a line of results to standard output, in one piece above the bar if both are on one terminal."""
         if self._bar is not None and sys.stdout.isatty():
             self._bar.console.print(line, markup=False, highlight=False, soft_wrap=True)
         else:
             print(line, flush=True)
 
 
-def _bar() -> Any:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-    columns = (BarColumn(bar_width=30), TextColumn("{task.fields[text]}"), TimeElapsedColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False)
+def _duration(seconds: float) -> str:
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"

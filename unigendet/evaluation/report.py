@@ -214,7 +214,8 @@ def format_table(results: RunResults) -> Group:
     return Group(*parts)
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
+def compact_table(title: str, first: str, *numbers: str) -> Table:
+    """A table for a terminal, with names in its first column and numbers in the others."""
     # No lines between the columns, and single spaces of padding: it has to fit a terminal of 80 columns.
     compact = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "collapse_padding": True}
     table = Table(title=title, title_justify="left", title_style="bold", **compact)
@@ -225,7 +226,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 def _aims_table(results: RunResults) -> Table:
-    table = _table(results.title, "", "value", "aim")
+    table = compact_table(results.title, "", "value", "aim")
     table.add_column("")
     styles = {"reached": "green", "missed": "red", "none": "dim"}
     for view in map(aim_view, results.aims):
@@ -239,7 +240,7 @@ def _aims_table(results: RunResults) -> Table:
 def _detection_table(results: RunResults) -> Table:
     rows = (*results.detection.groups, results.detection.overall)
     unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
-    table = _table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
+    table = compact_table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
     for m in rows:
         role = results.roles.get(m.group)
         table.add_row(
@@ -252,7 +253,7 @@ def _detection_table(results: RunResults) -> Table:
 
 
 def _generation_table(results: RunResults) -> Table:
-    table = _table("Generation", "images", "prompt agreement", "Fréchet distance")
+    table = compact_table("Generation", "images", "prompt agreement", "Fréchet distance")
     for name in dict.fromkeys([*results.agreement, *results.frechet]):
         agreement = results.agreement.get(name)
         table.add_row(

@@ -8,7 +8,7 @@ is given, the size of the last one's latent view.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,10 +55,13 @@ class ImageRequest:
 
 
 class RequestBuilder:
-    """Checks requests, and makes the sampler's of them; keeps the views of the images that the last batch used."""
+    """Checks requests, and makes the sampler's of them; keeps the views of the images that the last batch used.
 
-    def __init__(self, model: UniGenDet, samples: SampleBuilder) -> None:
-        self._model, self._samples = model, samples
+    ``encode``: pixels → latent, for the latent views, which ``samples`` leaves as pixels.
+    """
+
+    def __init__(self, model: UniGenDet, samples: SampleBuilder, encode: Callable[[Tensor], Tensor]) -> None:
+        self._model, self._samples, self._encode = model, samples, encode
         self._views: dict[object, tuple[LatentImage, VitImage]] = {}
 
     def check(self, requests: Sequence[ImageRequest]) -> list[ImageRequest]:
@@ -112,7 +115,7 @@ class RequestBuilder:
 
     def _both_views(self, image: str | Path | Image) -> tuple[LatentImage, VitImage]:
         latent, pixels = self._samples.views(image)
-        return LatentImage(latent), VitImage(pixels)
+        return LatentImage(self._encode(latent)), VitImage(pixels)
 
 
 def _key(image: str | Path | Image) -> object:
