@@ -11,6 +11,9 @@ import unigendet
 
 PACKAGE = Path(unigendet.__file__).parent
 ROOT = PACKAGE.parent
+# What training looks at its model with: known to the module that looks, and to the one that puts a run together.
+LOOKS = {"inference", "evaluation"}
+LOOKING = {"unigendet.training.watch", "unigendet.training.run"}
 # What each room may import, at module level and inside functions; a room may always import itself.
 MAY_IMPORT = {
     "layout": set(),
@@ -24,7 +27,7 @@ MAY_IMPORT = {
     "data": {"config", "config_file", "layout", "packing"},
     "evaluation": {"config", "config_file", "packing", "model", "data"},
     "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
-    "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data"},
+    "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data", *LOOKS},
 }
 TOP = {"cli", "commands", "quickstart", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}
@@ -107,6 +110,9 @@ def test_arrows_go_one_way(module, path):
             assert first not in HEAVY or (room == "model" and not at_module_level), f"{module} imports {name}"
         if room in ("model", "training"):
             assert first != "triton", f"{module} imports {name}"
+        if room == "training" and room_of(name) in LOOKS:
+            lazily = module == "unigendet.training.watch" or not at_module_level
+            assert module in LOOKING and lazily, f"{module} imports {name}: training itself does without"
         if room in ("ops", "schedule"):
             assert first in {"unigendet", "torch", "numpy"} | sys.stdlib_module_names, f"{module} imports {name}"
         if room == "layout":

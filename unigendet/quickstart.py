@@ -52,7 +52,7 @@ from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, ModelSource, TrainConfig
 from unigendet.training.metrics import TIMING
-from unigendet.training.run import build_loader, build_model, companions
+from unigendet.training.run import build_loader, build_model, companions, prepare_watcher
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
@@ -74,10 +74,10 @@ class QuickstartConfig:
     """Settings of the whole job.
 
     ``gduf``, ``diga``: the stages; datasets, tokenizer, seeds, device (cpu) and output are filled in, and the model is
-    new, of a preset's sizes. ``captions_weight``: caption samples per real detection sample (fakes come as often as
-    real images). ``fakes_per_real``: generated training
-    images per real one. ``guidance``: of the evaluation's samples. ``batch_size``: images per call of the evaluation.
-    ``shown``: sample images per digit in the report.
+    new, of a preset's sizes. With ``watch.every`` they look at samples of each digit and at test images.
+    ``captions_weight``: caption samples per real detection sample (fakes come as often as real images).
+    ``fakes_per_real``: generated training images per real one. ``guidance``: of the evaluation's samples.
+    ``batch_size``: images per call of the evaluation. ``shown``: sample images per digit in the report.
     """
 
     gduf: TrainConfig = field(default_factory=TrainConfig)
@@ -141,16 +141,26 @@ class _Job:
             datasets=datasets,
             model=ModelSource(preset=stage.model.preset or "quickstart", tokenizer=str(self.out / "tokenizer")),
             loader=dataclasses.replace(stage.loader, seed=self.seed),
+            watch=dataclasses.replace(
+                stage.watch,
+                prompts=tuple(caption(digit) for digit in range(10)),
+                prompts_file=None,
+                guidance=self.config.guidance,
+                detection=str(data.test_detection),
+                image_root=None,
+            ),
         )
 
     def train(self, name: str, model: UniGenDet, tokenizer: Tokenizer, data: QuickstartData) -> list[dict[str, Any]]:
         """Train a stage in place, leave the averaged weights in the model, and return the metrics."""
         config = self.stage_config(name, data)
+        make_watcher = prepare_watcher(config)
         trainer = Trainer(
             make_stage(model, config),
             build_loader(config, model, tokenizer),
             config,
             companions=companions(tokenizer, config.datasets.views),
+            watch=make_watcher and make_watcher(model, tokenizer, build_autoencoder(model.config.latent)),
             console=self.console,
         )
         history = trainer.run().history

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -14,13 +15,18 @@ from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_caption
 from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.device import find_device
-from unigendet.model.autoencoder import build_autoencoder
+from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from unigendet.training.watch import Watcher
+
+Autoencoder = PixelAutoencoder | FluxAutoencoder
 
 
 def train(
@@ -45,14 +51,17 @@ def train(
         TrainingError: see ``Trainer.run``.
     """
     checkpoint = _resume_point(config, resume)
+    make_watcher = prepare_watcher(config)
     device = find_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     model = build_model(config, tokenizer, device, checkpoint)
-    batches = build_loader(config, model, tokenizer)
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(device)
+    batches = build_loader(config, model, tokenizer, autoencoder)
+    watch = make_watcher and make_watcher(model, tokenizer, autoencoder)
     stage = make_stage(model, config)
     beside = companions(tokenizer, config.datasets.views)
-    trainer = Trainer(stage, batches, config, companions=beside, console=console, quiet=quiet)
+    trainer = Trainer(stage, batches, config, companions=beside, watch=watch, console=console, quiet=quiet)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer.run()
@@ -82,15 +91,37 @@ def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path],
     return [tokenizer.save, functools.partial(save_data_config, config=views)]
 
 
-def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
+def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
+    """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
+
+    Errors: see ``watch.read_watched``, so that a mistake shows before a model is loaded.
+    """
+    if not config.watch.every:
+        return None
+    from unigendet.inference.pipeline import Pipeline
+    from unigendet.training.watch import Watcher, read_watched
+
+    watched = read_watched(config)
+
+    def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
+        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+
+    return make
+
+
+def build_loader(
+    config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder | None = None
+) -> Loader:
     """The endless stream of batches for ``config.stage``.
 
-    A FLUX autoencoder encodes in this process, on the model's device; pixel latents are made by the data workers.
+    A FLUX autoencoder encodes in this process, on its device; pixel latents are made by the data workers.
+    ``autoencoder``: default: a new one, as ``config.model`` says, on the model's device.
     """
     datasets = config.datasets
-    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder)
+    if autoencoder is None:
+        autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(model.device)
     here = model.config.latent.autoencoder == "flux"
-    encode = autoencoder.to(model.device).encode if here else None
+    encode = autoencoder.encode if here else None
     builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
     return Loader(
         _diga_sources(datasets, builder) if config.stage == "diga" else _gduf_sources(datasets, builder),
