@@ -74,7 +74,8 @@ class QuickstartConfig:
     """Settings of the whole job.
 
     ``gduf``, ``diga``: the stages; datasets, tokenizer, seeds, device (cpu) and output are filled in, and the model is
-    new, of a preset's sizes. With ``watch.every`` they look at samples of each digit and at test images.
+    new, of a preset's sizes. With ``watch.every`` they look at the digits and the test images, unless they name others,
+    with the evaluation's guidance.
     ``captions_weight``: caption samples per real detection sample (fakes come as often as real images).
     ``fakes_per_real``: generated training images per real one. ``guidance``: of the evaluation's samples.
     ``batch_size``: images per call of the evaluation. ``shown``: sample images per digit in the report.
@@ -133,6 +134,7 @@ class _Job:
             captions=(AnnotationFile(str(data.train_captions), weight=self.config.captions_weight),),
             views=data_config(),
         )
+        digits = tuple(caption(digit) for digit in range(10))
         return dataclasses.replace(
             stage,
             seed=self.seed,
@@ -143,11 +145,9 @@ class _Job:
             loader=dataclasses.replace(stage.loader, seed=self.seed),
             watch=dataclasses.replace(
                 stage.watch,
-                prompts=tuple(caption(digit) for digit in range(10)),
-                prompts_file=None,
+                prompts=stage.watch.prompts or (() if stage.watch.prompts_file else digits),
                 guidance=self.config.guidance,
-                detection=str(data.test_detection),
-                image_root=None,
+                detection=stage.watch.detection or str(data.test_detection),
             ),
         )
 

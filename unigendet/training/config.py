@@ -118,9 +118,9 @@ class DatasetsConfig:
 class WatchConfig:
     """Looks at a run while it trains: sample images from fixed noise, and scores on images it does not train on.
 
-    ``every``: steps from one look to the next; there is one before the first step and one after the last too. 0 = never.
+    ``every``: steps from one look to the next, with one before the first step and one after the last; 0 = never.
     ``prompts``, or ``prompts_file`` with one per line: ``count`` images of each, ``size`` (height, width) pixels, by
-    default the model's largest square. Image i starts from the noise of ``seed`` + i at every step.
+    default the model's largest square. Image i starts from the noise of ``seed`` + i at every look.
     ``detection``: annotation file of held-out images, paths relative to ``image_root`` as in ``datasets``; at most
     ``limit`` of them are judged, as many real as fake ones. ``max_tokens``: longest explanation; 0 = verdict only.
     ``batch_size``: images at a time. ``use_ema``: look at the averaged weights where the run keeps them.
@@ -145,8 +145,9 @@ class WatchConfig:
             check(getattr(self, name) >= 0, f"watch.{name}", getattr(self, name), "at least 0")
         for name in ("count", "limit", "batch_size"):
             check(getattr(self, name) > 0, f"watch.{name}", getattr(self, name), "positive")
-        check(all(prompt.strip() for prompt in self.prompts), "watch.prompts", self.prompts, "texts that are not empty")
-        check(not self.prompts or self.prompts_file is None, "watch.prompts_file", self.prompts_file, "null with prompts")
+        prompts, file = self.prompts, self.prompts_file
+        check(all(prompt.strip() for prompt in prompts), "watch.prompts", prompts, "texts that are not empty")
+        check(not prompts or file is None, "watch.prompts_file", file, "null with watch.prompts")
         check(self.size is None or min(self.size) > 0, "watch.size", self.size, "(height, width) in pixels, or null")
         alone = self.image_root is not None and self.detection is None
         check(not alone, "watch.image_root", self.image_root, "null without watch.detection")

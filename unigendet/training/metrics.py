@@ -27,8 +27,8 @@ Row = dict[str, Any]
 class Look:
     """What was seen of a model after step ``step`` of its training.
 
-    ``scores`` by name, without those that are undefined; ``samples``: a picture uint8 [H, W, 4] (RGBA), if there is one;
-    ``text``: for the progress display.
+    ``scores`` by name, without those that are undefined; ``samples``: a picture uint8 [H, W, 4], RGBA, if there is
+    one; ``text``: for the progress display.
     """
 
     step: int
