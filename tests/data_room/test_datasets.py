@@ -80,7 +80,7 @@ def change(*path, value=None):
             change("conversations", 0, "value", value="<image> "),
             r"conversations\[0\], field 'value' holds nothing beside",
         ),
-        ("text", r"entry 1 is a str; it must be an object"),
+        ("text", r"entry 1 is 'text'; it must be an object"),
     ],
 )
 def test_malformed_entries_are_named(tmp_path, entry, message):
@@ -89,7 +89,7 @@ def test_malformed_entries_are_named(tmp_path, entry, message):
 
 
 def test_malformed_files_are_named(tmp_path):
-    for content, message in (("{", "is not JSON"), ("{}", "holds a dict"), ("[]", "holds a list")):
+    for content, message in (("{", "is not JSON"), ("{}", "holds a dict"), ("[]", "holds an empty list")):
         with pytest.raises(ValueError, match=r"data.json " + message):
             read_detection(write(tmp_path, content))
     with pytest.raises(FileNotFoundError, match=r"none.json does not exist"):

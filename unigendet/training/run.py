@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -151,7 +152,12 @@ def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Sour
 
 def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
     records = read_detection(*_where(source))
-    return [record for record in records if source.label in (None, record.label)]
+    chosen = [record for record in records if source.label in (None, record.label)]
+    if not chosen:
+        raise ValueError(
+            f"datasets.detection: label is {source.label}, and {source.file} has no record with this label"
+        )
+    return chosen
 
 
 def _where(source: AnnotationFile) -> tuple[str, str | None]:
@@ -165,13 +171,22 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def _folder(output: str) -> str:
+    """The output folder, which exists or can be made."""
+    nearest = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
+    what = f"{nearest} is a file" if not nearest.is_dir() else f"{nearest} cannot be written to"
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output is {output!r}; it must be a folder, or be one that can be made, but {what}")
+    return output
+
+
 def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None:
     """The checkpoint to go on from; an error if there is none, or if the run would mix with another one's files.
 
     Checkpoints are numbered by step and the oldest go first, so later ones than where the run goes on would outlive
     its own.
     """
-    found = [] if config.output is None else checkpoints(config.output)
+    found = [] if config.output is None else checkpoints(_folder(config.output))
     if isinstance(resume, str | Path):
         point = Path(resume)
         if not point.is_dir():
