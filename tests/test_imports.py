@@ -20,14 +20,15 @@ MAY_IMPORT = {
     "config": set(),
     "config_file": {"config"},
     "device": set(),
+    "files": set(),
     "schedule": {"layout"},
     "ops": {"layout", "schedule"},
     "packing": {"config", "layout"},
-    "model": {"config", "layout", "ops", "packing"},
-    "data": {"config", "config_file", "layout", "packing"},
+    "model": {"config", "files", "layout", "ops", "packing"},
+    "data": {"config", "config_file", "files", "layout", "packing"},
     "evaluation": {"config", "config_file", "packing", "model", "data"},
-    "inference": {"config", "config_file", "layout", "ops", "packing", "model", "data"},
-    "training": {"config", "config_file", "device", "layout", "ops", "packing", "model", "data", *LOOKS},
+    "inference": {"config", "config_file", "files", "layout", "ops", "packing", "model", "data"},
+    "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data", *LOOKS},
 }
 TOP = {"cli", "commands", "quickstart", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}

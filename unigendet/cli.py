@@ -1,8 +1,8 @@
-"""The command line: ``unigendet quickstart | train | generate | detect | bench | info``.
+"""The command line: ``unigendet quickstart | train | generate | detect | export | bench | info``.
 
 Every command is a thin layer over the package, in a module of ``unigendet.commands``. Exit codes: 0 done, 1 the request
-could not be carried out (the message says why), 2 the command line itself is wrong, 130 interrupted. A user's mistake
-gives one line, not a traceback; ``--traceback`` shows it.
+could not be carried out (the message says why), 2 the command line itself is wrong, 130 interrupted; ``train`` that a
+signal stopped: 128 + signal. A user's mistake gives one line, not a traceback; ``--traceback`` shows it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from unigendet import __version__
-from unigendet.commands import bench, detect, generate, info, quickstart, train
-from unigendet.commands.common import Commands, UserError
+from unigendet.commands import bench, detect, export, generate, info, quickstart, train
+from unigendet.commands.common import Commands, Parser, UserError
 
-COMMANDS = (quickstart, train, generate, detect, bench, info)  # in the order of the help
+COMMANDS = (quickstart, train, generate, detect, export, bench, info)  # in the order of the help
 NEEDS_EXTRA = {"PIL", "diffusers", "jinja2", "jsonargparse", "markupsafe", "matplotlib", "rich", "rouge_score",
                "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "transformers", "yaml"}  # fmt: skip
 
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "train" and all("=" in r and not r.startswith("-") for r in rest):
         options.overrides += rest  # argparse takes only the first run of them
     elif rest:
+        parser.prog += f" {options.command}"
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
@@ -45,12 +46,12 @@ def _explain(error: Exception) -> str:
         return f"this command needs the package {error.name.partition('.')[0]!r}: pip install 'unigendet[train]'"
     kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return f"{kind}{error}{notes}"
+    return " ".join(f"{kind}{error}{notes}".split("\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="unigendet",
         description="One transformer that generates images and detects generated ones, on fused kernels.",
     )

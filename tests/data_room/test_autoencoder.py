@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from flux_names import flux_state_dict, small_flux
 from safetensors.torch import load_file, save_file
 
 from unigendet.config import LatentConfig
@@ -9,35 +10,7 @@ from unigendet.model import autoencoder
 from unigendet.model.autoencoder import build_autoencoder
 
 LATENT = LatentConfig(channels=4, downsample=4, patch_size=2)
-WIDTHS = [8, 8, 16]  # three levels: the reversed order of the decoder's levels shows
-SMALL = {
-    **json.loads(autoencoder._FLUX_CONFIG.read_text()),
-    "block_out_channels": WIDTHS,
-    "down_block_types": ["DownEncoderBlock2D"] * 3,
-    "up_block_types": ["UpDecoderBlock2D"] * 3,
-    "latent_channels": 4,
-    "norm_num_groups": 4,
-    "layers_per_block": 1,
-}
-
-
-def flux_name(name):
-    """FLUX's name of diffusers' ``name``, written down independently of the code under test."""
-    parts = name.split(".")
-    if "attentions" in parts:
-        inner = {"group_norm": "norm", "to_q": "q", "to_k": "k", "to_v": "v", "to_out": "proj_out"}[parts[4]]
-        return f"{parts[0]}.mid.attn_1.{inner}.{parts[-1]}"
-    if parts[1] == "mid_block":
-        return f"{parts[0]}.mid.block_{int(parts[3]) + 1}.{'.'.join(parts[4:])}"
-    if parts[1] in ("down_blocks", "up_blocks"):
-        way = parts[1].removesuffix("_blocks")
-        level = int(parts[2]) if way == "down" else len(WIDTHS) - 1 - int(parts[2])
-        if parts[3] == "resnets":
-            rest = "block." + ".".join(parts[4:]).replace("conv_shortcut", "nin_shortcut")
-        else:
-            rest = f"{way}sample.conv.{parts[-1]}"
-        return f"{parts[0]}.{way}.{level}.{rest}"
-    return name.replace("conv_norm_out", "norm_out")
+SMALL = small_flux([8, 8, 16], latent_channels=4)  # three levels: the reversed order of the decoder's levels shows
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +19,7 @@ def checkpoint(tmp_path_factory):
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     vae = diffusers.AutoencoderKL.from_config(SMALL)
-    state = {}
-    for name, tensor in vae.state_dict().items():
-        is_projection = ".attentions." in name and tensor.ndim == 2
-        state[flux_name(name)] = tensor[:, :, None, None].clone() if is_projection else tensor.clone()
+    state = flux_state_dict(vae)
     path = tmp_path_factory.mktemp("flux") / "ae.safetensors"
     save_file(state, str(path))
     return path, vae.eval()

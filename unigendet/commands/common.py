@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
     from unigendet.inference.pipeline import Pipeline
@@ -15,6 +15,14 @@ IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".ti
 
 class UserError(Exception):
     """Something the user can put right; its text is the whole message."""
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, like all others; ``--help`` shows the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong and end with exit code 2."""
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
 
 
 class Commands:

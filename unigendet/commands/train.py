@@ -3,15 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import shlex
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from unigendet.commands.common import Commands
+
+if TYPE_CHECKING:
+    from unigendet.training import TrainResult
 
 
 def add(commands: Commands) -> None:
     """Describe the command."""
     train = commands.add("train", run, "Train one stage (GDUF or DIGA) as a YAML file says.",
-                epilog="Example: unigendet train --config gduf.yaml total_steps=500 optimizer.lr=1e-5")  # fmt: skip
+                epilog="Example: unigendet train --config gduf.yaml total_steps=500 optimizer.lr=1e-5. SIGTERM and "
+                       "Ctrl-C end the run after its present step, with a checkpoint and exit code 143 or 130; a "
+                       "second one ends it at once.")  # fmt: skip
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
     train.add_argument("overrides", nargs="*", type=_setting, metavar="SETTING=VALUE",
                        help="a setting that wins over the file's; dots for nested ones, values as in YAML")  # fmt: skip
@@ -31,5 +39,19 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.training import load_train_config, train
 
-    train(load_train_config(options.config, options.overrides), resume=options.resume)
-    return 0
+    config = load_train_config(options.config, options.overrides)
+    result = train(config, resume=options.resume, catch_signals=True)
+    if result.stopped_by is None:
+        return 0
+    print(_stopped(options, result), file=sys.stderr)
+    return 128 + result.stopped_by
+
+
+def _stopped(options: argparse.Namespace, result: TrainResult) -> str:
+    """What a signal ended, and the command that goes on."""
+    command = ["unigendet", "train", "--config", str(options.config), *options.overrides]
+    where = "nothing is saved" if result.checkpoint is None else f"its checkpoint is {result.checkpoint}"
+    if result.checkpoint is not None:
+        command.append("--resume")
+    how = f"go on with: {shlex.join(command)}" if result.checkpoint else f"start again with: {shlex.join(command)}"
+    return f"unigendet train: {result.stopped_by.name} after step {result.step}; {where}; {how}"

@@ -13,6 +13,7 @@ import copy
 import dataclasses
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -275,6 +276,7 @@ class Loader:
             batch_size=None,
             num_workers=workers,
             collate_fn=_as_it_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             prefetch_factor=self.config.prefetch if workers else None,
             multiprocessing_context=self._start_method if workers else None,
             pin_memory=self.config.pin_memory,
@@ -327,3 +329,13 @@ class Loader:
 def _as_it_is(value: Any) -> Any:
     """DataLoader's default would turn arrays and numbers into tensors."""
     return value
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """In a worker: let a signal to the whole process group pass, as Ctrl-C and schedulers send it.
+
+    The main process finishes its step and then ends its workers. It sends SIGTERM to one that does not end, and again
+    when it ends itself; so only the first SIGTERM is let pass.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))

@@ -11,6 +11,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from unigendet.config import SpecialTokens
+from unigendet.files import telling
 
 # In the order of the fields of SpecialTokens.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -58,8 +59,28 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write ``tokenizer.json`` into ``folder``, which is created."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._backend.save(str(Path(folder) / "tokenizer.json"))
+        file = Path(folder) / "tokenizer.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with telling(file):
+            self._backend.save(str(file))
+
+    def save_as_published(self, folder: str | Path) -> bool:
+        """Write ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json`` into ``folder``, as Qwen2 and BAGEL do.
+
+        Only a tokenizer that cuts texts by Qwen2's rule is the same when it is read from them: for another one nothing
+        is written. Returns whether they were.
+        """
+        state = json.loads(self._backend.to_str())
+        steps = (state["pre_tokenizer"] or {}).get("pretokenizers", [])
+        if not any(step.get("pattern") == {"Regex": _QWEN2_WORDS} for step in steps):
+            return False
+        added = {token.pop("id"): token for token in state["added_tokens"]}
+        config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[1], "added_tokens_decoder": added}
+        with telling(folder):
+            self._backend.model.save(str(folder))
+        text = json.dumps(config, indent=2, ensure_ascii=False)
+        (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")
+        return True
 
     def __getstate__(self) -> str:
         return self._backend.to_str()

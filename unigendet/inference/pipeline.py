@@ -20,10 +20,11 @@ from unigendet.config import DataConfig, GuidanceConfig, check, guidance_from_di
 from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import to_image
+from unigendet.files import replaced_files
 from unigendet.inference.detect import DetectionOutput, DetectionRequest, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
 from unigendet.model.autoencoder import build_autoencoder
-from unigendet.model.checkpoint import load_pretrained, save_pretrained, stored_config
+from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, stored_config, write_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, VitImage
 
@@ -107,12 +108,13 @@ class Pipeline:
     def save(self, folder: str | Path) -> None:
         """Write a model folder that ``from_pretrained`` reads: weights, settings, tokenizer, views.
 
-        The autoencoder, which never changes, is not copied.
+        The autoencoder, which never changes, is not copied. What an interrupted save leaves: see ``save_pretrained``.
         """
-        save_pretrained(self.model, folder)
-        self.tokenizer.save(folder)
-        save_data_config(folder, self.data)
-        save_guidance(folder, self.guidance)
+        with replaced_files(folder, OWN_WEIGHTS) as new:
+            write_pretrained(self.model, new)
+            self.tokenizer.save(new)
+            save_data_config(new, self.data)
+            save_guidance(new, self.guidance)
 
     def detect(
         self,

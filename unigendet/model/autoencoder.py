@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.config import LatentConfig
-from unigendet.model.checkpoint import read_tensors
+from unigendet.model.shards import read_tensors
 
 _FLUX_CONFIG = Path(__file__).parent / "flux_vae" / "config.json"
 

@@ -4,9 +4,9 @@ The model's parameters are fused (q, k, v in one matrix, gate and up in another)
 names. A folder holds
 
 * ours: ``config.json`` and ``model.safetensors`` (or shards with ``model.safetensors.index.json``);
-* BAGEL's: ``llm_config.json``, ``vit_config.json`` and ``ema.safetensors``.
+* BAGEL's: ``llm_config.json``, ``vit_config.json`` and ``ema.safetensors``, which may be in shards too.
 
-Nothing is guessed: a wrong path is an error, and every missing, unexpected or misshapen tensor; all are listed.
+Nothing is guessed: a wrong path is an error, and every missing, unexpected or misshapen tensor.
 """
 
 from __future__ import annotations
@@ -14,19 +14,23 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from unigendet.config import LatentConfig, ModelConfig, SpecialTokens, VisionConfig
+from unigendet.config import ModelConfig
+from unigendet.files import replaced_files
+from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
+from unigendet.model.shards import CheckpointError, open_tensors, outdated_names, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet, init_weights
 
-CONFIG_FILE, WEIGHTS_FILE, INDEX_FILE = "config.json", "model.safetensors", "model.safetensors.index.json"
+OURS, PUBLISHED = "model", "ema"  # what files of weights are called in our folders, and in BAGEL's
+OWN_WEIGHTS = tuple(outdated_names([OURS]))  # patterns of everything that a save may find of an earlier one
 UNUSED = ("latent_to_vit_connector.",)  # in the published files, used by nothing
-SHARD_BYTES = 5 * 2**30
+HEADS = {"class_head": "fake_cls_head", "align_head": "diga_mlp"}  # what BAGEL's release lacks
+LISTED = 20  # so many tensors of a kind does a message name
 
 _LAYER = "language_model.model.layers.{i}."
 _VIT = "vit_model.vision_model."
@@ -71,10 +75,6 @@ _RULES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _COMPILED = tuple((re.compile(pattern), names) for pattern, names in _RULES)
 
 
-class CheckpointError(ValueError):
-    """A checkpoint does not fit the model; the message lists every tensor concerned."""
-
-
 def published_names(name: str) -> tuple[str, ...]:
     """Published names of our parameter ``name``; more than one where it is their concatenation along dimension 0."""
     for pattern, names in _COMPILED:
@@ -109,21 +109,33 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
         FileNotFoundError: there are no weights at ``path``.
         CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged.
     """
-    files = weight_files(path)
     targets = published_state_dict(model)
-    found: dict[str, str] = {}
+    found = find_tensors(targets, path, initialize=initialize)
+    for file in weight_files(path):  # only now: a checkpoint that does not fit leaves the model as it is
+        with open_tensors(file) as tensors, torch.no_grad():
+            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
+                if name in found:
+                    targets[name].copy_(as_published(name, tensors.get_tensor(name)))
+
+
+def find_tensors(targets: Mapping[str, Tensor], path: str | Path, *, initialize: Sequence[str] = ()) -> dict[str, Path]:
+    """The file of every tensor of ``targets`` (published names; only shapes matter) at ``path``; reads no tensor.
+
+    Arguments and errors as in ``load_weights``.
+    """
+    found: dict[str, Path] = {}
     unexpected, misshapen = [], []
-    for file in files:
-        with _open(file) as tensors:
+    for file in weight_files(path):
+        with open_tensors(file) as tensors:
             for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
                 target = targets.get(name)
                 if name in found:
-                    unexpected.append(f"{name} (in {found[name]} and again in {file.name})")
+                    unexpected.append(f"{name} (in {found[name].name} and again in {file.name})")
                 elif target is None:
                     if not name.startswith(UNUSED):
                         unexpected.append(name)
                     continue
-                found[name] = file.name
+                found[name] = file
                 shape = _linear_shape(name, tensors.get_slice(name).get_shape())
                 if shape != list(target.shape):
                     misshapen.append(f"{name} is {shape}, the model needs {list(target.shape)}")
@@ -132,27 +144,22 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
     missing = [name for name in absent if not name.startswith(tuple(m + "." for m in whole))]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        lines = [f"{len(names)} {what}: {', '.join(names)}" for what, names in problems.items() if names]
-        raise CheckpointError(f"{path} does not fit the model. Tensors " + "; ".join(lines))
-    for file in files:  # only now: a checkpoint that does not fit leaves the model as it is
-        with _open(file) as tensors, torch.no_grad():
-            for name in found.keys() & set(tensors.keys()):
-                targets[name].copy_(_as_linear(name, tensors.get_tensor(name)))
+        lines = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
+        remedy = _remedy(missing, others=bool(unexpected or misshapen))
+        raise CheckpointError(f"{path} does not fit the model. Tensors {'; '.join(lines)}. {remedy}")
+    return found
 
 
-def _open(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(file, "pt")
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a complete safetensors file: {error}") from error
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, on the CPU. Raises CheckpointError if it is damaged."""
-    with _open(file) as tensors:
-        return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
+def _remedy(missing: Sequence[str], *, others: bool) -> str:
+    modules = list(dict.fromkeys(name.partition(".")[0] for name in missing))
+    if not others and set(modules) <= set(HEADS.values()):
+        return f"To start {' and '.join(modules)} afresh, name them in initialize (training: model.initialize)"
+    return "The weights must be those of a model with the settings beside them, or with those that were given"
 
 
 def _is_kernel(name: str, shape: Sequence[int]) -> bool:
@@ -160,12 +167,14 @@ def _is_kernel(name: str, shape: Sequence[int]) -> bool:
 
 
 def _linear_shape(name: str, shape: list[int]) -> list[int]:
-    """The shape of what ``_as_linear`` makes of a tensor."""
+    """The shape of what ``as_published`` makes of a tensor."""
     return [shape[0], shape[1] * shape[2] * shape[3]] if _is_kernel(name, shape) else shape
 
 
-def _as_linear(name: str, value: Tensor) -> Tensor:
-    """A patch embedding stored as a conv kernel [out, C, p, p], as a linear weight in (row, column, channel) order."""
+def as_published(name: str, value: Tensor) -> Tensor:
+    """A tensor in its published form: a patch embedding that is a conv kernel [out, C, p, p] becomes a linear weight in
+    (row, column, channel) order.
+    """
     return value.permute(0, 2, 3, 1).flatten(1) if _is_kernel(name, value.shape) else value
 
 
@@ -174,55 +183,23 @@ def weight_files(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none, or not all that the index names.
-        CheckpointError: the index names none.
+        CheckpointError: the index is damaged, or a save was interrupted.
     """
     path = Path(path)
     if path.is_file():
         return [path]
     if not path.is_dir():
         raise FileNotFoundError(f"no checkpoint at {path}: there is no such file or folder")
-    if (path / INDEX_FILE).is_file():
-        weight_map = _Settings(path / INDEX_FILE)["weight_map"]
-        files = list(weight_map.values()) if isinstance(weight_map, dict) else []
-        if not files or not all(isinstance(name, str) for name in files):
-            raise CheckpointError(
-                f"{path / INDEX_FILE}: weight_map is {str(weight_map)[:80]}; it must give the file of every tensor"
-            )
-        names = sorted(set(files))
-        absent = [name for name in names if not (path / name).is_file()]
-        if absent:
-            raise FileNotFoundError(f"{path / INDEX_FILE} names shards that are not there: {absent}")
-        return [path / name for name in names]
-    for name in (WEIGHTS_FILE, "ema.safetensors"):
-        if (path / name).is_file():
-            return [path / name]
-    raise FileNotFoundError(f"no weights in {path}: it holds none of {INDEX_FILE}, {WEIGHTS_FILE}, ema.safetensors")
-
-
-def load_config(path: str | Path) -> ModelConfig:
-    """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``.
-
-    Raises:
-        FileNotFoundError: there are none.
-        CheckpointError: a file is damaged, or a setting in it is missing, unknown or unfit; names the file.
-    """
-    folder = Path(path) if Path(path).is_dir() else Path(path).parent
-    if (folder / CONFIG_FILE).is_file():
-        try:
-            return ModelConfig.from_dict(json.loads((folder / CONFIG_FILE).read_text()))
-        except (ValueError, TypeError, AttributeError) as error:  # not JSON; an unknown or unfit setting; no mapping
-            raise CheckpointError(f"{folder / CONFIG_FILE} does not hold a model's settings: {error}") from error
-    if (folder / "llm_config.json").is_file() and (folder / "vit_config.json").is_file():
-        try:
-            return _bagel_config(_Settings(folder / "llm_config.json"), _Settings(folder / "vit_config.json"))
-        except CheckpointError:
-            raise
-        except (ValueError, TypeError, ArithmeticError) as error:  # an unfit setting
-            raise CheckpointError(
-                f"{folder}: llm_config.json and vit_config.json do not hold a model's settings: {error}"
-            ) from error
+    require_whole(path)
+    published = (path / LLM_FILE).is_file() and not has_own_config(path)
+    # BAGEL's folder also has a model.safetensors.index.json, for other programs.
+    for stem in (PUBLISHED, OURS) if published else (OURS, PUBLISHED):
+        if files := shard_files(path, stem):
+            return files
+    inside = [name for name in (PUBLISHED, OURS) if (path / name).is_dir()]
+    hint = f"; it looks like a training checkpoint: name {path / inside[0]}" if inside else ""
     raise FileNotFoundError(
-        f"no settings in {folder}: it holds neither {CONFIG_FILE} nor llm_config.json and vit_config.json"
+        f"no weights in {path}: it holds none of model.safetensors, ema.safetensors, and no index of their shards{hint}"
     )
 
 
@@ -233,57 +210,14 @@ def stored_config(path: str | Path) -> ModelConfig:
     """
     files = weight_files(path)
     config = load_config(path)
-    if (files[0].parent / CONFIG_FILE).is_file():
+    if has_own_config(files[0].parent):
         return config
     names: set[str] = set()
     for file in files:
-        with _open(file) as tensors:
+        with open_tensors(file) as tensors:
             names.update(tensors.keys())
-    heads = {"class_head": "fake_cls_head.", "align_head": "diga_mlp."}
-    found = {field: any(name.startswith(prefix) for name in names) for field, prefix in heads.items()}
+    found = {field: any(name.startswith(module + ".") for name in names) for field, module in HEADS.items()}
     return dataclasses.replace(config, **found)
-
-
-class _Settings(dict[str, Any]):
-    """The object in a JSON file. A damaged file or a missing key is an error that names the file."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        try:
-            values = json.loads(file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise CheckpointError(f"{file} is not JSON: {error}") from error
-        if not isinstance(values, dict):
-            raise CheckpointError(f"{file} holds a {type(values).__name__}; it must hold an object")
-        super().__init__(values)
-
-    def __missing__(self, key: str) -> Any:
-        raise CheckpointError(f"{self._file} has no {key!r}; it has {sorted(self)}")
-
-
-def _bagel_config(llm: dict[str, Any], vit: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(
-        hidden_size=llm["hidden_size"],
-        intermediate_size=llm["intermediate_size"],
-        num_layers=llm["num_hidden_layers"],
-        num_heads=llm["num_attention_heads"],
-        num_kv_heads=llm["num_key_value_heads"],
-        vocab_size=llm["vocab_size"],
-        rope_theta=llm["rope_theta"],
-        rms_norm_eps=llm["rms_norm_eps"],
-        max_position=llm["max_position_embeddings"],
-        vision=VisionConfig(
-            hidden_size=vit["hidden_size"],
-            intermediate_size=vit["intermediate_size"],
-            num_layers=vit["num_hidden_layers"] - 1,  # BAGEL reads the last but one layer
-            num_heads=vit["num_attention_heads"],
-            patch_size=vit["patch_size"],
-            max_patches_per_side=vit["image_size"] // vit["patch_size"],
-            layer_norm_eps=vit.get("layer_norm_eps", 1e-6),
-        ),
-        latent=LatentConfig(),
-        special_tokens=SpecialTokens(),
-    )
 
 
 def load_pretrained(
@@ -330,41 +264,21 @@ def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module
 def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
     """Write ``config.json`` and the weights under their published names, in shards of at most 5 GiB.
 
-    Each file appears whole or not at all: all are written under other names first. An earlier save's weights go.
+    A new folder appears whole. In one that is there, the earlier save stays whole until all of the new one is on the
+    disk; while the files then change places, loading from the folder is an error (``files.replaced_files``). Old and
+    new never mix.
+
+    Raises:
+        OSError: a file cannot be written; names it. The earlier save is untouched.
     """
-    from safetensors.torch import save_file
-
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    shards: list[dict[str, Tensor]] = [{}]
-    size = 0
-    for name, tensor in _parts(model):
-        size += tensor.numel() * tensor.element_size()
-        if size > SHARD_BYTES and shards[-1]:
-            shards.append({})
-            size = tensor.numel() * tensor.element_size()
-        shards[-1][name] = tensor.detach().cpu().contiguous().clone()
-    files = (
-        [WEIGHTS_FILE]
-        if len(shards) == 1
-        else [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-    )
-    for file, shard in zip(files, shards, strict=True):
-        save_file(shard, folder / (file + ".tmp"), metadata={"format": "pt"})
-    for file in files:
-        (folder / (file + ".tmp")).replace(folder / file)
-    if len(shards) > 1:
-        weight_map = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
-        _write(folder / INDEX_FILE, json.dumps({"weight_map": weight_map}, indent=1))
-    else:
-        (folder / INDEX_FILE).unlink(missing_ok=True)  # an earlier save's: it would go before the new file
-    _write(folder / CONFIG_FILE, json.dumps(model.config.to_dict(), indent=2))
-    for old in (folder / WEIGHTS_FILE, *folder.glob("model-*-of-*.safetensors")):
-        if old.name not in files:
-            old.unlink(missing_ok=True)
+    with replaced_files(folder, OWN_WEIGHTS) as new:
+        write_pretrained(model, new)
 
 
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(path)
+def write_pretrained(model: UniGenDet, folder: Path) -> None:
+    """As ``save_pretrained``, straight into a folder of which nobody reads yet."""
+    parts = published_state_dict(model)
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
+    # A copy: parts of one fused parameter share memory, which a safetensors file cannot express.
+    write_shards(sizes, lambda name: parts[name].detach().to("cpu", copy=True).contiguous(), folder, OURS)
+    (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from unigendet.files import make_folder, naming, sync, write_text
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
@@ -83,7 +85,11 @@ class MetricsWriter:
 
     Args:
         folder: where to; None writes nothing.
-        history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped.
+        history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped. The file is
+            the old one or the new one at every instant.
+
+    Raises:
+        OSError: from every method, when a file cannot be written; names it.
     """
 
     def __init__(self, folder: str | Path | None, history: Iterable[Row] = ()) -> None:
@@ -94,48 +100,62 @@ class MetricsWriter:
         from torch.utils.tensorboard import SummaryWriter
 
         history = list(history)
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self._file = (Path(folder) / METRICS_FILE).open("w", encoding="utf-8")
-        for row in history:
-            self.add(row)
-        self.flush()
+        self._path, self._folder = Path(folder) / METRICS_FILE, Path(folder) / "tensorboard"
+        make_folder(Path(folder))
+        write_text(self._path, "".join(json.dumps(row) + "\n" for row in history))
+        self._file = self._path.open("a", encoding="utf-8")
         first = history[-1]["step"] + 1 if history else 0
-        self._events = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=first)
+        with naming(self._folder):
+            self._events = SummaryWriter(str(self._folder), purge_step=first)
 
     def add(self, row: Row) -> None:
         """Append one step's row."""
         if self._file is not None:
-            self._file.write(json.dumps(row) + "\n")
+            with naming(self._path):
+                self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Bring the metric file and the events up to date on disk."""
+        """Hand the rows and the events so far to the operating system."""
         if self._file is not None:
-            self._file.flush()
+            with naming(self._path):
+                self._file.flush()
         if self._events is not None:
-            self._events.flush()
+            with naming(self._folder):
+                self._events.flush()
+
+    def sync(self) -> None:
+        """Bring the rows so far onto the disk: a checkpoint that is about to be written counts on them."""
+        if self._file is not None:
+            self.flush()
+            sync(self._path)
 
     def log(self, row: Row) -> None:
-        """Write an interval's mean as events, and bring the files up to date on disk."""
+        """Write an interval's mean as events, and ``flush``."""
         if self._events is not None:
-            for name, value in row.items():
-                if name not in ("step", "tokens"):
-                    self._events.add_scalar(f"train/{name}", value, row["step"])
+            with naming(self._folder):
+                for name, value in row.items():
+                    if name not in ("step", "tokens"):
+                        self._events.add_scalar(f"train/{name}", value, row["step"])
         self.flush()
 
     def look(self, look: Look) -> None:
-        """Write what was seen of the model as events."""
+        """Write what was seen of the model as events, and ``flush``."""
         if self._events is not None:
-            for name, value in look.scores.items():
-                self._events.add_scalar(f"watch/{name}", value, look.step)
-            if look.samples is not None:
-                self._events.add_image("watch/samples", look.samples, look.step, dataformats="HWC")
+            with naming(self._folder):
+                for name, value in look.scores.items():
+                    self._events.add_scalar(f"watch/{name}", value, look.step)
+                if look.samples is not None:
+                    self._events.add_image("watch/samples", look.samples, look.step, dataformats="HWC")
         self.flush()
 
     def close(self) -> None:
         """Finish the files."""
-        if self._file is not None and self._events is not None:
-            self._file.close()
-            self._events.close()
+        if self._file is not None:
+            with naming(self._path):
+                self._file.close()
+        if self._events is not None:
+            with naming(self._folder):
+                self._events.close()
 
 
 class ProgressDisplay:

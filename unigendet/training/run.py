@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
+from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
@@ -36,6 +38,7 @@ def train(
     resume: bool | str | Path = False,
     console: Console | None = None,
     quiet: bool = False,
+    catch_signals: bool = False,
 ) -> TrainResult:
     """Run one stage of training as ``config`` says.
 
@@ -44,13 +47,23 @@ def train(
         resume: go on from a checkpoint folder; True: from the newest one in ``config.output``.
         console: where progress goes; default: standard error.
         quiet: show no progress.
+        catch_signals: SIGTERM and SIGINT end the run after the present step, with a checkpoint (``signals``).
 
     Raises:
         FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
-        TrainingError: see ``Trainer.run``.
+        TrainingError, SaveError: see ``Trainer.run``.
     """
+    trainer = build_trainer(config, resume=resume, console=console, quiet=quiet)
+    with StopSignals() if catch_signals else contextlib.nullcontext() as stop:
+        return trainer.run(stop=stop)
+
+
+def build_trainer(
+    config: TrainConfig, *, resume: bool | str | Path = False, console: Console | None = None, quiet: bool = False
+) -> Trainer:
+    """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its."""
     checkpoint = _resume_point(config, resume)
     make_watcher = prepare_watcher(config)
     device = find_device(config.device)
@@ -65,7 +78,7 @@ def train(
     trainer = Trainer(stage, batches, config, companions=beside, watch=watch, console=console, quiet=quiet)
     if checkpoint is not None:
         trainer.resume(checkpoint)
-    return trainer.run()
+    return trainer
 
 
 def build_model(

@@ -1,20 +1,21 @@
 """Everything a run needs to go on exactly where it stopped, and its checkpoints.
 
-A checkpoint is a folder that appears whole or not at all:
+A checkpoint is a folder that appears whole or not at all, and is on the disk when it does:
 
 * ``model/``: settings and weights under the published names, ready for ``UniGenDet.from_pretrained``;
 * ``ema/``: the same with the averaged weights, if the run keeps them;
 * ``stage.safetensors``: what the stage keeps beside the model (DIGA's frozen teacher);
-* ``state.pt``: optimizer, random generator, loader position; ``training.json``: step and settings, readable.
+* ``optimizer.safetensors``: the optimizer's state as ``PARAMETER.ENTRY``, in shards from 5 GiB on, as all weights;
+* ``training.json``: step, random generator, loader position, settings.
 
-Nothing is skipped on loading: what is missing or does not fit is an error that says what.
+Nothing in it is code: safetensors and JSON only. Nothing is skipped on loading: what is missing or does not fit is an
+error that says what.
 """
 
 from __future__ import annotations
 
-import functools
 import json
-import shutil
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigendet.model.checkpoint import CheckpointError, load_weights, read_tensors, save_pretrained
+from unigendet.files import OLD, new_folder, remove_folder, settle
+from unigendet.model.checkpoint import load_weights, write_pretrained
+from unigendet.model.shards import CheckpointError, JsonObject, read_tensors, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.stages import Stage
 
-MODEL, EMA, STAGE, STATE, SETTINGS = "model", "ema", "stage.safetensors", "state.pt", "training.json"
+MODEL, EMA, STAGE, OPTIMIZER, RECORD = "model", "ema", "stage", "optimizer", "training.json"
+_FIELDS = {"step": int, "identity": dict, "trained": list, "generator": str, "position": dict | None}
 
 
 class ExponentialAverage:
@@ -90,36 +94,38 @@ class TrainState:
         settings: dict[str, Any],
         companions: Sequence[Callable[[Path], None]] = (),
     ) -> None:
-        """Write a checkpoint folder.
+        """Write a checkpoint folder; an error leaves nothing of it.
 
         Args:
             path: the folder; one that is there already is replaced.
-            position: of the loader, plain numbers and strings; None if it has none.
+            position: of the loader, as JSON can hold it; None if it has none.
             settings: of the run, for the record.
             companions: each writes its files into the folder it is given, beside the weights: the tokenizer's ``save``.
-        """
-        from safetensors.torch import save_file
 
-        path = Path(path)
-        partial = path.with_name(f".{path.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        save_pretrained(self.model, partial / MODEL)
-        if self.ema is not None:
-            with self.ema.applied():
-                save_pretrained(self.model, partial / EMA)
-        for folder in (partial / MODEL, *([partial / EMA] if self.ema is not None else [])):
-            for write in companions:
-                write(folder)
-        if own := self.stage.state_dict():
-            save_file({name: tensor.cpu().contiguous() for name, tensor in own.items()}, partial / STAGE)
-        state = {"optimizer": self._optimizer_state(), "generator": self.generator.get_state(), "position": position}
-        torch.save(state, partial / STATE)
-        record = {"step": self.step, "identity": self.stage.identity, "settings": settings}
-        (partial / SETTINGS).write_text(json.dumps(record, indent=2), encoding="utf-8")
-        if path.exists():
-            shutil.rmtree(path)
-        partial.replace(path)
+        Raises:
+            OSError: a file cannot be written; names it.
+        """
+        with new_folder(path) as folder:
+            for name in (MODEL, EMA) if self.ema is not None else (MODEL,):
+                (folder / name).mkdir()
+                for write in companions:
+                    write(folder / name)
+            write_pretrained(self.model, folder / MODEL)
+            if self.ema is not None:
+                with self.ema.applied():
+                    write_pretrained(self.model, folder / EMA)
+            if own := self.stage.state_dict():
+                _write_tensors(own, folder, STAGE)
+            _write_tensors(self._optimizer_state(), folder, OPTIMIZER)
+            record = {
+                "step": self.step,
+                "identity": self.stage.identity,
+                "trained": list(self.stage.trained),
+                "generator": bytes(self.generator.get_state().tolist()).hex(),
+                "position": position,
+                "settings": settings,
+            }
+            (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
     def load(self, path: str | Path) -> dict[str, Any] | None:
         """Restore everything from a checkpoint folder; returns the loader's position.
@@ -131,87 +137,114 @@ class TrainState:
         path = Path(path)
         if not path.is_dir():
             raise FileNotFoundError(f"no checkpoint at {path}: there is no such folder")
-        self._require(path, [SETTINGS])
-        record = _read(path / SETTINGS, _read_json, {"identity": dict, "step": int})
+        if not (path / RECORD).is_file():
+            raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {RECORD}")
+        record = _read_record(path / RECORD)
         own = self.stage.identity
         if record["identity"] != own:
-            raise CheckpointError(f"checkpoint {path} is another run's: saved by {record['identity']}, this is {own}")
-        self._require(path, [STATE, MODEL, *[EMA] * (self.ema is not None), *[STAGE] * bool(self.stage.state_dict())])
-        fields = {"optimizer": dict, "generator": Tensor, "position": dict | None}
-        state = _read(path / STATE, functools.partial(torch.load, map_location="cpu", weights_only=True), fields)
-        self._load_optimizer(state["optimizer"], path)
-        self._load_stage(path)
+            raise CheckpointError(
+                f"checkpoint {path} is another run's: saved by {record['identity']}, this is {own}; resume it with its "
+                f"own settings, or start this run from its weights (model.checkpoint={path / MODEL})"
+            )
+        tensors = self._read_parts(path)
+        self._load_optimizer(tensors[OPTIMIZER], record["trained"], path)
+        try:
+            self.stage.load_state_dict(tensors[STAGE])
+        except ValueError as error:
+            raise CheckpointError(f"checkpoint {path}: {error}") from error
         if self.ema is not None:
             load_weights(self.model, path / EMA)
             self.ema.copy_from_model()
         load_weights(self.model, path / MODEL)
-        self.generator.set_state(state["generator"])
+        try:
+            self.generator.set_state(torch.tensor(list(bytes.fromhex(record["generator"])), dtype=torch.uint8))
+        except (ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{path / RECORD}: generator is not the state of a random generator on {self.generator.device}; resume "
+                "on the kind of device that the checkpoint was saved on"
+            ) from error
         self.step = record["step"]
-        return state["position"]
+        return record["position"]
 
-    def _require(self, path: Path, names: Sequence[str]) -> None:
-        absent = [name for name in names if not (path / name).exists()]
+    def _read_parts(self, path: Path) -> dict[str, dict[str, Tensor]]:
+        """The tensors of optimizer and stage; an error if anything that this run needs is not there."""
+        files = {stem: shard_files(path, stem) for stem in (OPTIMIZER, STAGE)}
+        absent = [f"{OPTIMIZER}.safetensors"] * (not files[OPTIMIZER])
+        absent += [f"{STAGE}.safetensors"] * (not files[STAGE] and bool(self.stage.state_dict()))
+        absent += [name for name in (MODEL, *[EMA] * (self.ema is not None)) if not (path / name).is_dir()]
         if absent:
             raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {', '.join(absent)}")
+        return {stem: read_tensors(found) for stem, found in files.items()}
 
-    def _load_stage(self, path: Path) -> None:
-        own = read_tensors(path / STAGE) if (path / STAGE).exists() else {}
-        try:
-            self.stage.load_state_dict(own)
-        except ValueError as error:
-            raise CheckpointError(f"checkpoint {path}: {error}") from error
+    def _optimizer_state(self) -> dict[str, Tensor]:
+        """``PARAMETER.ENTRY``; a parameter that has had no gradient yet has no entry."""
+        own, trained = self.optimizer.state, self.stage.trained
+        return {f"{name}.{key}": value for name, p in trained.items() if p in own for key, value in own[p].items()}
 
-    def _optimizer_state(self) -> dict[str, Any]:
-        """Per parameter name; one that has had no gradient yet has an empty entry."""
-        own = self.optimizer.state
-        return {name: dict(own[p]) if p in own else {} for name, p in self.stage.trained.items()}
-
-    def _load_optimizer(self, saved: dict[str, dict[str, Tensor]], path: Path) -> None:
+    def _load_optimizer(self, saved: Mapping[str, Tensor], names: Sequence[str], path: Path) -> None:
         trained = self.stage.trained
-        wrong = sorted(trained.keys() ^ saved.keys())
+        state: dict[str, dict[str, Tensor]] = {name: {} for name in names}
+        for entry, tensor in saved.items():
+            name, _, key = entry.rpartition(".")
+            state.setdefault(name, {})[key] = tensor
+        wrong = sorted(trained.keys() ^ state.keys())
         if wrong:
             raise CheckpointError(
                 f"checkpoint {path}: the optimizer state does not fit; parameters on one side only: {wrong}"
             )
-        for name, entry in saved.items():
-            shapes = {k: list(t.shape) for k, t in entry.items() if t.dim() and t.shape != trained[name].shape}
+        for name, entries in state.items():
+            shapes = {k: list(t.shape) for k, t in entries.items() if t.dim() and t.shape != trained[name].shape}
             if shapes:
                 raise CheckpointError(
                     f"checkpoint {path}: the optimizer state of {name} has shapes {shapes}; "
                     f"the parameter is {list(trained[name].shape)}"
                 )
         groups = self.optimizer.state_dict()["param_groups"]
-        numbered = {i: saved[name] for i, name in enumerate(trained) if saved[name]}
+        numbered = {i: state[name] for i, name in enumerate(trained) if state[name]}
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
-def _read_json(file: Path) -> Any:
-    return json.loads(file.read_text(encoding="utf-8"))
+def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    write_shards(sizes, lambda name: tensors[name].detach().cpu().contiguous(), folder, stem)
 
 
-def _read(file: Path, read: Callable[[Path], Any], fields: Mapping[str, Any]) -> dict[str, Any]:
-    """What ``read`` makes of a file: a dict with ``fields`` of these types. CheckpointError names a damaged file."""
-    try:
-        values = read(file)
-    except OSError:
-        raise
-    except Exception as error:  # what unpickling raises for damaged bytes is of many kinds
-        why = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        raise CheckpointError(f"{file} is damaged and cannot be read: {why}") from error
-    if not isinstance(values, dict):
-        raise CheckpointError(f"{file} is damaged: it holds a {type(values).__name__}; it must hold {sorted(fields)}")
-    wrong = [name for name, kind in fields.items() if name not in values or not isinstance(values[name], kind)]
+def _read_record(file: Path) -> JsonObject:
+    record = JsonObject(file)
+    wrong = [name for name, kind in _FIELDS.items() if name not in record or not isinstance(record[name], kind)]
     if wrong:
         raise CheckpointError(f"{file} is damaged: {', '.join(wrong)} is missing or of a wrong type")
-    return values
+    return record
 
 
 def checkpoints(output: str | Path) -> list[Path]:
-    """The checkpoint folders of a run's output folder, oldest first."""
-    found = [p for p in (Path(output) / "checkpoints").glob("step-*") if p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step-")))
+    """The checkpoint folders of a run's output folder, oldest first; nothing of what a killed save leaves.
+
+    Between the two renames that replace a checkpoint by another of the same step, the first has a hidden name.
+    """
+    found: dict[int, Path] = {}
+    folder = Path(output) / "checkpoints"
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():  # hidden names come first
+        match = re.fullmatch(rf"(\.?)step-(\d+)(\.{OLD})?", path.name)
+        if match and bool(match[1]) == bool(match[3]) and path.is_dir():
+            found[int(match[2])] = path
+    return [found[step] for step in sorted(found)]
 
 
 def checkpoint_path(output: str | Path, step: int) -> Path:
     """Where the checkpoint of a step goes."""
     return Path(output) / "checkpoints" / f"step-{step:06}"
+
+
+def clear_leftovers(output: str | Path) -> None:
+    """Remove what killed saves and removals left, and give a checkpoint that one was about to replace its name back."""
+    folder = Path(output) / "checkpoints"
+    names = {m[1] for p in folder.glob(".step-*") if (m := re.fullmatch(r"\.(step-\d+)\.\w+", p.name))}
+    for name in sorted(names):
+        settle(folder / name)
+
+
+def remove_old(output: str | Path, keep: int) -> None:
+    """Remove all checkpoints but the last ``keep``; each is whole until it is gone from ``checkpoints``."""
+    for path in checkpoints(output)[:-keep]:
+        remove_folder(path)

@@ -7,10 +7,12 @@ weights.
 from __future__ import annotations
 
 import dataclasses
+import errno
 import math
-import shutil
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,23 +21,39 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from unigendet.model.checkpoint import CheckpointError
 from unigendet.model.losses import Counts
+from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import PackedBatch
 from unigendet.training.config import OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
-from unigendet.training.state import ExponentialAverage, TrainState, checkpoint_path, checkpoints
+from unigendet.training.state import (
+    ExponentialAverage,
+    TrainState,
+    checkpoint_path,
+    checkpoints,
+    clear_leftovers,
+    remove_old,
+)
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
 
 class TrainingError(RuntimeError):
     """Training cannot go on; the message names the step and, where a batch is the cause, its samples."""
 
 
+class SaveError(OSError):
+    """A run had to stop because a file could not be written; the message says which, and how to go on."""
+
+
 @dataclass(frozen=True)
 class TrainResult:
     """What a run leaves: ``history``, one row per step, and the folder of the last checkpoint, if any was written.
+
+    ``stopped_by``: the signal because of which it ended before its last step.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
     ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
@@ -45,6 +63,7 @@ class TrainResult:
     history: list[Row]
     step: int
     checkpoint: Path | None = None
+    stopped_by: signal.Signals | None = None
 
 
 def learning_rate(step: int, config: OptimizerConfig, total_steps: int) -> float:
@@ -111,53 +130,89 @@ class Trainer:
         """The averaged weights."""
         return self.state.ema
 
-    def run(self, until: int | None = None) -> TrainResult:
+    def run(self, until: int | None = None, *, stop: StopSignals | None = None) -> TrainResult:
         """Train up to step ``until``, by default ``config.total_steps``, and write the last checkpoint.
+
+        ``stop``: end after the step in which it receives a signal, with a checkpoint as at the end.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or the batches end too early.
+            SaveError: a checkpoint or the metrics could not be written. The checkpoints before it are whole.
             ValueError: ``until`` lies beyond the run.
         """
         total = self.config.total_steps
         until = total if until is None else until
         if not self.state.step <= until <= total:
             raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
-        writer = MetricsWriter(self.config.output, self.history)
-        display = ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet)
+        with self._explained():
+            writer = MetricsWriter(self.config.output, self.history)
         try:
-            with display:
-                self._loop(until, writer, display)
-        finally:
+            with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
+                self._loop(until, writer, display, stop or StopSignals())
+        except BaseException:
+            with suppress(OSError):  # what stopped the run counts
+                writer.close()
+            raise
+        with self._explained():
             writer.close()
-        return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint())
+        stopped_by = stop.received if stop is not None and self.state.step < until else None
+        return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint(), stopped_by)
 
-    def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay) -> None:
+    def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         batches = iter(self.batches)
-        shown = len(self.history)
+        shown, saved = len(self.history), self.state.step
         self.state.model.train()
         self._look(writer, display)
-        while self.state.step < until:
+        while self.state.step < until and stop.received is None:
             started = time.perf_counter()
             batch = self._next(batches)
             row = self.train_step(batch, waited=time.perf_counter() - started)
-            writer.add(row)
             display.advance(row["step"])
-            last = row["step"] == until
+            last = row["step"] == until or stop.received is not None
+            with self._explained():
+                writer.add(row)
             if last or row["step"] % self.config.log_every == 0:
                 mean = mean_row(self.history[shown:])
                 shown = len(self.history)
-                writer.log(mean)
+                with self._explained():
+                    writer.log(mean)
                 display.log(mean)
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
-                writer.flush()  # a run that is killed later must find the metrics up to its checkpoint
-                self.save()
-            self._look(writer, display)
+                saved = self._checkpoint(writer)
+            if stop.received is None:  # or the run would end late; it looks when it goes on
+                self._look(writer, display)
+        if saved != self.state.step:  # the signal came after the last look
+            self._checkpoint(writer)
 
     def _look(self, writer: MetricsWriter, display: ProgressDisplay) -> None:
-        look = None if self._watch is None else self._watch(self.state)
+        with self._explained():
+            look = None if self._watch is None else self._watch(self.state)
+            if look is not None:
+                writer.look(look)
         if look is not None:
-            writer.look(look)
             display.look(look)
+
+    def _checkpoint(self, writer: MetricsWriter) -> int:
+        """Save; returns the step. A run that is killed later must find the metrics up to its checkpoint."""
+        with self._explained():
+            writer.sync()
+            self.save()
+        return self.state.step
+
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """Within it, a file that cannot be written is a SaveError that says how to go on."""
+        try:
+            yield
+        except OSError as error:
+            remedy = "make room" if error.errno in _NO_ROOM else "put that right"
+            what = f"cannot write {error.filename or self.config.output} ({error.strerror or error})"
+            last = self._last_checkpoint()
+            if last is None:
+                how = f"no checkpoint has been written yet: {remedy}, then start the run again"
+            else:
+                how = f"the last good checkpoint is {last}: {remedy}, then resume the run (--resume)"
+            raise SaveError(f"after step {self.state.step}: {what}; {how}") from error
 
     def _next(self, batches: Iterator[Any]) -> Any:
         try:
@@ -233,9 +288,9 @@ class Trainer:
         path = checkpoint_path(self.config.output, self.state.step)
         position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
         settings = dataclasses.asdict(self.config)
+        clear_leftovers(self.config.output)
         self.state.save(path, position=position, settings=settings, companions=self._companions)
-        for old in checkpoints(self.config.output)[: -self.config.keep_checkpoints]:
-            shutil.rmtree(old)
+        remove_old(self.config.output, self.config.keep_checkpoints)
         return path
 
     def resume(self, path: str | Path) -> None:
@@ -253,7 +308,10 @@ class Trainer:
                 f"{'need' if has_position else 'cannot take'} one"
             )
         if has_position:
-            self.batches.load_state_dict(position)
+            try:
+                self.batches.load_state_dict(position)
+            except (KeyError, TypeError, AttributeError) as error:
+                raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
         if self.state.step > self.config.total_steps:
             raise CheckpointError(
                 f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"

@@ -32,6 +32,7 @@ from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord, read_detection
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.figures import tile
+from unigendet.files import naming, write_text
 from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Detection, Pipeline
 from unigendet.training.config import TrainConfig, WatchConfig
@@ -168,7 +169,8 @@ class Watcher:
                 row["samples"] = self._save(samples, state.step)
                 texts.append(f"samples {self._output / row['samples']}")
         row["seconds"] = time.perf_counter() - started
-        with (self._output / WATCH_FILE).open("a", encoding="utf-8") as file:
+        path = self._output / WATCH_FILE
+        with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         numbers = {name: value for name, value in {**scores, "seconds": row["seconds"]}.items() if value is not None}
         return Look(state.step, numbers, samples, texts[0])
@@ -239,16 +241,15 @@ class Watcher:
 
         name = f"{PICTURES}/step-{step:06}.png"
         (self._output / PICTURES).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(samples).save(self._output / name)
+        with naming(self._output / name):
+            Image.fromarray(samples).save(self._output / name)
         return name
 
     def _begin(self, step: int) -> set[int]:
         """The steps of the looks that a run which goes on after ``step`` has had; later looks are removed."""
         self._output.mkdir(parents=True, exist_ok=True)
         rows = read_history(self._output, step, WATCH_FILE) if step else []
-        partial = self._output / f".{WATCH_FILE}.partial"
-        partial.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-        partial.replace(self._output / WATCH_FILE)
+        write_text(self._output / WATCH_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         kept = {row.get("samples") for row in rows}
         for picture in (self._output / PICTURES).glob("step-*.png"):
             if f"{PICTURES}/{picture.name}" not in kept:

@@ -1,0 +1,188 @@
+"""Files and folders that survive a bad day: whole or not there, and on the disk before anything relies on them.
+
+* ``write_text``: a file is the old one or the new one at every instant.
+* ``new_folder``: a folder appears whole. One that is there already is first renamed to ``.NAME.old``, and stands for
+  NAME (``settle`` renames it back) should the process end before the new one has its place.
+* ``remove_folder``: a folder is renamed out of the way before the first of its files goes.
+* ``replaced_files``: files of a folder that also holds others are exchanged together. They are written beside
+  the old ones; then they change places, which is a few renames, and while that lasts the folder carries a mark that
+  ``interrupted`` sees. So a reader that asks finds the old files, the new ones, or a reason to stop; never a mixture.
+
+A process that is killed leaves names with a leading dot behind, which the next writer clears away.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+PARTIAL, OLD, GONE = "partial", "old", "gone"
+MARK = ".replacing"  # of a folder whose files are just changing places
+
+
+def beside(path: Path, kind: str) -> Path:
+    """The name that ``path`` has while it is being written (``PARTIAL``), replaced (``OLD``) or removed (``GONE``)."""
+    return path.with_name(f".{path.name}.{kind}")
+
+
+@contextmanager
+def naming(file: str | Path) -> Iterator[None]:
+    """Within it, an OSError that does not say which file it is about says ``file``."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is not None or error.errno is None:
+            raise
+        raise OSError(error.errno, error.strerror, str(file)) from error
+
+
+@contextmanager
+def telling(file: str | Path) -> Iterator[None]:
+    """Within it, an error that a library written in Rust tells as text (``… (os error 28)``) becomes an OSError."""
+    try:
+        yield
+    except Exception as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None or isinstance(error, OSError):
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(file)) from error
+
+
+def sync(path: str | Path) -> None:
+    """Bring what was written to a file, or the names in a folder, onto the disk."""
+    with naming(path):
+        handle = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        except OSError as error:  # some network filesystems cannot do it for folders
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP) or not os.path.isdir(path):
+                raise
+        finally:
+            os.close(handle)
+
+
+def sync_tree(folder: Path) -> None:
+    """``sync`` every file and folder below ``folder``, and itself."""
+    for where, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            sync(Path(where) / name)
+        sync(where)
+
+
+def make_folder(path: Path) -> None:
+    """Make a folder and those above it, and bring their names onto the disk."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync(folder.parent)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text file (UTF-8) whole or not at all."""
+    path = Path(path)
+    partial = beside(path, PARTIAL)
+    try:
+        with naming(path):
+            partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        os.replace(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+@contextmanager
+def new_folder(path: str | Path) -> Iterator[Path]:
+    """An empty folder to fill, which takes the place of ``path`` as a whole when the block ends.
+
+    An error in the block removes it and leaves ``path`` as it was.
+    """
+    path = Path(path)
+    settle(path)
+    partial, old = beside(path, PARTIAL), beside(path, OLD)
+    make_folder(partial)
+    try:
+        with naming(path):
+            yield partial
+            sync_tree(partial)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    if path.exists():
+        os.replace(path, old)
+    os.replace(partial, path)
+    sync(path.parent)
+    settle(path)
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder; it is whole under its name, or not there under it."""
+    gone = beside(path, GONE)
+    if gone.exists():
+        shutil.rmtree(gone)
+    os.replace(path, gone)
+    sync(path.parent)
+    shutil.rmtree(gone)
+
+
+def settle(path: Path) -> None:
+    """Clear away what a killed process left beside ``path``, and put the folder back that it was about to replace."""
+    partial, old, gone = (beside(path, kind) for kind in (PARTIAL, OLD, GONE))
+    for leftover in (partial, gone):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    if old.exists() and path.exists():
+        os.replace(old, gone)  # so that a folder called OLD is always whole
+        shutil.rmtree(gone)
+    elif old.exists():
+        os.replace(old, path)
+        sync(path.parent)
+
+
+@contextmanager
+def replaced_files(folder: str | Path, outdated: Sequence[str] = ()) -> Iterator[Path]:
+    """A folder to write files into, which come into ``folder`` together when the block ends.
+
+    Args:
+        folder: of the files; one that is not there yet appears whole.
+        outdated: names and patterns of files that must not stay beside the new ones.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        with new_folder(folder) as partial:
+            yield partial
+        return
+    partial, mark = beside(folder / "files", PARTIAL), folder / MARK
+    if partial.exists():
+        shutil.rmtree(partial)
+    partial.mkdir()
+    try:
+        with naming(folder):
+            yield partial
+            sync_tree(partial)
+        new = sorted(os.listdir(partial))
+        mark.touch()
+        sync(folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    for old in {old for pattern in outdated for old in folder.glob(pattern)}:
+        if old.name not in new:
+            old.unlink()
+    for name in new:
+        os.replace(partial / name, folder / name)
+    sync(folder)
+    partial.rmdir()
+    mark.unlink()
+    sync(folder)
+
+
+def interrupted(folder: Path) -> bool:
+    """Whether ``replaced_files`` ended in ``folder`` while its files changed places."""
+    return (folder / MARK).exists()

@@ -1,0 +1,78 @@
+"""Settings and weights in the published form: BAGEL's settings files, and ``ema.safetensors`` as UniGenDet's."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unigendet.config import LatentConfig, ModelConfig, SpecialTokens
+from unigendet.model.checkpoint import PUBLISHED, as_published, find_tensors, published_state_dict, stored_config
+from unigendet.model.settings import CONFIG_FILE, LLM_FILE, VIT_FILE, published_settings
+from unigendet.model.shards import open_tensors, write_shards
+from unigendet.model.unigendet import UniGenDet
+
+
+def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
+    """Write settings and weights in the published form; one shard at a time is held in memory.
+
+    A model with the real/fake head also gets the published files' ``latent_to_vit_connector``, all zero: nothing uses
+    it, but a strict loader asks for it.
+
+    Args:
+        source: a model folder, ours or one in the published form.
+        folder: where to; empty.
+        dtype: of the weights.
+
+    Returns:
+        Names of settings that the published files cannot say. If there are any, ``config.json`` holds them all, which
+        this package reads first, and other programs do not know.
+
+    Raises:
+        FileNotFoundError, CheckpointError: ``source`` is not a whole model.
+        OSError: a file cannot be written.
+    """
+    config = stored_config(source)
+    with torch.device("meta"):
+        targets = published_state_dict(UniGenDet(config))
+    found = find_tensors(targets, source)
+    unused = _unused(config) if config.class_head else {}
+    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in (targets | unused).items()}
+    with contextlib.ExitStack() as stack:
+        opened = {file: stack.enter_context(open_tensors(file)) for file in set(found.values())}
+
+        def read(name: str) -> Tensor:
+            if name in unused:
+                return torch.zeros(unused[name].shape, dtype=dtype)
+            return as_published(name, opened[found[name]].get_tensor(name)).to(dtype).contiguous()
+
+        write_shards(sizes, read, folder, PUBLISHED)
+    llm, vit = published_settings(config)
+    contents = {LLM_FILE: llm | {"torch_dtype": str(dtype).removeprefix("torch.")}, VIT_FILE: vit}
+    unsaid = not_published(config)
+    if unsaid:
+        contents[CONFIG_FILE] = config.to_dict()
+    for name, values in contents.items():
+        (folder / name).write_text(json.dumps(values, indent=2), encoding="utf-8")
+    return unsaid
+
+
+def not_published(config: ModelConfig) -> list[str]:
+    """The settings whose values the published files have no word for, by name."""
+    names = []
+    for part, default in (("latent", LatentConfig()), ("special_tokens", SpecialTokens())):
+        mine = getattr(config, part)
+        names += [f"{part}.{name}" for name, value in vars(default).items() if getattr(mine, name) != value]
+    if config.vision.positions != config.vision.max_patches_per_side**2:
+        names.append("vision.num_positions")
+    return names
+
+
+def _unused(config: ModelConfig) -> dict[str, Tensor]:
+    """Stand-ins, without memory, for the tensors of the published files that nothing uses."""
+    hidden, tokens = config.hidden_size, config.latent.token_dim
+    shapes = {"0.weight": (hidden, tokens), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    return {f"latent_to_vit_connector.{n}": torch.empty(shape, device="meta") for n, shape in shapes.items()}
