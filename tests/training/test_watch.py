@@ -6,6 +6,8 @@ import itertools
 import json
 import math
 import random
+import shutil
+import signal
 import time
 from types import SimpleNamespace
 
@@ -29,9 +31,10 @@ from unigendet.training import trainer as trainer_module
 from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import TIMING, Look, mean_row
 from unigendet.training.run import build_loader, prepare_watcher
+from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import checkpoints
-from unigendet.training.trainer import Trainer
+from unigendet.training.trainer import SaveError, Trainer
 from unigendet.training.watch import evenly, label_loss, sample_grid
 
 SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "label_loss")
@@ -288,6 +291,39 @@ def test_a_resumed_run_goes_on_with_its_looks(make, tmp_path, lost):
     assert sorted(p.name for p in (out / "watch").iterdir()) == names
     for name in names:
         assert (out / "watch" / name).read_bytes() == (tmp_path / "whole" / "watch" / name).read_bytes()
+
+
+def test_a_signal_ends_a_run_without_one_more_look(make, tmp_path, monkeypatch):
+    """A scheduler gives it little time. When the run goes on, it looks first."""
+    made, stop = make(), StopSignals()
+    step = made.train_step
+
+    def stopped(*arguments, **options):
+        row = step(*arguments, **options)
+        if row["step"] == 2:
+            stop.received = signal.SIGTERM
+        return row
+
+    monkeypatch.setattr(made, "train_step", stopped)
+    result = made.run(stop=stop)
+    assert (result.step, result.stopped_by) == (2, signal.SIGTERM)
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [0]
+    again = make()
+    again.resume(result.checkpoint)
+    again.run()
+    assert [row["step"] for row in rows_of(tmp_path / "out")] == [0, 2, 4]
+
+
+def test_a_look_that_cannot_be_written(make, tmp_path):
+    """Says which file it is about, and how to go on."""
+    made = make("save_every=1")
+    made.run(until=1)
+    shutil.rmtree(tmp_path / "out" / "watch")
+    (tmp_path / "out" / "watch").write_text("no folder")
+    with pytest.raises(
+        SaveError, match=r"after step 2: cannot write .*out/watch .*last good checkpoint is .*step-000002"
+    ):
+        made.run()
 
 
 def test_a_new_run_forgets_the_looks_of_one_that_left_no_checkpoint(make, tmp_path):
