@@ -52,7 +52,8 @@ def export_model(
             raise FileNotFoundError(f"autoencoder weights {autoencoder} do not exist")
         with open_tensors(Path(autoencoder)):
             pass  # it is a whole safetensors file
-    load_data_config(source), load_guidance(source)
+    load_data_config(source)  # they are copied below: a damaged file is an error before anything is written
+    load_guidance(source)
     tokenizer = load_tokenizer(source)
     with replaced_files(folder, _OUTDATED) as new:
         unsaid = export_weights(source, new, getattr(torch, dtype))

@@ -28,7 +28,7 @@ from unigendet.model.unigendet import UniGenDet, init_weights
 
 OURS, PUBLISHED = "model", "ema"  # what files of weights are called in our folders, and in BAGEL's
 OWN_WEIGHTS = tuple(outdated_names([OURS]))  # patterns of everything that a save may find of an earlier one
-UNUSED = ("latent_to_vit_connector.",)  # in the published files, used by nothing
+UNUSED = "latent_to_vit_connector."  # in the published files, used by nothing
 HEADS = {"class_head": "fake_cls_head", "align_head": "diga_mlp"}  # what BAGEL's release lacks
 LISTED = 20  # so many tensors of a kind does a message name
 
@@ -97,6 +97,13 @@ def _parts(model: UniGenDet) -> Iterator[tuple[str, Tensor]]:
 def published_state_dict(model: UniGenDet) -> dict[str, Tensor]:
     """All weights under their published names; tensors share memory with the model."""
     return dict(_parts(model))
+
+
+def unused_tensors(config: ModelConfig) -> dict[str, Tensor]:
+    """What a published UniGenDet file holds for nothing: names and shapes, on the meta device."""
+    hidden, tokens = config.hidden_size, config.latent.token_dim
+    shapes = {"0.weight": (hidden, tokens), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
+    return {UNUSED + name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
 
 
 def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str] = ()) -> None:

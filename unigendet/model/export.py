@@ -10,7 +10,14 @@ import torch
 from torch import Tensor
 
 from unigendet.config import LatentConfig, ModelConfig, SpecialTokens
-from unigendet.model.checkpoint import PUBLISHED, as_published, find_tensors, published_state_dict, stored_config
+from unigendet.model.checkpoint import (
+    PUBLISHED,
+    as_published,
+    find_tensors,
+    published_state_dict,
+    stored_config,
+    unused_tensors,
+)
 from unigendet.model.settings import CONFIG_FILE, LLM_FILE, VIT_FILE, published_settings
 from unigendet.model.shards import open_tensors, write_shards
 from unigendet.model.unigendet import UniGenDet
@@ -39,7 +46,7 @@ def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.
     with torch.device("meta"):
         targets = published_state_dict(UniGenDet(config))
     found = find_tensors(targets, source)
-    unused = _unused(config) if config.class_head else {}
+    unused = unused_tensors(config) if config.class_head else {}
     sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in (targets | unused).items()}
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(open_tensors(file)) for file in set(found.values())}
@@ -69,10 +76,3 @@ def not_published(config: ModelConfig) -> list[str]:
     if config.vision.positions != config.vision.max_patches_per_side**2:
         names.append("vision.num_positions")
     return names
-
-
-def _unused(config: ModelConfig) -> dict[str, Tensor]:
-    """Stand-ins, without memory, for the tensors of the published files that nothing uses."""
-    hidden, tokens = config.hidden_size, config.latent.token_dim
-    shapes = {"0.weight": (hidden, tokens), "0.bias": (hidden,), "2.weight": (hidden, hidden), "2.bias": (hidden,)}
-    return {f"latent_to_vit_connector.{n}": torch.empty(shape, device="meta") for n, shape in shapes.items()}

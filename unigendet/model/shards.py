@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -120,10 +120,10 @@ def open_tensors(file: Path) -> Any:
         ) from error
 
 
-def read_tensors(files: Path | Sequence[Path]) -> dict[str, Tensor]:
-    """All tensors of a safetensors file, or of several, on the CPU. Raises CheckpointError if one is damaged."""
+def read_tensors(*files: Path) -> dict[str, Tensor]:
+    """All tensors of safetensors files, on the CPU. Raises CheckpointError if a file is damaged."""
     read: dict[str, Tensor] = {}
-    for file in [files] if isinstance(files, Path) else files:
+    for file in files:
         with open_tensors(file) as tensors:
             read |= {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118 (no mapping)
     return read

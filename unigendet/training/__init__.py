@@ -2,13 +2,14 @@
 
 from typing import Any
 
-__all__ = ["TrainConfig", "TrainResult", "Trainer", "TrainingError", "load_train_config", "train"]
+__all__ = ["SaveError", "TrainConfig", "TrainResult", "Trainer", "TrainingError", "load_train_config", "train"]
 
 _HOME = {
     "TrainConfig": "config",
     "load_train_config": "config",
     "train": "run",
     "Trainer": "trainer",
+    "SaveError": "trainer",
     "TrainingError": "trainer",
     "TrainResult": "trainer",
 }

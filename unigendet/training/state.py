@@ -174,7 +174,7 @@ class TrainState:
         absent += [name for name in (MODEL, *[EMA] * (self.ema is not None)) if not (path / name).is_dir()]
         if absent:
             raise FileNotFoundError(f"checkpoint {path} is incomplete for this run: it has no {', '.join(absent)}")
-        return {stem: read_tensors(found) for stem, found in files.items()}
+        return {stem: read_tensors(*found) for stem, found in files.items()}
 
     def _optimizer_state(self) -> dict[str, Tensor]:
         """``PARAMETER.ENTRY``; a parameter that has had no gradient yet has no entry."""
