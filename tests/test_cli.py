@@ -1,5 +1,6 @@
 """The commands: what they print and write, their exit codes, and no traceback for a user's mistake."""
 
+import functools
 import json
 import re
 import shutil
@@ -8,29 +9,22 @@ import sys
 
 import numpy as np
 import pytest
+from command_runner import VIEW, run_command, tiny_pipeline
 from PIL import Image
-from run_data import ANSWERS, write_run_data
-from tiny_models import tiny_model
+from run_data import write_run_data
 
 from unigendet import __version__
-from unigendet.cli import main
-from unigendet.config import DataConfig, ImageConfig
-from unigendet.data.tokenizer import load_tokenizer, train_tokenizer
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.pipeline import Pipeline
-from unigendet.model.autoencoder import PixelAutoencoder
 from unigendet.training.state import checkpoints
 
-COMMANDS = ("quickstart", "train", "generate", "detect", "info")
-VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
+COMMANDS = ("quickstart", "train", "generate", "detect", "calibrate", "info")
 
 
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
-    model = tiny_model(vocab_size=280)
-    tokenizer = train_tokenizer(ANSWERS, 270)
-    Pipeline(model, tokenizer, PixelAutoencoder(model.config.latent), DataConfig(VIEW, VIEW)).save(folder)
+    tiny_pipeline().save(folder)
     return folder
 
 
@@ -45,24 +39,9 @@ def pictures(tmp_path):
     return folder
 
 
-class Result:
-    def __init__(self, code, captured):
-        self.code, self.out, self.err = code, captured.out, captured.err
-        self.lines = self.out.splitlines()
-        assert "Traceback" not in self.err
-
-
 @pytest.fixture
 def cli(capsys):
-    def run(*arguments):
-        capsys.readouterr()
-        try:
-            code = main([str(a) for a in arguments])
-        except SystemExit as end:
-            code = end.code
-        return Result(code, capsys.readouterr())
-
-    return run
+    return functools.partial(run_command, capsys)
 
 
 def test_help_and_version(cli):
@@ -71,6 +50,7 @@ def test_help_and_version(cli):
     assert all(name in result.out for name in COMMANDS)
     assert cli("--version").out.strip() == f"unigendet {__version__}"
     options = {"train": "SETTING=VALUE", "generate": "--renorm", "detect": "--no-latent", "info": "--json"}
+    options["calibrate"] = "--max-false-alarms"
     for name in COMMANDS:
         result = cli(name, "--help")
         assert result.code == 0
@@ -83,7 +63,7 @@ def test_help_and_version(cli):
         ([], "required: COMMAND"),
         (["fly"], "invalid choice"),
         (["detect", "x.png"], "required: --model"),
-        (["detect", "--model", "m"], "required: PATH"),
+        (["detect", "--model", "m"], "name pictures: PATH, --list, or both"),
         (["generate", "--model", "m", "--out", "o"], "required: --prompt"),
         (["info", "--speed", "9"], "unrecognized arguments: --speed 9"),
         (["detect", "--model", "m", "x.png", "--speed"], "unrecognized arguments: --speed"),
@@ -142,85 +122,6 @@ def test_without_the_training_extra():
     lines = done.stderr.splitlines()
     assert len(lines) == 3
     assert all(re.search(r"needs the package '\w+': pip install 'unigendet\[train\]'$", line) for line in lines)
-
-
-def test_detect_writes_a_line_per_picture(cli, model_folder, pictures):
-    result = cli("detect", "--model", model_folder, pictures, pictures / "b.png", "--max-tokens", 4)
-    assert (result.code, result.err) == (0, "")
-    rows = [line.split("\t") for line in result.lines]
-    names = ["a.JPG", "b.png", "more/c.webp", "b.png"]  # a folder's are sorted
-    assert [row[2] for row in rows] == [str(pictures / name) for name in names]
-    assert {row[0] for row in rows} <= {"real", "fake"}
-    assert all((float(row[1]) >= 0.5) == (row[0] == "real") for row in rows)
-    assert rows[1] == rows[3]
-    assert all(len(row) == 4 for row in rows)
-
-
-def test_detect_json(cli, model_folder, pictures):
-    plain = cli("detect", "--model", model_folder, pictures, "--max-tokens", 4, "--batch-size", 2)
-    result = cli("detect", "--model", model_folder, pictures, "--max-tokens", 4, "--json")
-    entries = [json.loads(line) for line in result.lines]
-    assert all(list(entry) == ["path", "verdict", "probability_real", "explanation"] for entry in entries)
-    rows = [line.split("\t") for line in plain.lines]
-    for entry, row in zip(entries, rows, strict=True):
-        assert [entry["verdict"], f"{entry['probability_real']:.3f}", entry["path"]] == row[:3]
-        assert " ".join(entry["explanation"].split()) == row[3]
-    bare = cli(
-        "detect", "--model", model_folder, pictures, "--max-tokens", 0, "--json", "--no-latent", "--question", "?"
-    )
-    other = [json.loads(line) for line in bare.lines]
-    assert [entry["explanation"] for entry in other] == [""] * 3
-    assert all(a["probability_real"] != b["probability_real"] for a, b in zip(entries, other, strict=True))
-
-
-def test_detect_without_a_head(cli, tmp_path, pictures, model_folder):
-    model = tiny_model(vocab_size=280, class_head=False)
-    tokenizer = load_tokenizer(model_folder)
-    Pipeline(model, tokenizer, PixelAutoencoder(model.config.latent), DataConfig(VIEW, VIEW)).save(tmp_path / "m")
-    result = cli("detect", "--model", tmp_path / "m", pictures / "b.png", "--max-tokens", 2)
-    assert result.lines[0].startswith(f"undecided\t-\t{pictures / 'b.png'}\t")
-    result = cli("detect", "--model", tmp_path / "m", pictures / "b.png", "--max-tokens", 2, "--json")
-    assert json.loads(result.out)["probability_real"] is None
-
-
-def test_a_broken_picture_does_not_stop_the_others(cli, model_folder, pictures):
-    (pictures / "ab.png").write_bytes(b"no picture at all")
-    cut = (pictures / "b.png").read_bytes()
-    (pictures / "more" / "cut.png").write_bytes(cut[: len(cut) // 2])
-    broken = [str(pictures / "ab.png"), str(pictures / "more" / "cut.png")]
-    result = cli("detect", "--model", model_folder, pictures, "--max-tokens", 2)
-    assert result.code == 1
-    assert [line.split("\t")[2] for line in result.lines] == [
-        str(pictures / n) for n in ("a.JPG", "b.png", "more/c.webp")
-    ]
-    assert [
-        re.search(r"not judged: image (.*?) cannot be decoded", line)[1] for line in result.err.splitlines()
-    ] == broken
-    result = cli("detect", "--model", model_folder, pictures, "--max-tokens", 2, "--json")
-    entries = [json.loads(line) for line in result.lines]
-    assert result.code == 1
-    assert [entry["path"] for entry in entries if "error" in entry] == broken
-    assert len([entry for entry in entries if "verdict" in entry]) == 3
-
-
-def test_detect_mistakes(cli, model_folder, pictures, tmp_path):
-    (tmp_path / "empty").mkdir()
-    cases = [
-        (["--model", tmp_path / "nowhere", pictures], "no model folder at"),
-        (["--model", tmp_path / "empty", pictures], "no weights in"),
-        (["--model", model_folder, tmp_path / "lost.png"], "there is no file or folder"),
-        (["--model", model_folder, tmp_path / "empty"], "no images in"),
-        (["--model", model_folder, pictures, "--batch-size", 0], "batch_size is 0"),
-        (["--model", model_folder, pictures, "--max-tokens", -1], "max_new_tokens is -1"),
-        (["--model", model_folder, pictures, "--device", "warp"], "device is 'warp'; it must be"),
-        (["--model", model_folder, pictures, "--autoencoder", "ae.safetensors"], "must be None with"),
-    ]
-    for arguments, message in cases:
-        result = cli("detect", *arguments)
-        assert (result.code, result.out) == (1, "")
-        assert result.err.startswith("unigendet detect: ")
-        assert message in result.err
-        assert len(result.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(
@@ -339,7 +240,7 @@ def test_train_then_detect_and_generate_from_its_checkpoint(cli, run_file, tmp_p
         pipeline = Pipeline.from_pretrained(folder)
         assert pipeline.data.question == "Real?"
         assert pipeline.data.latent_view == VIEW
-        result = cli("detect", "--model", folder, run_file.parent / "1.png", "--json", "--max-tokens", 3)
+        result = cli("detect", "--model", folder, run_file.parent / "1.png", "--format", "jsonl", "--max-tokens", 3)
         assert json.loads(result.out)["verdict"] in ("real", "fake")
         result = cli("generate", "--model", folder, "--prompt", "picture", "--out", tmp_path / "x.png", "--steps", 2)
         assert result.code == 0

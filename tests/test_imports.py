@@ -26,7 +26,7 @@ MAY_IMPORT = {
     "packing": {"config", "layout"},
     "model": {"config", "files", "layout", "ops", "packing"},
     "data": {"config", "config_file", "files", "layout", "packing"},
-    "evaluation": {"config", "config_file", "packing", "model", "data"},
+    "evaluation": {"config", "config_file", "packing", "model", "data", "inference"},
     "inference": {"config", "config_file", "files", "layout", "ops", "packing", "model", "data"},
     "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data", *LOOKS},
 }

@@ -87,7 +87,7 @@ def test_greedy_answer_is_the_plain_one(model, seed):
     torch.testing.assert_close(output.class_logits, logits, atol=1e-5, rtol=1e-4)
     assert not output.class_logits.is_inference()
     assert (output.ids, output.ended) == (ids, ended)
-    assert output.probability == pytest.approx(float(logits.softmax(0)[1]), abs=1e-5)
+    assert output.logit == pytest.approx(float(logits[1] - logits[0]), abs=2e-5)
 
 
 def test_latent_view_matters(model):
@@ -172,14 +172,14 @@ def test_model_without_head_still_answers():
     model, with_head = tiny_model(class_head=False), tiny_model()
     with_head.load_state_dict(model.state_dict(), strict=False)
     outputs = detect_packed(model, requests(), max_new_tokens=4)
-    assert [(o.class_logits, o.probability) for o in outputs] == [(None, None)] * 6
+    assert [(o.class_logits, o.logit) for o in outputs] == [(None, None)] * 6
     assert as_tuples(outputs) == as_tuples(detect_packed(with_head, requests(), max_new_tokens=4))
 
 
 def test_lower_precision(model):
     low = tiny_model().to(torch.bfloat16)
     (expected,), (output,) = (detect_packed(m, [make_request(1)], max_new_tokens=2) for m in (model, low))
-    assert abs(output.probability - expected.probability) < 0.05
+    assert abs(output.logit - expected.logit) < 0.05
 
 
 def test_noised_latent_view_is_refused():

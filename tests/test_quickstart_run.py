@@ -152,7 +152,7 @@ def test_its_models_are_usable(done, capsys):
     folders = [out / "model"]
     folders += [c / part for stage in ("gduf", "diga") for c in checkpoints(out / stage) for part in ("model", "ema")]
     for folder in folders:
-        assert main(["detect", "--model", str(folder), str(picture), "--json", "--max-tokens", "4"]) == 0
+        assert main(["detect", "--model", str(folder), str(picture), "--format", "jsonl", "--max-tokens", "4"]) == 0
         line = json.loads(capsys.readouterr().out)
         assert line["path"] == str(picture)
         assert line["verdict"] in ("real", "fake")

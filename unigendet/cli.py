@@ -1,4 +1,4 @@
-"""The command line: ``unigendet quickstart | train | generate | detect | export | bench | info``.
+"""The command line: ``unigendet COMMAND``, as ``COMMANDS`` lists them.
 
 Every command is a thin layer over the package, in a module of ``unigendet.commands``. Exit codes: 0 done, 1 the request
 could not be carried out (the message says why), 2 the command line itself is wrong, 130 interrupted; ``train`` that a
@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 
 from unigendet import __version__
-from unigendet.commands import bench, detect, export, generate, info, quickstart, train
+from unigendet.commands import bench, calibrate, detect, evaluate, export, generate, info, quickstart, train
 from unigendet.commands.common import Commands, Parser, UserError
 
-COMMANDS = (quickstart, train, generate, detect, export, bench, info)  # in the order of the help
+COMMANDS = (quickstart, train, generate, detect, calibrate, evaluate, export, bench, info)  # in the order of the help
 NEEDS_EXTRA = {"PIL", "diffusers", "jinja2", "jsonargparse", "markupsafe", "matplotlib", "rich", "rouge_score",
                "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "transformers", "yaml"}  # fmt: skip
 

@@ -30,7 +30,7 @@ from rich.console import Console
 
 from unigendet.config import GuidanceConfig, check
 from unigendet.config_file import load_settings
-from unigendet.data.datasets import DetectionRecord, parse_verdict, read_detection
+from unigendet.data.datasets import DetectionRecord, read_detection
 from unigendet.data.quickstart import (
     GENERATORS,
     WHITE,
@@ -301,7 +301,6 @@ def summarise(
     frechet: dict[str, float | None] = {when: judge.frechet(images) for when, images in samples.items()}
     for name in GENERATORS:
         frechet[name] = judge.frechet(np.stack([pictures[o.name] for o in outcomes if o.group == name]))
-    said = [parse_verdict(o.explanation) == o.verdict for o in outcomes]
     aims = (
         Aim("Prompt agreement", agreement["after DIGA"].accuracy, 0.95,
             meaning="Share of the prompted digits that an SVM, trained on real digits, reads as prompted."),
@@ -313,7 +312,7 @@ def summarise(
             meaning="Distance of generated from real test digits in 20 principal components; lower is better."),
         Aim("Explanation ROUGE-L", detection.overall.rouge_l,
             meaning="Overlap of the model's explanations with those measured on the images."),
-        Aim("Verdict and explanation agree", float(np.mean(said)),
+        Aim("Verdict and explanation agree", detection.overall.agreement,
             meaning="Share of images where the explanation's first sentence says what the real/fake head says."),
     )  # fmt: skip
     settings = {"quickstart": dataclasses.asdict(job.config)}

@@ -23,7 +23,6 @@ from training_fixtures import tiny_model
 
 from unigendet.cli import main
 from unigendet.config_file import load_settings
-from unigendet.data.datasets import DetectionRecord
 from unigendet.data.tokenizer import load_tokenizer
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.training import run as run_module
@@ -35,9 +34,9 @@ from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import checkpoints
 from unigendet.training.trainer import SaveError, Trainer
-from unigendet.training.watch import evenly, label_loss, sample_grid
+from unigendet.training.watch import label_loss, sample_grid
 
-SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "label_loss")
+SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "label_loss", "calibration_error")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +63,7 @@ def run_file(data, tmp_path):
         "datasets": {
             "detection": [{"file": str(data / "detection.json")}],
             "captions": [{"file": str(data / "captions.json")}],
-            "views": {"latent_view": view, "vit_view": view, "question": "Real?"},
+            "views": {"latent_view": view, "vit_view": view},
         },
         "loader": {"max_tokens": 800, "max_sample_tokens": 400},
         "optimizer": {"lr": 1e-2, "eps": 1e-8, "warmup_steps": 1},
@@ -175,9 +174,9 @@ def test_what_is_written(make, tmp_path):
     rows = rows_of(out)
     assert [row["step"] for row in rows] == [0, 2, 4, 5]  # before the first step, every second one, after the last
     for row in rows:
-        assert list(row) == ["step", "seconds", "averaged", "images", *SCORES, "rouge_l", "undecided", "unreadable",
+        assert list(row) == ["step", "seconds", "averaged", "images", *SCORES, "rouge_l", "undecided", "not_judged",
                              "categories", "samples"]  # fmt: skip
-        assert (row["averaged"], row["images"], row["undecided"], row["unreadable"]) == (True, 4, 0, [])
+        assert (row["averaged"], row["images"], row["undecided"], row["not_judged"]) == (True, 4, 0, {})
         assert row["rouge_l"] is None  # there are no explanations
         assert row["categories"] == {"noise": {"images": 4, "accuracy": row["accuracy"]}}
         assert row["samples"] == f"watch/step-{row['step']:06}.png"
@@ -371,12 +370,13 @@ def test_an_image_that_cannot_be_read_counts_as_wrong(make, data, tmp_path):
     (held_out / "2.png").unlink()
     made.run()
     for row in rows_of(tmp_path / "out"):
-        assert [one["image"] for one in row["unreadable"]] == [str(held_out / "1.png"), str(held_out / "2.png")]
-        assert "cannot be decoded" in row["unreadable"][0]["error"]
-        assert "does not exist" in row["unreadable"][1]["error"]
+        damaged, lost = str(held_out / "1.png"), str(held_out / "2.png")
+        assert list(row["not_judged"]) == [damaged, lost]
+        assert "cannot be decoded" in row["not_judged"][damaged]
+        assert "does not exist" in row["not_judged"][lost]
         assert (row["images"], row["undecided"]) == (6, 0)
         assert row["accuracy"] <= 4 / 6
-    assert "2 unreadable" in text.getvalue()
+    assert "2 not judged" in text.getvalue()
 
 
 def test_any_other_error_stops_the_run(make, tmp_path, monkeypatch):
@@ -412,20 +412,27 @@ def test_progress_shows_the_last_look(make, tmp_path):
     assert "tokens/s  held out: accuracy" in fancy.getvalue()
 
 
-def record(label, i):
-    return DetectionRecord(image=SimpleNamespace(), label=label, category="c", question=str(i), answer="a")
+def test_a_folder_of_real_and_fake_images(make, data, tmp_path):
+    """And they are chosen evenly."""
+    folder = tmp_path / "sorted"
+    for i in range(6):
+        place = folder / ("real" if i % 2 else "fake/noise")
+        place.mkdir(parents=True, exist_ok=True)
+        shutil.copy(data / "held_out" / f"{i}.png", place)
+    made = make(f"watch.detection={folder}", "watch.limit=4", "total_steps=1")
+    names = [str(record.image.relative_to(folder)) for record in made._watch.watched.held_out]
+    assert names == ["real/1.png", "real/3.png", "fake/noise/0.png", "fake/noise/2.png"]
+    made.run()
+    for row in rows_of(tmp_path / "out"):
+        assert {name: one["images"] for name, one in row["categories"].items()} == {"real": 2, "noise": 2}
 
 
-def test_held_out_images_are_taken_evenly():
-    def taken(labels, limit):
-        return [int(r.question) for r in evenly([record(label, i) for i, label in enumerate(labels)], limit)]
-
-    assert taken([0] * 10 + [1] * 10, 4) == [0, 5, 10, 15]
-    assert taken([0, 1] * 6, 6) == [0, 1, 4, 5, 8, 9]
-    assert taken([0] * 2 + [1] * 10, 8) == [0, 1, 2, 3, 5, 7, 8, 10]  # few fakes: the rest are real
-    assert taken([1] * 2 + [0] * 10, 8) == [0, 1, 2, 3, 5, 7, 8, 10]
-    assert taken([0, 1, 1], 200) == [0, 1, 2]
-    assert taken([1] * 5, 2) == [0, 2]
+def test_every_image_is_asked_its_own_question(make, monkeypatch):
+    made, asked = make("watch.prompts=[]"), []
+    encode = made._watch.pipeline.tokenizer.encode
+    monkeypatch.setattr(made._watch.pipeline.tokenizer, "encode", lambda text: asked.append(text) or encode(text))
+    made._watch(made.state)
+    assert set(asked) == {"Real?"} != {made.config.datasets.views.question}
 
 
 def test_label_loss():
@@ -485,7 +492,8 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
         (["watch.prompts=[]", "watch.prompts_file=lost"], "watch.prompts_file is 'lost'; there is no such file"),
         (["watch.prompts=[]", "watch.prompts_file={folder}/empty.txt"], "empty.txt'; it must be a file with a prompt"),
         (["watch.prompts=[]", "watch.prompts_file={folder}/odd.txt"], "odd.txt', which is not UTF-8 text"),
-        (["watch.detection=lost.json"], "watch.detection is 'lost.json'; there is no such file"),
+        (["watch.detection=lost.json"], "watch.detection is 'lost.json'; there is no such file or folder"),
+        (["watch.detection={folder}"], "watch.detection: folder {folder} holds"),
         (["watch.detection={folder}/empty.txt"], "watch.detection: annotation file"),
         (["watch.detection={folder}/label.json"], "watch.detection: {folder}/label.json, entry 0, field 'label' is 2"),
         (["watch.image_root={folder}"], "4 of 4 images that would be judged do not exist, the first is {folder}/0.png"),

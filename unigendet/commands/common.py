@@ -1,16 +1,17 @@
-"""What several commands share: their common options, a user's errors, loading a model, finding pictures."""
+"""What several commands share: their common options, a user's errors, loading a model."""
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 if TYPE_CHECKING:
+    import torch
+
     from unigendet.inference.pipeline import Pipeline
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures to be written
 
 
 class UserError(Exception):
@@ -28,8 +29,8 @@ class Parser(argparse.ArgumentParser):
 class Commands:
     """The parser's commands, as their modules add them."""
 
-    def __init__(self, parser: argparse.ArgumentParser) -> None:
-        self._subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    def __init__(self, parser: argparse.ArgumentParser, dest: str = "command") -> None:
+        self._subparsers = parser.add_subparsers(dest=dest, required=True, metavar="COMMAND")
         self._common = argparse.ArgumentParser(add_help=False)
         self._common.add_argument("--traceback", action="store_true", help="show the Python traceback of an error")
 
@@ -42,6 +43,10 @@ class Commands:
         )
         command.set_defaults(run=run)
         return command
+
+    def group(self, name: str, text: str) -> Commands:
+        """A command that has commands of its own, which are added to what this returns."""
+        return Commands(self._subparsers.add_parser(name, help=text, description=text), dest="subcommand")
 
 
 def model_options() -> argparse.ArgumentParser:
@@ -57,30 +62,20 @@ def model_options() -> argparse.ArgumentParser:
     return device
 
 
-def load_pipeline(options: argparse.Namespace) -> Pipeline:
-    """The model that ``model_options`` name."""
+def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Where the model that ``model_options`` name runs, and the dtype of its weights."""
     import torch
 
     from unigendet.device import find_device
-    from unigendet.inference.pipeline import Pipeline
 
     device = find_device(options.device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if options.dtype == "auto" else getattr(torch, options.dtype)
+    return device, default if options.dtype == "auto" else getattr(torch, options.dtype)
+
+
+def load_pipeline(options: argparse.Namespace) -> Pipeline:
+    """The model that ``model_options`` name."""
+    from unigendet.inference.pipeline import Pipeline
+
+    device, dtype = device_and_dtype(options)
     return Pipeline.from_pretrained(options.model, device=device, dtype=dtype, autoencoder=options.autoencoder)
-
-
-def find_images(paths: Sequence[Path]) -> list[Path]:
-    """Files as they are; folders as the images anywhere below them, sorted. Raises UserError for what is not there."""
-    found: list[Path] = []
-    for path in paths:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
-            if not inside:
-                raise UserError(f"no images in {path} (looked for {', '.join(sorted(IMAGE_SUFFIXES))})")
-            found.extend(inside)
-        elif path.is_file():
-            found.append(path)
-        else:
-            raise UserError(f"there is no file or folder {path}")
-    return found

@@ -3,69 +3,120 @@
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
+import os
 import sys
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, find_images, load_pipeline, model_options
+from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
+from unigendet.commands.inputs import find_pictures
+from unigendet.commands.progress import Progress
+from unigendet.commands.rows import FORMATS, RowWriter, check_out, format_of
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
+    from unigendet.inference.calibration import Calibration
+    from unigendet.inference.pipeline import Detection
+
+COLUMNS = ("path", "verdict", "probability_real", "explanation", "error")
+EPILOG = """One row per picture, in the order given: its path, the verdict (real, fake, unsure, undecided or error), the
+probability of being real, the model's explanation, and why there is no verdict. On a terminal a table; otherwise a
+line per row with tabs between; --format for programs. Exit code: 0 all pictures were judged, 1 some rows are errors or
+nothing could be done."""
 
 
 def add(commands: Commands) -> None:
     """Describe the command."""
-    detect = commands.add("detect", run, "Tell real images from generated ones; one line per picture.", model_options(),
-                 epilog="Line: verdict, probability of being real, path, explanation, separated by tabs.")  # fmt: skip
-    detect.add_argument(
-        "paths", nargs="+", type=Path, metavar="PATH", help="image files, or folders of them (searched recursively)"
+    detect = commands.add(
+        "detect", run, "Tell real images from generated ones; one row per picture.", model_options(), epilog=EPILOG
     )
-    detect.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
-    detect.add_argument("--json", action="store_true", help="one JSON object per line")
-    detect.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    detect.set_defaults(wrong=detect.error)
     detect.add_argument(
-        "--max-tokens", type=int, default=256, help="longest explanation; 0 = verdict only (default: 256)"
+        "paths", nargs="*", metavar="PATH", help="files, folders (searched recursively) or patterns: 'shots/**/*.png'"
     )
-    detect.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
+    detect.add_argument("--list", metavar="FILE", help="also the files named in FILE, one per line; - = standard input")
+    detect.add_argument("--format", choices=FORMATS, help="default: as --out ends (.jsonl, .csv), otherwise table")
+    detect.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, each as soon as it is there")
+    question_options(detect)
+    detect.add_argument("--max-tokens", type=int, metavar="N",
+                        help="longest explanation; 0 = verdict only (default: 256, or the model's room)")  # fmt: skip
+    verdict = detect.add_argument_group("the verdict")
+    verdict.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
+    verdict.add_argument("--threshold", type=float, metavar="P",
+                         help="real from this probability on (default: the calibration's, or 0.5)")  # fmt: skip
+    verdict.add_argument("--unsure", type=float, nargs=2, metavar=("LOW", "HIGH"),
+                         help="no verdict between these two (default: the calibration's, or none)")  # fmt: skip
+
+
+def question_options(command: argparse.ArgumentParser) -> None:
+    """How a model is asked; ``calibrate`` must ask as ``detect`` will."""
+    command.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
+    command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    command.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
-    from unigendet.data.transforms import read_image
-
-    paths = find_images(options.paths)
+    if not options.paths and options.list is None:
+        options.wrong("name pictures: PATH, --list, or both")
+    check_out(options.out)
+    paths = find_pictures(options.paths, options.list)
+    calibration = _calibration(options)
     pipeline = load_pipeline(options)
-    broken: list[str] = []
-
-    def readable() -> Iterator[Image]:
-        for path in paths:
-            try:
-                image = read_image(path)
-            except (ValueError, OSError) as error:
-                broken.append(str(error))  # it names the picture
-                if options.json:
-                    print(json.dumps({"path": str(path), "error": str(error)}), flush=True)
-            else:
-                yield image
-
+    quiet_pillow()
     detections = pipeline.detect(
-        readable(), question=options.question, with_latent=not options.no_latent, max_new_tokens=options.max_tokens,
-        batch_size=options.batch_size,
+        paths, question=options.question, with_latent=not options.no_latent, max_new_tokens=options.max_tokens,
+        batch_size=options.batch_size, calibration=calibration, on_error="row",
     )  # fmt: skip
-    for one in detections:
-        if options.json:
-            fields = {
-                "path": one.name,
-                "verdict": one.verdict,
-                "probability_real": one.probability,
-                "explanation": one.explanation,
-            }
-            print(json.dumps(fields), flush=True)
-        else:
-            probability = "-" if one.probability is None else f"{one.probability:.3f}"
-            print(f"{one.verdict}\t{probability}\t{one.name}\t{' '.join(one.explanation.split())}", flush=True)
-    for line in broken:
-        print(f"unigendet detect: not judged: {line}", file=sys.stderr)
-    return 1 if broken else 0
+    failed = 0
+    width = min(max(map(len, paths)), 48)
+    writer = RowWriter(COLUMNS, (width, 9, 16), format_of(options.format, options.out), options.out)
+    progress = Progress("unigendet detect", len(paths))
+    try:
+        with progress, writer:
+            for one in detections:
+                writer.write(_row(one))
+                progress.advance()
+                failed += one.error is not None
+    except BrokenPipeError:  # whoever read our output has seen enough; nothing is left to be flushed at the end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except BaseException:
+        if progress.done:
+            kept = "" if options.out is None else f", in {options.out}"
+            print(f"unigendet detect: {progress.done} of {len(paths)} rows were written{kept}", file=sys.stderr)
+        raise
+    if failed:
+        rows = "1 image was" if failed == 1 else f"{failed} images were"
+        raise UserError(f"{rows} not judged, of {len(paths)}; the row says why")
+    return 0
+
+
+def quiet_pillow() -> None:
+    """Pillow's warnings (large pictures, odd metadata) name no file, and what it cannot read becomes an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _calibration(options: argparse.Namespace) -> Calibration | None:
+    from unigendet.inference.calibration import Calibration
+
+    if options.calibration is None and options.threshold is None and options.unsure is None:
+        return None
+    calibration = Calibration() if options.calibration is None else Calibration.load(options.calibration)
+    changes: dict[str, Any] = {}
+    if options.threshold is not None:
+        changes["threshold"] = options.threshold
+    if options.unsure is not None:
+        changes["unsure"] = tuple(options.unsure)
+    return dataclasses.replace(calibration, **changes)
+
+
+def _row(one: Detection) -> dict[str, Any]:
+    return {
+        "path": one.name,
+        "verdict": one.verdict,
+        "probability_real": one.probability,
+        "explanation": one.explanation,
+        "error": one.error,
+    }

@@ -7,42 +7,120 @@ other would lose the very traces a detector looks for.
 from __future__ import annotations
 
 import math
+import os
+import stat
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from unigendet.config import ImageConfig
 
 
 def read_image(path: str | Path) -> Image.Image:
-    """Decode an image file completely.
+    """The first picture of an image file, decoded completely, as ``to_rgb`` makes it: RGB, 8 bits, upright.
 
     Raises:
         FileNotFoundError: there is no such file; the message names it.
-        ValueError: the file is no image, or it is damaged or cut short; the message names it.
+        ValueError: it may not be read; it is no image, damaged, cut short or empty; it has more than twice
+            ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (178,956,970, unless an application sets another limit); or ``to_rgb``
+            refuses it. The message names the file and what to do.
     """
     try:
+        _check_file(path)
         with Image.open(path) as image:
-            image.load()
-            return image
+            return to_rgb(image)
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"image {path} does not exist") from error
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"image {path} cannot be decoded: {error}") from error
+        raise FileNotFoundError(f"image {path} does not exist; check the name, or whether it was moved") from error
+    except Exception as error:  # on damaged files Pillow's decoders raise whatever goes wrong inside them
+        raise ValueError(f"image {path} {_reason(error)}") from error
+
+
+class _Refused(ValueError):
+    """Its argument says what is wrong and what to do, as the rest of a sentence on the image."""
+
+    def __str__(self) -> str:
+        return f"the image {self.args[0]}"
+
+
+def _check_file(path: str | Path) -> None:
+    status = os.stat(path)
+    if stat.S_ISDIR(status.st_mode):
+        raise _Refused("is a folder; name the images in it, or a folder that may be listed")
+    if not stat.S_ISREG(status.st_mode):  # a pipe or a device might be waited for without end
+        raise _Refused("is a pipe or a device; save it to a file first")
+    if status.st_size == 0:
+        raise _Refused("is empty (0 bytes); copy or download it again")
+
+
+def _reason(error: Exception) -> str:
+    """Why an image cannot be had, and what to do."""
+    if isinstance(error, _Refused):
+        return error.args[0]
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot be decoded: it has no format that Pillow knows, or a damaged header; convert it to PNG or JPEG"
+    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
+        return f"has too many pixels to be opened safely: {error}; scale it down first"
+    if isinstance(error, PermissionError):
+        return "may not be read: permission denied; change its permissions"
+    if isinstance(error, MemoryError):
+        return "cannot be decoded: there is not enough memory; scale it down first"
+    if isinstance(error, OSError) and error.errno is not None:
+        return f"cannot be read: {error.strerror}; check the file and where it is kept"
+    what = str(error) or type(error).__name__
+    return f"cannot be decoded: {what}; the file is damaged or cut short: copy or save it anew"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """RGB version of ``image``; transparency is composited on white. Sixteen-bit grey is scaled to eight bits."""
-    if image.mode.startswith("I;16") or image.mode == "I":
-        image = Image.fromarray((np.clip(np.asarray(image, np.int64), 0, 65535) // 257).astype(np.uint8))
+    """Upright RGB version of ``image``, 8 bits per channel.
+
+    - An orientation in its EXIF data is applied: the detector sees a photograph as people do.
+    - Transparency is composited on white.
+    - 16-bit grey is scaled from 65535; 32-bit grey from the least of 255 and 65535 (integers) or 1, 255 and 65535
+      (floating point) that none of its values exceeds. Pillow itself cuts 16-bit colour down to its upper bytes.
+    - CMYK and other colour models are converted by formula; colour profiles are not applied.
+
+    Raises:
+        ValueError: 32-bit grey with values below 0, above 65535, or not finite.
+    """
+    image.load()
+    image = _upright(image)
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode.startswith(("I", "F")):
+        return _eight_bits(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        image = image.convert("LA") if image.mode == "La" else image
         image = image.convert("RGBA")
         white = Image.new("RGBA", image.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, image).convert("RGB")
     return image.convert("RGB")
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # damaged EXIF data, in ways without number, of a picture that is whole
+        return image
+
+
+def _eight_bits(image: Image.Image) -> Image.Image:
+    """Grey of 16 or 32 bits → ``L``; its transparent value, if it has one, becomes white."""
+    values = np.asarray(image).astype(np.float64)
+    low, high = values.min(), values.max()
+    scales = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
+    if not (low >= 0 and high <= scales[-1]):  # so phrased, NaN fails too
+        wanted = ", ".join(str(scale) for scale in scales[:-1])
+        raise _Refused(
+            f"holds 32-bit values from {low:g} to {high:g}; they must be from 0 to {wanted} or {scales[-1]}: save it "
+            "with 8 or 16 bits"
+        )
+    grey = np.rint(values * (255 / next(scale for scale in scales if high <= scale)))
+    if image.info.get("transparency") is not None:
+        grey[values == image.info["transparency"]] = 255
+    return Image.fromarray(grey.astype(np.uint8))
 
 
 def resized_size(
@@ -100,8 +178,8 @@ class ImageTransform:
         return cls(config.min_size, config.max_size, config.stride, config.max_pixels, channels)
 
     def __call__(self, image: Image.Image) -> Tensor:
-        """The original image → float32 [channels, H, W] in [-1, 1]. An image that already has its size is not
-        resampled.
+        """The original image, of any mode → float32 [channels, H, W] in [-1, 1]. An image that already has its size is
+        not resampled.
         """
         config = self.config
         image = to_rgb(image)

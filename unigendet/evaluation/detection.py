@@ -11,6 +11,13 @@ Conventions, each of which changes numbers, so each is stated once, here:
   generator) is set against *all* real images for balanced accuracy, F1, average precision and ROC-AUC. Its accuracy
   and ROUGE-L always cover its own images only.
   (F1 and average precision depend on the ratio of fakes to reals; balanced accuracy and ROC-AUC do not.)
+- The verdict is the real/fake head's if the model has one; its answer says one too. ``agreement`` is the share of
+  images whose answer begins with the verdict's sentence, ``text_accuracy`` the accuracy of the answers' own verdicts;
+  an answer without such a sentence neither agrees nor is right. Both cover a group's own images; without a head there
+  is nothing to agree with, without answers there is neither.
+- ``calibration_error`` and ``brier`` (module ``reliability``) cover a group's own images.
+- Explanations are compared with the annotations as wholes, by ROUGE-L, by the cosine of TF-IDF vectors and, if a
+  sentence encoder has made them, by that of sentence embeddings (module ``explanations``). Silence scores 0.
 - A metric that is undefined (a class is missing, nothing to compare) is None, never NaN or a made-up 0.
 """
 
@@ -18,16 +25,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import average_precision_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from unigendet.config import check
+from unigendet.data.datasets import parse_verdict
+from unigendet.evaluation.explanations import tfidf_cosines
+from unigendet.evaluation.reliability import brier_score, calibration_error
 
 REAL, FAKE = 1, 0
 
@@ -36,9 +47,10 @@ REAL, FAKE = 1, 0
 class DetectionOutcome:
     """What the detector said about one image.
 
-    ``name``: the image (a path or an id, unique in a run). ``group``: generator or category. ``label``: 1 real, 0 fake.
-    ``verdict``: 1, 0 or None (unparsed answer or failed request). ``probability`` of real in [0, 1], None if there is
-    none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is none.
+    ``name``: the image (a path or an id). ``group``: generator or category. ``label``: 1 real, 0 fake. ``verdict``: 1,
+    0 or None (unparsed answer, failed request, or within an unsure band). ``probability`` of real in [0, 1], None if
+    there is none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is
+    none. ``error``: why the image could not be judged.
     """
 
     name: str
@@ -48,6 +60,7 @@ class DetectionOutcome:
     probability: float | None = None
     explanation: str = ""
     reference: str = ""
+    error: str | None = None
 
     def __post_init__(self) -> None:
         check(self.label in (REAL, FAKE), "label", self.label, "1 (real) or 0 (fake)")
@@ -65,9 +78,10 @@ class DetectionOutcome:
 class DetectionMetrics:
     """The metrics of one group, or of everything; the module's docstring says how they are defined.
 
-    ``count`` = ``real`` + ``fake`` images of the group itself; ``borrowed_real``: real images of other groups it was
-    set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a reference, over which
-    ``rouge_l`` (mean ROUGE-L F-measure) runs.
+    ``count`` = ``real`` + ``fake`` images of the group itself; ``unparsed``: without a verdict, of which ``unreadable``
+    could not be judged at all and ``unsure`` lie within a calibration's unsure band; ``borrowed_real``: real images of
+    other groups it was set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a
+    reference, over which ``rouge_l`` (mean ROUGE-L F-measure), ``tfidf_cosine`` and ``css`` (mean cosines) run.
     """
 
     group: str
@@ -75,6 +89,8 @@ class DetectionMetrics:
     real: int
     fake: int
     unparsed: int
+    unreadable: int
+    unsure: int
     accuracy: float
     accuracy_interval: tuple[float, float]
     borrowed_real: int
@@ -83,8 +99,14 @@ class DetectionMetrics:
     f1_real: float | None
     average_precision: float | None
     roc_auc: float | None
+    calibration_error: float | None
+    brier: float | None
+    agreement: float | None
+    text_accuracy: float | None
     explained: int
     rouge_l: float | None
+    tfidf_cosine: float | None
+    css: float | None
 
 
 @dataclass(frozen=True)
@@ -123,11 +145,27 @@ def rouge_l(explanation: str, reference: str) -> float:
     return RougeScorer(["rougeL"], use_stemmer=False).score(reference, explanation)["rougeL"].fmeasure
 
 
-def evaluate_detection(outcomes: Sequence[DetectionOutcome]) -> DetectionSummary:
-    """All metrics of a run, over everything and per group. Raises ValueError if there are no outcomes."""
+def evaluate_detection(
+    outcomes: Sequence[DetectionOutcome], *, css: Sequence[float | None] | None = None
+) -> DetectionSummary:
+    """All metrics of a run, over everything and per group.
+
+    Args:
+        outcomes: at least one.
+        css: per outcome, the cosine of a sentence encoder (``explanations.SentenceEncoder.cosines``); None for those
+            without a reference.
+
+    Raises:
+        ValueError: there are no outcomes, or ``css`` has another length.
+    """
     check(len(outcomes) > 0, "outcomes", list(outcomes), "at least one outcome")
+    check(css is None or len(css) == len(outcomes), "css", css, f"{len(outcomes)} numbers, one per outcome")
     # The slow part, so once per image and not once per table.
-    scores = [rouge_l(o.explanation, o.reference) if o.reference else None for o in outcomes]
+    scores = {
+        "rouge_l": [rouge_l(o.explanation, o.reference) if o.reference else None for o in outcomes],
+        "tfidf_cosine": tfidf_cosines([o.explanation for o in outcomes], [o.reference for o in outcomes]),
+        "css": [None] * len(outcomes) if css is None else list(css),
+    }
     everything = list(range(len(outcomes)))
     reals = [i for i in everything if outcomes[i].label == REAL]
     members: dict[str, list[int]] = {}
@@ -141,25 +179,62 @@ def evaluate_detection(outcomes: Sequence[DetectionOutcome]) -> DetectionSummary
 
 
 def _metrics(
-    group: str, outcomes: Sequence[DetectionOutcome], scores: Sequence[float | None], own: list[int], reals: list[int]
+    group: str,
+    outcomes: Sequence[DetectionOutcome],
+    scores: Mapping[str, Sequence[float | None]],
+    own: list[int],
+    reals: list[int],
 ) -> DetectionMetrics:
     real = sum(outcomes[i].label for i in own)
     borrowed = reals if real == 0 else []
     correct = sum(outcomes[i].correct for i in own)
-    rouge = [scores[i] for i in own if scores[i] is not None]
+    with_head = any(o.probability is not None for o in outcomes)
+    p, label = probabilities([outcomes[i] for i in own]), [outcomes[i].label for i in own]
+    texts = {name: [values[i] for i in own if values[i] is not None] for name, values in scores.items()}
     return DetectionMetrics(
         group=group,
         count=len(own),
         real=real,
         fake=len(own) - real,
         unparsed=sum(outcomes[i].verdict is None for i in own),
+        unreadable=sum(outcomes[i].error is not None for i in own),
+        unsure=sum(outcomes[i].verdict is None and outcomes[i].probability is not None for i in own),
         accuracy=correct / len(own),
         accuracy_interval=wilson_interval(correct, len(own)),
         borrowed_real=len(borrowed),
         **_two_class_metrics([outcomes[i] for i in own + borrowed]),
-        explained=len(rouge),
-        rouge_l=math.fsum(rouge) / len(rouge) if rouge else None,
+        calibration_error=calibration_error(p, label) if with_head else None,
+        brier=brier_score(p, label) if with_head else None,
+        **_text_verdicts(outcomes, own, with_head),
+        explained=len(texts["rouge_l"]),
+        **{name: math.fsum(values) / len(values) if values else None for name, values in texts.items()},
     )
+
+
+def probabilities(outcomes: Sequence[DetectionOutcome]) -> NDArray[np.float64]:
+    """The probabilities of real, [N]; NaN where there is none."""
+    return np.array([math.nan if o.probability is None else o.probability for o in outcomes])
+
+
+def _text_verdicts(outcomes: Sequence[DetectionOutcome], own: list[int], with_head: bool) -> dict[str, float | None]:
+    """``agreement`` and ``text_accuracy`` of the group's answers."""
+    if not any(o.explanation for o in outcomes):
+        return {"agreement": None, "text_accuracy": None}
+    said = [(parse_verdict(outcomes[i].explanation), outcomes[i]) for i in own]
+    agree = sum(verdict is not None and verdict == o.verdict for verdict, o in said) / len(own)
+    right = sum(verdict == o.label for verdict, o in said) / len(own)
+    return {"agreement": agree if with_head else None, "text_accuracy": right}
+
+
+def fake_ranking(outcomes: Sequence[DetectionOutcome]) -> NDArray[np.float64] | None:
+    """How fake each image looks, [N]: one minus the probability of real; a missing one lies beyond all others, on the
+    wrong side. None if there is no probability at all.
+    """
+    if all(o.probability is None for o in outcomes):
+        return None
+    p = probabilities(outcomes)
+    worst = np.array([2.0 if o.label == REAL else -1.0 for o in outcomes])
+    return np.where(np.isnan(p), worst, 1.0 - p)
 
 
 def _two_class_metrics(outcomes: list[DetectionOutcome]) -> dict[str, float | None]:
@@ -172,13 +247,10 @@ def _two_class_metrics(outcomes: list[DetectionOutcome]) -> dict[str, float | No
     # zero_division=0: no fake found among fakes that exist is an F1 of 0, not an undefined one.
     values = [balanced_accuracy_score(label, verdict)]
     values += [f1_score(label, verdict, pos_label=positive, zero_division=0) for positive in (FAKE, REAL)]
-    if all(o.probability is None for o in outcomes):
+    rank = fake_ranking(outcomes)
+    if rank is None:
         values += [None, None]
     else:
-        # One minus the probability of real ranks fakes; -1 and 2 lie beyond every probability, on the wrong side.
-        rank = np.array(
-            [(2.0 if o.label == REAL else -1.0) if o.probability is None else 1.0 - o.probability for o in outcomes]
-        )
         values += [average_precision_score(label == FAKE, rank), roc_auc_score(label == FAKE, rank)]
     return {name: None if value is None else float(value) for name, value in zip(names, values, strict=True)}
 

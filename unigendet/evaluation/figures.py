@@ -9,7 +9,7 @@ import base64
 import io
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -25,16 +25,17 @@ from unigendet.evaluation.generation import PIXEL_MAX
 
 MAX_POINTS = 400  # of a curve; a screen shows no more, and the page stays small
 # Colours that stand for the page's own, so that one SVG serves the light and the dark page.
-_INK, _LINE = "#010203", "#040506"
+INK, LINE, GREY, GOOD = "#010203", "#040506", "#070809", "#0a0b0c"
+_PAGE = {INK: "currentColor", LINE: "var(--accent)", GREY: "var(--real)", GOOD: "var(--good)"}
 _STYLE = {
     "svg.fonttype": "none",
     "font.family": "sans-serif",
     "font.size": 9,
-    "text.color": _INK,
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -128,16 +129,29 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, name: str, sa
     keep = np.isfinite(step) & np.isfinite(value)
     step, value = _thin(step[keep]), _thin(value[keep])
     window = max(1, len(value) // 20) | 1
-    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
-        figure = Figure(figsize=(3.3, 2.1), layout="constrained")
-        FigureCanvasSVG(figure)
+
+    def draw(figure: Figure) -> None:
         axes = figure.add_subplot()
         if window > 1:
-            axes.plot(step, value, color=_LINE, linewidth=0.8, alpha=0.35)
-        axes.plot(step, _moving_mean(value, window), color=_LINE, linewidth=1.8)
+            axes.plot(step, value, color=LINE, linewidth=0.8, alpha=0.35)
+        axes.plot(step, _moving_mean(value, window), color=LINE, linewidth=1.8)
         if len(value) == 1:
-            axes.plot(step, value, "o", color=_LINE)
+            axes.plot(step, value, "o", color=LINE)
         _dress(axes, value)
+
+    return svg_chart(draw, name=name, salt=salt)
+
+
+def svg_chart(draw: Callable[[Figure], None], *, name: str, salt: str, size: tuple[float, float] = (3.3, 2.1)) -> str:
+    """What ``draw`` puts on a figure of ``size`` inches, as an ``<svg>`` element in the page's colours.
+
+    Draw with ``INK`` (text and axes), ``LINE`` (the accent), ``GREY`` and ``GOOD``. ``name`` and ``salt`` as in
+    ``line_chart``.
+    """
+    with matplotlib.rc_context({**_STYLE, "svg.hashsalt": salt}):
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasSVG(figure)
+        draw(figure)
         buffer = io.StringIO()
         figure.savefig(
             buffer, format="svg", transparent=True, metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -146,7 +160,7 @@ def line_chart(steps: Sequence[float], values: Sequence[float], *, name: str, sa
 
 
 def _dress(axes: matplotlib.axes.Axes, value: NDArray[np.float64]) -> None:
-    """Axes with little ink: two spines, a faint grid, few labels."""
+    """A training curve's axes."""
     if len(value) and value.min() > 0 and value.max() / value.min() > 20:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -155,11 +169,16 @@ def _dress(axes: matplotlib.axes.Axes, value: NDArray[np.float64]) -> None:
     else:
         axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step")
+    clean(axes)
+
+
+def clean(axes: matplotlib.axes.Axes) -> None:
+    """Little ink: two spines, no ticks, a faint grid."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_alpha(0.4)
     axes.tick_params(length=0)
-    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
-    axes.set_xlabel("step")
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
 
 
 def _thin(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -185,6 +204,7 @@ def _inline(svg: str, name: str) -> str:
     svg = re.sub(r'(<svg[^>]*?) width="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1)
     svg = re.sub(r"font: [0-9.]+px [^;\"]*", lambda m: m[0].split("px")[0] + "px system-ui, sans-serif", svg)
-    svg = svg.replace(_INK, "currentColor").replace(_LINE, "var(--accent)")
+    for colour, name_on_page in _PAGE.items():
+        svg = svg.replace(colour, name_on_page)
     label = "".join(c if c.isalnum() or c in " -_.,:()" else " " for c in name)
     return svg.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)

@@ -60,7 +60,8 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
     return page
 
 
-def _render(results: RunResults, data: dict[str, Any]) -> str:
+def render(template: str, **values: Any) -> str:
+    """A page from one of this room's templates."""
     # StrictUndefined: a name that the template and this file spell differently is an error, not a blank.
     jinja = jinja2.Environment(
         loader=jinja2.PackageLoader("unigendet.evaluation"),
@@ -70,7 +71,12 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
         lstrip_blocks=True,
     )
     jinja.filters.update(percent=percent, number=number, seconds=seconds)
-    return jinja.get_template("report.html").render(
+    return jinja.get_template(template).render(values)
+
+
+def _render(results: RunResults, data: dict[str, Any]) -> str:
+    return render(
+        "report.html",
         run=data,
         aims=[aim_view(aim) for aim in results.aims],
         charts=_charts(data["curves"]),
@@ -81,7 +87,7 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
         ],
         digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
         bars=_bars(data),
-        settings=list(_flat(data["settings"])),
+        settings=list(flat(data["settings"])),
     )
 
 
@@ -182,11 +188,11 @@ def _bars(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**bar, "share": round(100 * (bar["value"] or 0) / longest, 1) if longest else 0} for bar in bars]
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
+def flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Nested settings as ("a.b.c", "value") pairs."""
     if isinstance(value, Mapping):
         for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
+            yield from flat(entry, f"{name}.{key}" if name else str(key))
     else:
         yield name, json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
 
@@ -206,7 +212,8 @@ def format_table(results: RunResults) -> Group:
     return Group(*parts)
 
 
-def _table(title: str, first: str, *numbers: str) -> Table:
+def compact_table(title: str, first: str, *numbers: str) -> Table:
+    """A table for a terminal, with names in its first column and numbers in the others."""
     # No lines between the columns, and single spaces of padding: it has to fit a terminal of 80 columns.
     compact = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "collapse_padding": True}
     table = Table(title=title, title_justify="left", title_style="bold", **compact)
@@ -217,7 +224,7 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 def _aims_table(results: RunResults) -> Table:
-    table = _table(results.title, "", "value", "aim")
+    table = compact_table(results.title, "", "value", "aim")
     table.add_column("")
     styles = {"reached": "green", "missed": "red", "none": "dim"}
     for view in map(aim_view, results.aims):
@@ -231,7 +238,7 @@ def _aims_table(results: RunResults) -> Table:
 def _detection_table(results: RunResults) -> Table:
     rows = (*results.detection.groups, results.detection.overall)
     unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
-    table = _table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
+    table = compact_table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
     for m in rows:
         role = results.roles.get(m.group)
         table.add_row(
@@ -244,7 +251,7 @@ def _detection_table(results: RunResults) -> Table:
 
 
 def _generation_table(results: RunResults) -> Table:
-    table = _table("Generation", "images", "prompt agreement", "Fréchet distance")
+    table = compact_table("Generation", "images", "prompt agreement", "Fréchet distance")
     for name in dict.fromkeys([*results.agreement, *results.frechet]):
         agreement = results.agreement.get(name)
         table.add_row(

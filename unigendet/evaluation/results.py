@@ -150,15 +150,22 @@ def choose_examples(
 
     images: ``outcome.name`` → picture. Raises ValueError naming an image that is missing.
     """
+    chosen = first_examples(outcomes, right=right, wrong=wrong)
+    for outcome in chosen:
+        check(outcome.name in images, "images", f"without {outcome.name!r}", "a picture for every outcome's name")
+    return tuple(Example(outcome, images[outcome.name], high) for outcome in chosen)
+
+
+def first_examples(outcomes: Sequence[DetectionOutcome], *, right: int = 1, wrong: int = 1) -> list[DetectionOutcome]:
+    """The outcomes that ``choose_examples`` chooses, group by group, right ones before wrong ones."""
     chosen, taken = [], {}
     for outcome in outcomes:
         key = (outcome.group, outcome.correct)
         if taken.get(key, 0) < (right if outcome.correct else wrong):
-            check(outcome.name in images, "images", f"without {outcome.name!r}", "a picture for every outcome's name")
             taken[key] = taken.get(key, 0) + 1
-            chosen.append(Example(outcome, images[outcome.name], high))
+            chosen.append(outcome)
     groups = list(dict.fromkeys(outcome.group for outcome in outcomes))
-    return tuple(sorted(chosen, key=lambda e: (groups.index(e.outcome.group), not e.outcome.correct)))
+    return sorted(chosen, key=lambda outcome: (groups.index(outcome.group), not outcome.correct))
 
 
 def environment() -> dict[str, Any]:

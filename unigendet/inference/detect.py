@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from unigendet.config import check
+from unigendet.config import ModelConfig, check
 from unigendet.model.losses import clean_latents
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Sample, Segment, Text, VitImage, pack, sample_length
@@ -54,9 +54,19 @@ class DetectionOutput:
     ended: bool = False
 
     @property
-    def probability(self) -> float | None:
-        """Probability that the image is real, by the head."""
-        return None if self.class_logits is None else float(self.class_logits.float().softmax(0)[1])
+    def logit(self) -> float | None:
+        """The head's logit of real less that of fake; its sigmoid is the probability that the image is real."""
+        return None if self.class_logits is None else float(self.class_logits[1]) - float(self.class_logits[0])
+
+
+def answer_room(config: ModelConfig, question: Text, *, with_latent: bool = True) -> int:
+    """The longest answer, in tokens after bos, that the model's positions leave after the images and ``question``.
+
+    Negative where there is no room for the question itself.
+    """
+    images = 1 + with_latent
+    # An image is one position; the question has bos and eos, the answer bos; its last token is never read.
+    return config.max_position - images - (len(question.ids) + 2)
 
 
 @torch.no_grad()  # not inference_mode: its results could not be trained on or changed in place

@@ -8,31 +8,41 @@ published views; its autoencoder is ``ae.safetensors``; it has no real/fake head
 from __future__ import annotations
 
 import dataclasses
+import functools
+import itertools
 import json
+import math
+import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from torch import Tensor
 
 from unigendet.config import DataConfig, GuidanceConfig, check, guidance_from_dict
 from unigendet.data.datasets import SampleBuilder, load_data_config, parse_verdict, save_data_config
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
-from unigendet.data.transforms import to_image
+from unigendet.data.transforms import read_image, to_image
 from unigendet.files import replaced_files
-from unigendet.inference.detect import DetectionOutput, DetectionRequest, detect_packed
+from unigendet.inference.calibration import Calibration
+from unigendet.inference.detect import DetectionOutput, DetectionRequest, answer_room, detect_packed
 from unigendet.inference.generate import GenerationRequest, generate_latents, latent_grid, tokens_to_latent
+from unigendet.inference.prefetch import map_ahead
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, stored_config, write_pretrained
 from unigendet.model.unigendet import UniGenDet
-from unigendet.packing import LatentImage, VitImage
+from unigendet.packing import LatentImage, Text, VitImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 FLUX_WEIGHTS = "ae.safetensors"
 GUIDANCE_FILE = "generation.json"
+_DECODING = threading.Lock()  # pictures that were opened elsewhere are decoded one at a time
+DEFAULT_ANSWER = 256  # tokens, where the model has room for as many
 
 
 @dataclass(frozen=True)
@@ -40,8 +50,10 @@ class Detection:
     """The verdict on one image.
 
     ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
-    neither decides. ``probability``: of being real, by the head. ``explanation``: the whole answer. ``name``: its path.
-    ``error``: why there is no verdict, for a picture that could not be read.
+    neither decides. ``probability``: of being real, by the head, calibrated if there is a calibration; ``logit``: the
+    head's logit of real less that of fake, never calibrated. ``explanation``: the whole answer. ``name``: its path.
+    ``error``: why there is no verdict, for a picture that could not be judged. ``unsure``: within the calibration's
+    unsure band.
     """
 
     name: str
@@ -49,13 +61,27 @@ class Detection:
     probability: float | None
     explanation: str
     error: str | None = None
+    logit: float | None = None
+    unsure: bool = False
 
     @property
     def verdict(self) -> str:
-        """``real``, ``fake``, ``undecided`` or ``error``."""
+        """``real``, ``fake``, ``unsure``, ``undecided`` (no head, and the text says neither) or ``error``."""
         if self.error is not None:
             return "error"
-        return "undecided" if self.real is None else "real" if self.real else "fake"
+        if self.real is None:
+            return "unsure" if self.unsure else "undecided"
+        return "real" if self.real else "fake"
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """An image's two views, both still pixels, and what is asked of it."""
+
+    name: str
+    question: Text
+    latent: Tensor
+    vit: Tensor
 
 
 class Pipeline:
@@ -71,7 +97,13 @@ class Pipeline:
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model.eval(), tokenizer, autoencoder
         self.data, self.guidance = data or DataConfig(), guidance or GuidanceConfig()
-        self.builder = SampleBuilder(model.config, tokenizer, self.data, encode=autoencoder.encode)
+        # Views are left as pixels: threads prepare them, and the autoencoder works in the caller's.
+        self.builder = SampleBuilder(model.config, tokenizer, self.data)
+
+    @property
+    def has_head(self) -> bool:
+        """Whether verdicts come from a real/fake head; otherwise they are read from the answer's text."""
+        return self.model.class_head is not None
 
     @classmethod
     def from_pretrained(
@@ -120,65 +152,127 @@ class Pipeline:
         self,
         images: Iterable[str | Path | Image],
         *,
-        question: str | None = None,
+        question: str | Sequence[str | None] | None = None,
+        transform: Callable[[Image], Image] | None = None,
         with_latent: bool = True,
-        max_new_tokens: int = 256,
+        max_new_tokens: int | None = None,
         temperature: float = 0.0,
         seed: int = 0,
         batch_size: int = 16,
+        calibration: Calibration | None = None,
         on_error: Literal["raise", "row"] = "raise",
     ) -> Iterator[Detection]:
         """Judge images, in their order.
 
+        The images of the next batch are read and resized in threads while the model works on this one. Verdicts,
+        probabilities and texts do not depend on ``batch_size`` but for the last bits of the model's arithmetic, and
+        are the same, bit for bit, in every run with the same one.
+
         Args:
-            images: paths or PIL images.
-            question: what the model is asked; default: the question it was trained with.
+            images: paths or PIL images; of an animation, the first picture.
+            question: what the model is asked, of every image or one per image; None: the question it was trained with.
+            transform: applied, in those threads, to every original image, before the model's views of it are made.
             with_latent: show the model the latent view too (symbiotic attention).
-            max_new_tokens: longest answer; 0 skips the explanation.
+            max_new_tokens: longest answer; 0 skips the explanation; default: 256, or what the model has room for.
             temperature: 0 = greedy.
             seed: of sampled answers.
-            batch_size: images decoded together.
-            on_error: what becomes of a file that cannot be read: ``raise`` its error, or yield a ``row`` with it.
+            batch_size: images decoded together; up to as many more are read ahead.
+            calibration: temperature, threshold and unsure band of the verdicts; default: real from 0.5 on.
+            on_error: what becomes of an image that cannot be read, or whose logits are not finite: ``raise`` its error,
+                or yield a ``row`` with it.
 
         Yields:
             A ``Detection`` per image.
 
         Raises:
-            ValueError, FileNotFoundError: a file is no image or does not exist; names it.
+            ValueError, FileNotFoundError: an argument does not fit, says so at once; a file is no image or does not
+                exist; names it.
+            RuntimeError: the model failed, say for lack of memory; a note names the images of the batch.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
         check(on_error in ("raise", "row"), "on_error", on_error, "'raise' or 'row'")
-        text = self.builder.text(self.data.question if question is None else question)
-        generator = torch.Generator(self.model.device).manual_seed(seed)
+        for_all = question is None or isinstance(question, str)
+        asked = [self.data.question if one is None else one for one in ([question] if for_all else question)]
+        for one in set(asked if calibration is not None else ()):
+            calibration.check_use(self.model, one, with_latent)
+        texts = [self.builder.text(one) for one in asked]
+        longest = max(texts, key=lambda text: len(text.ids), default=Text(()))
+        options = {
+            "max_new_tokens": self._answer_length(longest, with_latent, max_new_tokens),
+            "temperature": temperature,
+            "generator": torch.Generator(self.model.device).manual_seed(seed),
+        }
 
-        def request(image: str | Path | Image) -> DetectionRequest | Detection:
-            name = str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
-            try:
-                latent, pixels = self.builder.views(image)
-            except (ValueError, OSError) as error:
-                if on_error == "raise":
+        def judge(group: list[_Prepared | Detection]) -> Iterator[Detection]:
+            requests = [self._request(row, with_latent) for row in group if isinstance(row, _Prepared)]
+            outputs = iter(detect_packed(self.model, requests, **options) if requests else ())
+            for row in group:
+                result = row
+                if isinstance(row, _Prepared):
+                    result = self._detection(row.name, next(outputs), calibration or Calibration())
+                    if result.error is not None and on_error == "raise":
+                        raise ValueError(result.error)
+                yield result
+
+        def judged() -> Iterator[Detection]:
+            prepare = functools.partial(self._prepare, transform=transform, on_error=on_error)
+            pairs = zip(images, itertools.repeat(texts[0])) if for_all else _paired(images, texts)
+            threads = min(4, os.cpu_count() or 1)
+            for group in _groups(map_ahead(prepare, pairs, ahead=batch_size, threads=threads), batch_size):
+                try:
+                    yield from judge(group)
+                except (RuntimeError, MemoryError) as error:
+                    names = ", ".join(row.name for row in group if isinstance(row, _Prepared))
+                    error.add_note(f"while judging {names}; a smaller batch_size takes less memory")
                     raise
-                return Detection(name, None, None, "", str(error))
-            return DetectionRequest(VitImage(pixels), text, LatentImage(latent) if with_latent else None, name)
 
-        for group in _groups(images, batch_size):
-            rows = [request(image) for image in group]
-            requests = [row for row in rows if isinstance(row, DetectionRequest)]
-            outputs = iter(
-                detect_packed(
-                    self.model, requests, max_new_tokens=max_new_tokens, temperature=temperature, generator=generator
-                )
-                if requests
-                else ()
-            )
-            for row in rows:
-                yield row if isinstance(row, Detection) else self._detection(row, next(outputs))
+        return judged()
 
-    def _detection(self, request: DetectionRequest, output: DetectionOutput) -> Detection:
-        answer = self.tokenizer.decode(output.ids)
-        probability = output.probability
-        verdict = parse_verdict(answer) if probability is None else probability >= 0.5
-        return Detection(request.name, None if verdict is None else bool(verdict), probability, answer)
+    def _answer_length(self, question: Text, with_latent: bool, max_new_tokens: int | None) -> int:
+        """``max_new_tokens`` or its default; ValueError if the question, or the answer after it, is too long."""
+        room, tokens = answer_room(self.model.config, question, with_latent=with_latent), len(question.ids)
+        if room < 1:
+            most = f"at most {tokens + room - 1}, for a model of {self.model.config.max_position} positions"
+            raise ValueError(f"question (--question) has {tokens} tokens; it must have {most}")
+        if max_new_tokens is None:
+            return min(DEFAULT_ANSWER, room)
+        need = f"from 0 to {room}, the room after a question of {tokens} tokens"
+        check(0 <= max_new_tokens <= room, "max_new_tokens (--max-tokens)", max_new_tokens, need)
+        return max_new_tokens
+
+    def _prepare(
+        self, pair: tuple[str | Path | Image, Text], transform: Callable[[Image], Image] | None, on_error: str
+    ) -> _Prepared | Detection:
+        image, question = pair
+        name = str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
+        try:
+            if not isinstance(image, str | Path):
+                with _DECODING:  # the same picture may be given twice
+                    image.load()
+            if transform is not None:
+                image = transform(read_image(image) if isinstance(image, str | Path) else image)
+            latent, pixels = self.builder.views(image)
+        except (ValueError, OSError) as error:
+            if on_error == "raise":
+                raise
+            return Detection(name, None, None, "", str(error))
+        return _Prepared(name, question, latent, pixels)
+
+    def _request(self, image: _Prepared, with_latent: bool) -> DetectionRequest:
+        latent = LatentImage(self.autoencoder.encode(image.latent)) if with_latent else None
+        return DetectionRequest(VitImage(image.vit), image.question, latent, image.name)
+
+    def _detection(self, name: str, output: DetectionOutput, calibration: Calibration) -> Detection:
+        answer, logit = self.tokenizer.decode(output.ids), output.logit
+        if logit is None:
+            verdict = parse_verdict(answer)
+            return Detection(name, None if verdict is None else bool(verdict), None, answer)
+        if not math.isfinite(logit):
+            error = f"image {name}: the real/fake head's logits are not finite; try another dtype, or another model"
+            return Detection(name, None, None, "", error)
+        probability = calibration.probability(logit)
+        verdict = calibration.verdict(probability)
+        return Detection(name, verdict, probability, answer, logit=logit, unsure=verdict is None)
 
     def generate(
         self,
@@ -244,6 +338,14 @@ def load_guidance(folder: str | Path) -> GuidanceConfig:
         return guidance_from_dict(json.loads(file.read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError, IndexError) as error:  # not JSON; an unfit setting; no mapping
         raise ValueError(f"{file} does not hold sampling settings: {error}") from error
+
+
+def _paired(images: Iterable[Any], questions: Sequence[Text]) -> Iterator[tuple[Any, Text]]:
+    nothing = object()
+    for image, question in itertools.zip_longest(images, questions, fillvalue=nothing):
+        if image is nothing or question is nothing:
+            raise ValueError(f"question has {len(questions)} entries; it must be one text, or as many as images")
+        yield image, question
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:

@@ -4,13 +4,13 @@ Training does not notice: weights, random generators and the data's position are
 seen goes to TensorBoard (``watch/…``) and into the run's output folder:
 
 * ``watch.jsonl``, a line per look: ``step``, ``seconds``, ``averaged`` (whether the weights were the averaged ones);
-  of held-out images ``images`` (how many), the scores, ``undecided`` and ``unreadable`` (verdicts that are missing),
-  and ``categories`` (category → ``images``, ``accuracy``); ``samples``, the path of the pictures' grid. A score that is
-  undefined is null.
+  of held-out images ``images`` (how many), the scores, ``undecided`` (answers without a verdict), ``not_judged`` (image
+  → error) and ``categories`` (category → ``images``, ``accuracy``); ``samples``, the path of the pictures' grid. A
+  score that is undefined is null.
 * ``watch/step-000100.png``: the samples, one row per prompt.
 
-A held-out image that cannot be read counts as judged wrong, and is named under ``unreadable``; any other error stops
-the run, after the checkpoint of its step.
+A held-out image that cannot be read or judged counts as judged wrong, and is named under ``not_judged``; any other
+error stops the run, after the checkpoint of its step.
 """
 
 from __future__ import annotations
@@ -29,12 +29,14 @@ import torch
 from numpy.typing import NDArray
 
 from unigendet.config import check
-from unigendet.data.datasets import DetectionRecord, read_detection
-from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
+from unigendet.data.datasets import DetectionRecord
+from unigendet.data.labelled import read_labelled
+from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
+from unigendet.evaluation.scoring import judge, limit_evenly, summarise
 from unigendet.files import naming, write_text
 from unigendet.inference.generate import latent_grid
-from unigendet.inference.pipeline import Detection, Pipeline
+from unigendet.inference.pipeline import Pipeline
 from unigendet.training.config import TrainConfig, WatchConfig
 from unigendet.training.metrics import Look, Row, read_history
 from unigendet.training.state import TrainState
@@ -59,7 +61,7 @@ def read_watched(config: TrainConfig) -> Watched:
     """Read what ``config.watch`` names.
 
     Raises:
-        FileNotFoundError: the file of prompts, the annotation file or a held-out image does not exist.
+        FileNotFoundError: the file of prompts, the held-out images' file or folder, or one of the images is not there.
         ValueError: there is nothing to look at or nowhere to write to, or a file is malformed or empty. Both name the
             setting.
     """
@@ -89,10 +91,10 @@ def _prompts(watch: WatchConfig) -> tuple[str, ...]:
 def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
     if watch.detection is None:
         return ()
-    if not Path(watch.detection).is_file():
-        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file")
+    if not Path(watch.detection).exists():
+        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file or folder")
     try:
-        records = evenly(read_detection(watch.detection, watch.image_root), watch.limit)
+        records = limit_evenly(read_labelled(watch.detection, image_root=watch.image_root), watch.limit)
     except ValueError as error:
         raise ValueError(f"watch.detection: {error}") from error
     lost = [str(record.image) for record in records if not record.image.is_file()]
@@ -102,15 +104,6 @@ def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
             f"exist, the first is {lost[0]} (watch.image_root says what the file's paths are relative to)"
         )
     return tuple(records)
-
-
-def evenly(records: Sequence[DetectionRecord], limit: int) -> list[DetectionRecord]:
-    """At most ``limit`` records, of either label as many as there are, spread over the whole file; in its order."""
-    places = [[i for i, record in enumerate(records) if record.label == label] for label in (0, 1)]
-    fakes = min(len(places[0]), max(limit // 2, limit - len(places[1])))
-    shares = (fakes, min(len(places[1]), limit - fakes))
-    chosen = [own[i * len(own) // k] for own, k in zip(places, shares, strict=True) for i in range(k)]
-    return [records[i] for i in sorted(chosen)]
 
 
 class Watcher:
@@ -135,7 +128,7 @@ class Watcher:
         watch, model = config.watch, pipeline.model
         if watched.prompts and watch.size is not None:
             latent_grid(model, watch.size, "watch.size")
-        mute = watched.held_out and model.class_head is None and not watch.max_tokens
+        mute = watched.held_out and not pipeline.has_head and not watch.max_tokens
         check(not mute, "watch.max_tokens", watch.max_tokens, "positive: the model has no real/fake head, only answers")
 
     def __call__(self, state: TrainState) -> Look | None:
@@ -202,23 +195,18 @@ class Watcher:
 
     def _judge(self) -> tuple[dict[str, float | None], dict[str, Any]]:
         """The scores of the verdicts on the held-out images, and what else there is to say of them."""
-        watch, records = self.config.watch, self.watched.held_out
-        verdicts = list(
-            self.pipeline.detect(
-                [record.image for record in records],
+        watch = self.config.watch
+        outcomes = list(
+            judge(
+                self.pipeline,
+                self.watched.held_out,
                 with_latent=self.config.datasets.detection_latents,
                 max_new_tokens=watch.max_tokens,
                 batch_size=watch.batch_size,
-                on_error="row",
             )
         )
-        outcomes = [
-            _outcome(record, verdict, explained=watch.max_tokens > 0)
-            for record, verdict in zip(records, verdicts, strict=True)
-        ]
-        summary = evaluate_detection(outcomes)
+        summary = summarise(outcomes)
         overall = summary.overall
-        unreadable = [{"image": v.name, "error": v.error} for v in verdicts if v.error is not None]
         scores = {
             "accuracy": overall.accuracy,
             "balanced_accuracy": overall.balanced_accuracy,
@@ -226,11 +214,12 @@ class Watcher:
             "auc": overall.roc_auc,
             "average_precision": overall.average_precision,
             "label_loss": label_loss(outcomes),
+            "calibration_error": overall.calibration_error,
             "rouge_l": overall.rouge_l,
         }
         about = {
-            "undecided": overall.unparsed - len(unreadable),
-            "unreadable": unreadable,
+            "undecided": overall.unparsed - overall.unreadable,
+            "not_judged": {o.name: o.error for o in outcomes if o.error is not None},
             "categories": {g.group: {"images": g.count, "accuracy": g.accuracy} for g in summary.groups},
         }
         return scores, about
@@ -273,20 +262,8 @@ def label_loss(outcomes: Sequence[DetectionOutcome]) -> float | None:
     return math.fsum(-math.log(max(p, LEAST)) for p in of_label) / len(of_label) if of_label else None
 
 
-def _outcome(record: DetectionRecord, verdict: Detection, *, explained: bool) -> DetectionOutcome:
-    return DetectionOutcome(
-        name=str(record.image),
-        group=record.category,
-        label=record.label,
-        verdict=None if verdict.real is None else int(verdict.real),
-        probability=verdict.probability,
-        explanation=verdict.explanation,
-        reference=record.answer if explained else "",
-    )
-
-
 def _describe(scores: dict[str, float | None], about: dict[str, Any]) -> str:
     """The held-out scores as a few words."""
     auc = "" if scores["auc"] is None else f", AUC {scores['auc']:.3f}"
-    unread = f", {len(about['unreadable'])} unreadable" if about["unreadable"] else ""
-    return f"held out: accuracy {scores['accuracy']:.1%}{auc}{unread}"
+    failed = f", {len(about['not_judged'])} not judged" if about["not_judged"] else ""
+    return f"held out: accuracy {scores['accuracy']:.1%}{auc}{failed}"

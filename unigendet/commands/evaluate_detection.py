@@ -1,0 +1,159 @@
+"""``unigendet evaluate detection``: a model's scores as a detector."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from unigendet import __version__
+from unigendet.commands.common import Commands, UserError, device_and_dtype, load_pipeline, model_options
+from unigendet.commands.detect import quiet_pillow
+from unigendet.commands.progress import Progress
+
+if TYPE_CHECKING:
+    from unigendet.evaluation.detection_run import RunSettings
+    from unigendet.evaluation.robustness import Disturbance
+
+DISTURBANCES = {
+    "jpeg": (int, "Q", "JPEG qualities"),
+    "resize": (float, "F", "factors, below 1, that both edges are scaled by"),
+    "blur": (float, "S", "standard deviations of a Gaussian blur, in pixels"),
+}
+
+
+def add(commands: Commands) -> None:
+    """Describe the command."""
+    command = commands.add(
+        "detection", run, "Score a model's verdicts and explanations on labelled images.", model_options(),
+        epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that cannot be "
+               "read count as wrong verdicts.",
+    )  # fmt: skip
+    command.add_argument("--data", type=Path, required=True, metavar="PATH",
+                         help="FakeClue annotation file; or folder with real/ and fake/, whose sub-folders are "
+                              "generators")  # fmt: skip
+    command.add_argument("--out", type=Path, required=True, metavar="DIR",
+                         help="where evaluation.json, evaluation.html and predictions.jsonl go; a new folder, or one "
+                              "to continue")  # fmt: skip
+    command.add_argument("--image-root", type=Path, metavar="DIR",
+                         help="what the paths in an annotation file are relative to (default: its folder)")  # fmt: skip
+    command.add_argument("--limit", type=int, metavar="N",
+                         help="judge N images only, spread evenly over real and fake and over the groups")  # fmt: skip
+    command.add_argument("--question",
+                         help="what the model is asked (default: each annotation's own question; for a folder, the one "
+                              "the model was trained with)")  # fmt: skip
+    command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    command.add_argument(
+        "--max-tokens",
+        type=int,
+        metavar="N",
+        help="longest explanation; 0 = verdict only (default: 256, or the model's room)",
+    )
+    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
+    command.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
+    command.add_argument("--sentence-encoder", type=Path, metavar="FOLDER",
+                         help="local sentence encoder (safetensors) for the semantic similarity of explanations, CSS; "
+                              "without it, only words are compared")  # fmt: skip
+    group = command.add_argument_group("disturbed images", "Verdicts again on images that were disturbed first.")
+    group.add_argument("--robustness", action="store_true", help="under all three kinds, at the usual levels")
+    for kind, (convert, metavar, what) in DISTURBANCES.items():
+        group.add_argument(f"--{kind}", type=convert, nargs="*", metavar=metavar,
+                           help=f"{what}; without --robustness, only under these")  # fmt: skip
+
+
+def run(options: argparse.Namespace) -> int:
+    """Carry it out."""
+    from rich.console import Console
+
+    from unigendet.data.labelled import read_labelled
+    from unigendet.evaluation import detection_run as folders
+    from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
+    from unigendet.evaluation.explanations import SentenceEncoder
+    from unigendet.evaluation.scoring import limit_evenly
+
+    settings = _settings(options)
+    everything = read_labelled(options.data, image_root=options.image_root)
+    records = limit_evenly(everything, options.limit)
+    root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
+    device, dtype = device_and_dtype(options)
+    encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
+    identity = {
+        "settings": _identifying(options, settings, dtype),
+        "model": folders.model_hash(options.model, options.autoencoder),
+        "data": folders.data_hash(records, root),
+    }
+    predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
+    left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
+    if left < len(records) * len(settings.conditions):
+        print(f"{options.out}: going on where it stopped, {left} verdicts to come", file=sys.stderr)
+    quiet_pillow()
+    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
+        folders.complete(
+            predictions, records, settings, lambda: load_pipeline(options), root=root, progress=bar.advance
+        )
+    shown = {
+        "model": {"folder": str(options.model), "sha256": identity["model"]},
+        "data": {"path": str(options.data), "sha256": identity["data"], "images": len(everything)},
+        **identity["settings"],
+        "device": str(device),
+        "batch_size": settings.batch_size,
+        "disturbances": [disturbance.name for disturbance in settings.disturbances],
+    }
+    title = f"Detection by {options.model.resolve().name}"
+    report = make_report(
+        predictions, records, settings, encoder, title=title, available=len(everything), settings=shown
+    )
+    page = write_detection_report(options.out, report)
+    console = Console()
+    console.print(format_detection(report))
+    console.print(f"The report: {page}", soft_wrap=True, highlight=False, markup=False)
+    return 0
+
+
+def _settings(options: argparse.Namespace) -> RunSettings:
+    from unigendet.evaluation.detection_run import RunSettings
+    from unigendet.inference.calibration import Calibration
+
+    for name, least in (("limit", 1), ("batch_size", 1), ("max_tokens", 0)):
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+    return RunSettings(
+        question=options.question,
+        with_latent=not options.no_latent,
+        max_new_tokens=options.max_tokens,
+        batch_size=options.batch_size,
+        calibration=None if options.calibration is None else Calibration.load(options.calibration),
+        disturbances=tuple(_disturbances(options)),
+    )
+
+
+def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
+    from unigendet.evaluation.robustness import LEVELS, Disturbance
+
+    for kind in DISTURBANCES:
+        levels = getattr(options, kind)
+        if levels is None:
+            levels = LEVELS[kind] if options.robustness else ()
+        for level in dict.fromkeys(levels):
+            try:
+                yield Disturbance(kind, level)
+            except ValueError as error:
+                raise UserError(f"--{kind}: {error}") from error
+
+
+def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: object) -> dict[str, Any]:
+    """The settings that verdicts depend on; batches and devices move last bits at most, so a run may change them."""
+    from unigendet.evaluation.results import plain
+
+    return {
+        "limit": options.limit,
+        "question": settings.question,
+        "latent_view": settings.with_latent,
+        "max_tokens": settings.max_new_tokens,
+        "calibration": settings.calibration and plain(settings.calibration),
+        "dtype": str(dtype).removeprefix("torch."),
+        "version": __version__,
+    }

@@ -1,0 +1,71 @@
+"""Labelled images, from either of the two forms in which users keep them, as detection records."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from unigendet.data.datasets import DetectionRecord, read_detection
+from unigendet.data.files import is_image_name, list_images
+
+REAL, FAKE = "real", "fake"
+_FORM = f"it must hold images in {REAL}/, {FAKE}/ or both, those in {FAKE}/ in one sub-folder per generator or directly"
+
+
+def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> list[DetectionRecord]:
+    """Read labelled images.
+
+    Args:
+        path: a FakeClue annotation file (see ``unigendet.data.datasets``); or a folder with ``real/`` and ``fake/``,
+            or one of them. Images are looked for at any depth (``unigendet.data.files.list_images``).
+        image_root: of an annotation file: what its paths are relative to; default: the file's folder.
+
+    Returns:
+        The file's records in its order; or a folder's, real images first, then the generators by name. A folder's
+        records have no question and no answer (""), and the category ``real``, the name of the sub-folder of ``fake/``,
+        or ``fake`` for fakes that lie in no sub-folder.
+
+    Raises:
+        FileNotFoundError: ``path`` does not exist.
+        ValueError: a malformed annotation file; a folder with other sub-folders or images beside ``real/`` and
+            ``fake/``, with a folder that holds no images, or with a generator of the name ``real``; an ``image_root``
+            for a folder. Names the path and what it must hold.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"labelled images: {path} does not exist; it must be an annotation file or a folder")
+    if not path.is_dir():
+        return read_detection(path, image_root)
+    if image_root is not None:
+        raise ValueError(f"image_root is {str(image_root)!r}; it must be None where {path} is a folder")
+    entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
+    folders = [entry.name for entry in entries if entry.is_dir()]
+    others = [entry.name for entry in entries if entry.is_file() and is_image_name(entry)]
+    others += [f"{name}/" for name in folders if name not in (REAL, FAKE)]
+    if others or not folders:
+        raise ValueError(f"folder {path} holds {', '.join(others) or 'no sub-folders'}; {_FORM}")
+    records = _records(path / REAL, 1, REAL) if REAL in folders else []
+    return records + (_fakes(path / FAKE) if FAKE in folders else [])
+
+
+def _fakes(folder: Path) -> list[DetectionRecord]:
+    entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
+    records = [_record(entry, 0, FAKE) for entry in entries if not entry.is_dir() and is_image_name(entry)]
+    generators = [entry for entry in entries if entry.is_dir()]
+    if not records and not generators:
+        raise ValueError(f"folder {folder} holds no images; {_FORM}")
+    for generator in generators:
+        if generator.name == REAL:
+            raise ValueError(f"folder {generator} would be a generator of the name {REAL!r}; rename it")
+        records += _records(generator, 0, generator.name)
+    return records
+
+
+def _records(folder: Path, label: int, category: str) -> list[DetectionRecord]:
+    images = list_images(folder)
+    if not images:
+        raise ValueError(f"folder {folder} holds no images; {_FORM}")
+    return [_record(image, label, category) for image in images]
+
+
+def _record(image: Path, label: int, category: str) -> DetectionRecord:
+    return DetectionRecord(image, label, category, question="", answer="")

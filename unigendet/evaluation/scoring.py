@@ -1,0 +1,175 @@
+"""Scoring a detector on annotated images.
+
+The detector is anything with the ``detect`` of ``unigendet.inference.pipeline.Pipeline``, so a training run can score
+its unfinished model the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from unigendet.config import check
+from unigendet.data.datasets import DetectionRecord
+from unigendet.evaluation.detection import DetectionOutcome, DetectionSummary, evaluate_detection
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from unigendet.evaluation.explanations import SentenceEncoder
+    from unigendet.inference.calibration import Calibration
+
+
+class Verdict(Protocol):
+    """What a detector says of one image, as ``Detection`` of the pipeline."""
+
+    real: bool | None
+    probability: float | None
+    explanation: str
+    error: str | None
+
+
+class Detector(Protocol):
+    """Whatever judges images as ``Pipeline.detect`` does, one verdict per image and in their order."""
+
+    @property
+    def has_head(self) -> bool:
+        """Whether verdicts come from a real/fake head, so that no text is needed for them."""
+        ...
+
+    def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
+        """Judge images; ``options`` are ``question``, ``transform``, ``with_latent``, ``max_new_tokens``,
+        ``batch_size``, ``calibration``, ``on_error``.
+        """
+        ...
+
+
+def limit_evenly(records: Sequence[DetectionRecord], limit: int | None) -> list[DetectionRecord]:
+    """At most ``limit`` records, in their order: half of either label, of that the same number of every category, and
+    of a category's records every n-th. What one cannot fill goes to the others. The choice depends on the records'
+    order, labels and categories alone. None takes all.
+    """
+    if limit is None or limit >= len(records):
+        return list(records)
+    check(limit > 0, "limit", limit, "positive")
+    groups: dict[int, dict[str, list[int]]] = {}
+    for i, record in enumerate(records):
+        groups.setdefault(record.label, {}).setdefault(record.category, []).append(i)
+    chosen: list[int] = []
+    shares = _shares([sum(map(len, categories.values())) for categories in groups.values()], limit)
+    for categories, share in zip(groups.values(), shares, strict=True):
+        members = list(categories.values())
+        for own, number in zip(members, _shares([len(m) for m in members], share), strict=True):
+            chosen += [own[k * len(own) // number] for k in range(number)]
+    return [records[i] for i in sorted(chosen)]
+
+
+def _shares(sizes: Sequence[int], total: int) -> list[int]:
+    """``total`` handed out as evenly as parts that hold at most ``sizes`` allow."""
+    shares = [0] * len(sizes)
+    smallest_first = sorted(range(len(sizes)), key=lambda i: sizes[i])  # what they cannot take is left to the others
+    for done, i in enumerate(smallest_first):
+        shares[i] = min(sizes[i], total // (len(sizes) - done))
+        total -= shares[i]
+    return shares
+
+
+def judge(
+    detector: Detector,
+    records: Sequence[DetectionRecord],
+    *,
+    root: Path | None = None,
+    question: str | None = None,
+    transform: Callable[[Image], Image] | None = None,
+    with_latent: bool = True,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    calibration: Calibration | None = None,
+) -> Iterator[DetectionOutcome]:
+    """The detector's outcome on every record, in order and as they come; an unreadable image is one without a verdict.
+
+    Args:
+        detector: see ``Detector``.
+        records: what to judge; a record's category is the outcome's group.
+        root: images are named by their paths relative to it; None: by their paths.
+        question: asked of every image; None asks each record's own, and where it has none, the detector's.
+        transform: applied to the original images, before the model's views.
+        with_latent: show the latent view too.
+        max_new_tokens: longest answer; 0 asks for no explanation, so there is nothing to compare with the annotation;
+            None leaves it to the detector.
+        batch_size: images judged together.
+        calibration: the pipeline's, for its verdicts.
+
+    Raises:
+        ValueError: of the detector, for an unfit option.
+    """
+    verdicts = detector.detect(
+        [record.image for record in records],
+        question=[record.question or None for record in records] if question is None else question,
+        transform=transform,
+        with_latent=with_latent,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        calibration=calibration,
+        on_error="row",
+    )
+    for record, verdict in zip(records, verdicts, strict=True):
+        name = record.image if root is None else record.image.relative_to(root)
+        yield _outcome(str(name), record, verdict, record.answer if max_new_tokens != 0 else "")
+
+
+def _outcome(name: str, record: DetectionRecord, verdict: Verdict, reference: str) -> DetectionOutcome:
+    return DetectionOutcome(
+        name=name,
+        group=record.category,
+        label=record.label,
+        verdict=None if verdict.real is None else int(verdict.real),
+        probability=verdict.probability,
+        explanation=verdict.explanation,
+        reference=reference,
+        error=verdict.error,
+    )
+
+
+def summarise(outcomes: Sequence[DetectionOutcome], encoder: SentenceEncoder | None = None) -> DetectionSummary:
+    """All metrics of ``outcomes``, with ``css`` if there is an encoder."""
+    texts = [o.explanation for o in outcomes], [o.reference for o in outcomes]
+    return evaluate_detection(outcomes, css=None if encoder is None else encoder.cosines(*texts))
+
+
+def score_detection(
+    detector: Detector,
+    records: Sequence[DetectionRecord],
+    *,
+    limit: int | None = None,
+    question: str | None = None,
+    with_latent: bool = True,
+    max_new_tokens: int | None = None,
+    batch_size: int = 16,
+    calibration: Calibration | None = None,
+    encoder: SentenceEncoder | None = None,
+) -> DetectionSummary:
+    """Judge annotated images and score the verdicts and explanations.
+
+    Args:
+        detector: a ``Pipeline``, or what judges like one.
+        records: annotated images.
+        limit: judge at most so many, chosen by ``limit_evenly``.
+        question, with_latent, max_new_tokens, batch_size, calibration: as in ``judge``.
+        encoder: for ``css``.
+
+    Raises:
+        ValueError: there are no records, or an option is unfit.
+    """
+    chosen = limit_evenly(records, limit)
+    outcomes = judge(
+        detector,
+        chosen,
+        question=question,
+        with_latent=with_latent,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        calibration=calibration,
+    )
+    return summarise(list(outcomes), encoder)
