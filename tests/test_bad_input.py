@@ -74,8 +74,8 @@ def put(**values):
         (b'[{"image": "0.p', "is not JSON: Unterminated string"),
         (b'{"image": "0.png"}\n{"image": "1.png"}', "is not JSON: Extra data: line 2"),
         (b"\xff\xfe\x00", "is not JSON: 'utf-8' codec"),
-        (b"{}", "holds a dict; it must hold a list of at least one object"),
-        (b"[]", "holds an empty list; it must hold a list of at least one object"),
+        (b"{}", "holds a dict; it must hold a non-empty list"),
+        (b"[]", "holds an empty list; it must hold a non-empty list"),
     ],
 )
 def test_a_file_that_holds_no_annotations(fails, folder, kind, content, message):
@@ -87,7 +87,7 @@ def test_a_file_that_holds_no_annotations(fails, folder, kind, content, message)
 @pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
-        ("detection", lambda e: e.insert(3, 7), "entry 3 is '7'; it must be an object"),
+        ("detection", lambda e: e.insert(3, 7), "entry 3 is a int; it must be an object"),
         ("detection", put(label=2), "entry 3, field 'label' is 2; it must be 1 (real) or 0 (fake)"),
         ("detection", put(label="real"), "entry 3, field 'label' is 'real'; it must be 1 (real) or 0 (fake)"),
         ("detection", put(label=None), "entry 3, field 'label' is None; it must be 1 (real) or 0 (fake)"),
@@ -130,8 +130,8 @@ def test_no_annotations(fails, folder):
 def test_an_image_that_is_not_there(fails, folder, workers, kind, field):
     """Found in the middle of training, in a data worker or not: the image, the file and the entry are named."""
     line = fails(annotate(folder, kind, put(**{field: "lost.png"})), f"loader.num_workers={workers}", "total_steps=9")
-    where = f"{folder / 'changed.json'}, entry 3; image_root says where its images are"
-    assert line == f"unigendet train: image {folder / 'lost.png'} does not exist ({where})"
+    assert line.startswith(f"unigendet train: image {folder / 'lost.png'} does not exist")
+    assert line.endswith(f"({folder / 'changed.json'}, entry 3; image_root says where its images are)")
 
 
 def test_an_image_that_is_none(fails, folder):

@@ -38,7 +38,7 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
         _check_names(cls, _read(Path(path)), "", f"{where}: ")
     options = _options(overrides)
     for name, value in options:
-        _check_names(cls, {name: value}, "", "")
+        _check_names(cls, {name: value}, "", f"{where}: ")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--file", action="config")
     parser.add_class_arguments(cls)

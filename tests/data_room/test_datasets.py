@@ -80,7 +80,7 @@ def change(*path, value=None):
             change("conversations", 0, "value", value="<image> "),
             r"conversations\[0\], field 'value' holds nothing beside",
         ),
-        ("text", r"entry 1 is 'text'; it must be an object"),
+        ("text", r"entry 1 is a str; it must be an object"),
     ],
 )
 def test_malformed_entries_are_named(tmp_path, entry, message):

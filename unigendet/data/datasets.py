@@ -115,10 +115,10 @@ def _entries(file: str | Path) -> list[_Entry]:
         raise ValueError(f"annotation file {file} is not JSON: {error}; it must hold one list of objects") from error
     if not isinstance(entries, list) or not entries:
         have = "an empty list" if entries == [] else f"a {type(entries).__name__}"
-        raise ValueError(f"annotation file {file} holds {have}; it must hold a list of at least one object")
+        raise ValueError(f"annotation file {file} holds {have}; it must hold a non-empty list")
     for i, values in enumerate(entries):
         if not isinstance(values, dict):
-            raise ValueError(f"{file}, entry {i} is {str(values)[:40]!r}; it must be an object")
+            raise ValueError(f"{file}, entry {i} is a {type(values).__name__}; it must be an object")
     return [_Entry(values, f"{file}, entry {i}") for i, values in enumerate(entries)]
 
 
