@@ -1,9 +1,9 @@
 """Looking at a run while it trains: what is written, and that training does not notice."""
 
 import copy
+import functools
 import io
 import itertools
-import json
 import math
 import random
 import shutil
@@ -19,21 +19,14 @@ from rich.console import Console
 from run_data import write_run_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
-from training_fixtures import tiny_model
+from watched_run import make_trainer, rows_of, write_data, write_settings
 
-from unigendet.cli import main
-from unigendet.config_file import load_settings
-from unigendet.data.tokenizer import load_tokenizer
 from unigendet.evaluation.detection import DetectionOutcome
-from unigendet.training import run as run_module
 from unigendet.training import trainer as trainer_module
-from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import TIMING, Look, mean_row
-from unigendet.training.run import build_loader, prepare_watcher
 from unigendet.training.signals import StopSignals
-from unigendet.training.stages import make_stage
 from unigendet.training.state import checkpoints
-from unigendet.training.trainer import SaveError, Trainer
+from unigendet.training.trainer import SaveError
 from unigendet.training.watch import label_loss, sample_grid
 
 SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "label_loss", "calibration_error")
@@ -41,70 +34,14 @@ SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "la
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Six images of 8×8 pixels, annotated for both tasks, a tokenizer, and held-out images in a folder of their own."""
     folder = tmp_path_factory.mktemp("data")
-    write_run_data(folder)
-    (folder / "held_out").mkdir()
-    write_run_data(folder / "held_out")
+    write_data(folder)
     return folder
 
 
 @pytest.fixture
-def run_file(data, tmp_path):
-    view = {"min_size": 8, "max_size": 8, "stride": 2}
-    settings = {
-        "total_steps": 4,
-        "log_every": 2,
-        "align_layer": 2,
-        "teacher_layer": 3,
-        "output": str(tmp_path / "out"),
-        "device": "cpu",
-        "model": {"preset": "quickstart", "tokenizer": str(data / "tokenizer")},
-        "datasets": {
-            "detection": [{"file": str(data / "detection.json")}],
-            "captions": [{"file": str(data / "captions.json")}],
-            "views": {"latent_view": view, "vit_view": view},
-        },
-        "loader": {"max_tokens": 800, "max_sample_tokens": 400},
-        "optimizer": {"lr": 1e-2, "eps": 1e-8, "warmup_steps": 1},
-        "watch": {
-            "every": 2,
-            "prompts": ["picture 1", "picture"],
-            "count": 3,
-            "guidance": {"num_timesteps": 3, "text_scale": 2.0},
-            "detection": str(data / "held_out" / "detection.json"),
-            "limit": 4,
-        },
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    return tmp_path / "run.yaml"
-
-
-@pytest.fixture
-def make(run_file, data):
-    """A trainer of a tiny model, with the watcher that the settings ask for."""
-
-    def build(*overrides, console=None):
-        config = load_settings(TrainConfig, run_file, overrides)
-        tokenizer = load_tokenizer(data / "tokenizer")
-        model = tiny_model(vocab_size=280, max_position=512)
-        torch.nn.init.normal_(model.llm2vae.weight, std=0.2)  # so that weights and prompts show in the samples
-        watcher = prepare_watcher(config)
-        autoencoder = run_module.build_autoencoder(model.config.latent)
-        return Trainer(
-            make_stage(model, config),
-            build_loader(config, model, tokenizer),
-            config,
-            watch=watcher and watcher(model, tokenizer, autoencoder),
-            console=console,
-            quiet=console is None,
-        )
-
-    return build
-
-
-def rows_of(folder, name="watch.jsonl"):
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+def make(data, tmp_path):
+    return functools.partial(make_trainer, data, write_settings(data, tmp_path))
 
 
 def events_of(folder):
@@ -451,78 +388,3 @@ def test_large_samples_are_reduced_in_the_grid():
     assert grid[100, 600].tolist() == [10, 0, 0, 255]
     assert grid[260, 100, 3] == 0
     assert sample_grid([Image.new("L", (100, 60), 9)], 1).shape == (60, 100, 4)
-
-
-@pytest.fixture
-def cli(run_file, tmp_path, capsys, monkeypatch):
-    """Run ``unigendet train`` where nothing may be loaded; the message."""
-
-    def load(*arguments):
-        raise AssertionError("something was loaded before the settings were checked")
-
-    monkeypatch.setattr(run_module, "_tokenizer", load)
-
-    def run(*overrides):
-        assert main(["train", "--config", str(run_file), *overrides]) == 1
-        captured = capsys.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("unigendet train: ")
-        assert "Traceback" not in captured.err
-        return captured.err
-
-    return run
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["watch.every=-1"], "watch.every is -1; it must be at least 0"),
-        (["watch.evry=1"], "watch.evry"),
-        (["watch.every=often"], "watch.every"),
-        (["watch.count=0"], "watch.count is 0; it must be positive"),
-        (["watch.limit=0"], "watch.limit is 0; it must be positive"),
-        (["watch.batch_size=0"], "watch.batch_size is 0; it must be positive"),
-        (["watch.max_tokens=-1"], "watch.max_tokens is -1; it must be at least 0"),
-        (["watch.seed=-1"], "watch.seed is -1; it must be at least 0"),
-        (["watch.size=[0, 8]"], "watch.size is (0, 8); it must be (height, width) in pixels"),
-        (["watch.guidance.num_timesteps=1"], "guidance.num_timesteps is 1; it must be at least 2"),
-        (["watch.prompts=['a', ' ']"], "watch.prompts is ('a', ' '); it must be texts that are not empty"),
-        (["watch.prompts=a fox"], "watch.prompts"),
-        (["watch.prompts_file=p.txt"], "watch.prompts_file is 'p.txt'; it must be null with watch.prompts"),
-        (["watch.prompts=[]", "watch.prompts_file=lost"], "watch.prompts_file is 'lost'; there is no such file"),
-        (["watch.prompts=[]", "watch.prompts_file={folder}/empty.txt"], "empty.txt'; it must be a file with a prompt"),
-        (["watch.prompts=[]", "watch.prompts_file={folder}/odd.txt"], "odd.txt', which is not UTF-8 text"),
-        (["watch.detection=lost.json"], "watch.detection is 'lost.json'; there is no such file or folder"),
-        (["watch.detection={folder}"], "watch.detection: folder {folder} holds"),
-        (["watch.detection={folder}/empty.txt"], "watch.detection: annotation file"),
-        (["watch.detection={folder}/label.json"], "watch.detection: {folder}/label.json, entry 0, field 'label' is 2"),
-        (["watch.image_root={folder}"], "4 of 4 images that would be judged do not exist, the first is {folder}/0.png"),
-        (["watch.detection=null", "watch.image_root=x"], "watch.image_root is 'x'; it must be null without"),
-        (["watch.prompts=[]", "watch.detection=null"], "watch.every is 2; it must be 0 without watch.prompts"),
-        (["output=null"], "output is None; it must be a folder for watch.every to write to"),
-    ],
-)
-def test_mistakes_show_before_anything_is_loaded(cli, data, tmp_path, overrides, message):
-    (tmp_path / "empty.txt").write_text("\n \n")
-    (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\xff")
-    entries = json.loads((data / "detection.json").read_text())
-    (tmp_path / "label.json").write_text(json.dumps([{**entries[0], "label": 2}]))
-    assert message.format(folder=tmp_path) in cli(*(o.format(folder=tmp_path) for o in overrides))
-    assert not (tmp_path / "out").exists()
-
-
-def test_prompts_come_from_a_file_too(run_file, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a fox\n\n  a heron, at dawn \n")
-    overrides = ["watch.prompts=[]", f"watch.prompts_file={tmp_path / 'prompts.txt'}", "total_steps=1"]
-    assert main(["train", "--config", str(run_file), *overrides]) == 0
-    assert Image.open(tmp_path / "out" / "watch" / "step-000001.png").size == (3 * 72 - 8, 2 * 72 - 8)
-
-
-def test_settings_that_do_not_suit_the_model(make, run_file, data):
-    with pytest.raises(ValueError, match=r"watch\.size is \(7, 8\); it must be .* multiples of 2 pixels"):
-        make("watch.size=[7, 8]")
-    config = load_settings(TrainConfig, run_file)
-    model = tiny_model(vocab_size=280, class_head=False)
-    watcher, tokenizer = prepare_watcher(config), load_tokenizer(data / "tokenizer")
-    with pytest.raises(ValueError, match=r"watch\.max_tokens is 0; it must be positive: the model has no real/fake"):
-        watcher(model, tokenizer, run_module.build_autoencoder(model.config.latent))
