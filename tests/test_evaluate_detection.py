@@ -215,7 +215,7 @@ def test_a_sentence_encoder(evaluate, tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("[]", "holds a list; it must hold a non-empty list"),
+        ("[]", "holds an empty list; it must hold a non-empty list"),
         ("{", "is not JSON"),
         ('{"image": "0.png"}', "holds a dict"),
         ("[3]", "entry 0 is a int"),

@@ -11,6 +11,9 @@ import unigendet
 
 PACKAGE = Path(unigendet.__file__).parent
 ROOT = PACKAGE.parent
+# What training looks at its model with: known to the module that looks, and, when a run wants looks, to the one that
+# puts the run together. Neither of the two knows training.
+LOOKS = {"inference", "evaluation"}
 # What each room may import, at module level and inside functions; a room may always import itself.
 MAY_IMPORT = {
     "layout": set(),
@@ -26,7 +29,7 @@ MAY_IMPORT = {
     "evaluation": {"config", "config_file", "files", "packing", "model", "data", "inference"},
     "inference": {"config", "config_file", "files", "layout", "ops", "packing", "model", "data"},
     "integrations": {"layout", "ops"},
-    "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data"},
+    "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data", *LOOKS},
 }
 TOP = {"cli", "commands", "quickstart", "study", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}
@@ -109,6 +112,9 @@ def test_arrows_go_one_way(module, path):
             assert first not in HEAVY or (room == "model" and not at_module_level), f"{module} imports {name}"
         if room in ("model", "training"):
             assert first != "triton", f"{module} imports {name}"
+        if room == "training" and room_of(name) in LOOKS:
+            allowed = "unigendet.training.watch", "unigendet.training.run" if not at_module_level else None
+            assert module in allowed, f"{module} imports {name}: training itself does without"
         if room in ("ops", "schedule"):
             assert first in {"unigendet", "torch", "numpy"} | sys.stdlib_module_names, f"{module} imports {name}"
         if room == "layout":

@@ -124,13 +124,23 @@ def test_says_what_it_does_and_ends_with_the_tables(done):
     assert text.replace("\n", "").endswith(f"The report: {out / 'report.html'}")
 
 
-def test_the_same_seed_gives_the_same_numbers(done, settings):
-    """The second run also replaces the first one's folder."""
+def test_the_same_seed_gives_the_same_numbers(done, tmp_path):
+    """Also when somebody watches. The second run replaces the first one's folder."""
     out, first, _ = done
     before = numbers(report_of(out))
     picture = np.asarray(Image.open(out / "samples/images/after/00000.png"))
-    second, _ = run_small(out, settings)
-    assert numbers(report_of(out)) == before
+    watch = {"every": 2, "count": 2, "limit": 20}
+    stages = {name: {**SETTINGS[name], "watch": watch} for name in ("gduf", "diga")}
+    (tmp_path / "watched.yaml").write_text(json.dumps({**SETTINGS, **stages}))
+    second, text = run_small(out, tmp_path / "watched.yaml")
+    after = numbers(report_of(out))
+    for name, steps in (("gduf", [0, 2, 3]), ("diga", [0, 2])):
+        rows = [json.loads(line) for line in (out / name / "watch.jsonl").read_text().splitlines()]
+        assert [(row["step"], row["images"]) for row in rows] == [(step, 20) for step in steps]
+        assert Image.open(out / name / rows[0]["samples"]).size == (2 * 72 - 8, 10 * 72 - 8)
+        assert f"{name}  step 2/{steps[-1]}  held out: accuracy" in text
+    assert before.pop("settings") != after.pop("settings")
+    assert after == before
     assert np.array_equal(picture, np.asarray(Image.open(out / "samples/images/after/00000.png")))
     assert all(np.array_equal(a.images, b.images) for a, b in zip(first.grids, second.grids, strict=True))
 

@@ -1,4 +1,4 @@
-"""The command line: ``unigendet COMMAND``.
+"""The command line: ``unigendet COMMAND``, as ``COMMANDS`` lists them.
 
 Every command is a thin layer over the package, in a module of ``unigendet.commands``. Exit codes: 0 done, 1 the request
 could not be carried out (the message says why), 2 the command line itself is wrong, 130 interrupted; ``train`` that a

@@ -1,10 +1,18 @@
-"""Settings from YAML files and the command line: any of the settings dataclasses, read with jsonargparse."""
+"""Settings from YAML files and the command line: any of the settings dataclasses.
+
+The names are checked here, before jsonargparse checks and converts the values: its messages would speak of parser
+keys, and it imports what a value names as a class.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import re
+import typing
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Settings = TypeVar("Settings")
 
@@ -20,35 +28,137 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: a setting is unknown, of a wrong type or out of range; the message names it.
+        ValueError: the file is no YAML file of settings, or a setting is unknown, of a wrong type or out of range; the
+            message names it.
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    if path is not None and not Path(path).is_file():
-        raise FileNotFoundError(f"settings file {path} does not exist")
+    where = "settings" if path is None else f"settings of {path}"
+    if path is not None:
+        _check_names(cls, _read(Path(path)), "", f"{where}: ")
+    options = _options(overrides)
+    for name, value in options:
+        _check_names(cls, {name: value}, "", f"{where}: ")
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--file", action="config")
     parser.add_class_arguments(cls)
     arguments = [] if path is None else [f"--file={path}"]
-    arguments += _options(overrides)
+    arguments += [f"--{name}={value}" for name, value in options]
     try:
         return cls(**_fields(parser.instantiate(parser.parse_args(arguments))))
-    except (ArgumentError, TypeError) as error:  # TypeError: a number where a group of settings belongs
-        raise ValueError(f"settings{'' if path is None else f' of {path}'}: {error}") from error
+    except (ArgumentError, TypeError) as error:  # TypeError: a value that an unparsed group of settings cannot be
+        raise ValueError(f"{where}: {_plain(str(error))}") from error
 
 
-def _options(overrides: Sequence[str]) -> list[str]:
-    """Every override as ``--name=value``."""
+def _options(overrides: Sequence[str]) -> list[tuple[str, str]]:
+    """Every override as its name and its value."""
     options = []
     items = iter(overrides)
     for item in items:
         if item.startswith("--") and "=" not in item:
             item = f"{item}={next(items, '--')}"
-        if "=" not in item or item.partition("=")[2].startswith("--"):
+        name, equals, value = item.partition("=")
+        if not equals or value.startswith("--"):
             raise ValueError(f"overrides has {item.removesuffix('=--')!r} without a value; it must be name=value")
-        options.append("--" + item.removeprefix("--"))
+        options.append((name.removeprefix("--"), value))
     return options
 
 
 def _fields(namespace: object) -> dict[str, object]:
     return {name: value for name, value in vars(namespace).items() if name != "file"}
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A file's settings, their values as YAML has them."""
+    if file.is_dir():
+        raise FileNotFoundError(f"settings file {file} is a folder; it must be a YAML file")
+    if not file.is_file():
+        raise FileNotFoundError(f"settings file {file} does not exist")
+    import yaml
+
+    try:
+        values = yaml.load(file.read_text(encoding="utf-8"), _loader())
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        raise ValueError(f"settings of {file}: it is no text file; it must be a YAML file in UTF-8") from error
+    except yaml.MarkedYAMLError as error:
+        line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
+        raise ValueError(f"settings of {file}{line}: no YAML: {error.problem or error.context}") from error
+    if not isinstance(values, dict):
+        have = "nothing" if values is None else f"{str(values)[:40]!r}"
+        raise ValueError(f"settings of {file}: it holds {have}; it must hold settings, each as 'name: value'")
+    return values
+
+
+def _loader() -> type:
+    """A YAML loader to which a name that stands twice in a mapping is an error, not the last one's value."""
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            seen = set()
+            for key, _ in node.value:
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+                seen.add(key.value if isinstance(key, yaml.ScalarNode) else id(key))
+            return super().construct_mapping(node, deep)
+
+    return Loader
+
+
+def _check_names(kind: Any, value: Any, name: str, where: str) -> None:
+    """Raise ValueError for a name that is no setting's, anywhere in ``value``, and for one value instead of a group.
+
+    ``kind``: the type that setting ``name`` has.
+    """
+    alternatives = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    if value is None and type(None) in alternatives:
+        return
+    kind = next((k for k in alternatives if k is not type(None)), kind)
+    inner = typing.get_args(kind)[:1] if typing.get_origin(kind) is tuple else ()
+    if dataclasses.is_dataclass(kind):
+        known = typing.get_type_hints(kind)
+        if isinstance(value, str):
+            value = _yaml(value)
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}{name} is {value!r}; it must be a group of settings: {', '.join(known)}")
+        for key, one in value.items():
+            first, _, rest = str(key).partition(".")
+            full = f"{name}.{first}" if name else first
+            if first not in known:
+                raise ValueError(f"{where}there is no setting {full!r}; {_remedy(first, full, name, list(known))}")
+            _check_names(known[first], {rest: one} if rest else one, full, where)
+    elif inner and dataclasses.is_dataclass(inner[0]):
+        value = _yaml(value) if isinstance(value, str) else value
+        if not isinstance(value, list):
+            form = "{" + ", ".join(f"{field}: …" for field in typing.get_type_hints(inner[0])) + "}"
+            raise ValueError(f"{where}{name} is {value!r}; it must be a list, say [{form}]")
+        for i, one in enumerate(value):
+            _check_names(inner[0], one, f"{name}[{i}]", where)
+
+
+def _remedy(first: str, full: str, group: str, known: list[str]) -> str:
+    """What to write instead of a name that does not exist."""
+    near = difflib.get_close_matches(first, known, 1)
+    if near:
+        return f"is it {full.removesuffix(first) + near[0]!r} that is meant?"
+    return f"{group or 'the settings'} {'has' if group else 'are'} {', '.join(known)}"
+
+
+def _yaml(text: str) -> Any:
+    """The value of an override; the text itself if it is no YAML."""
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _plain(message: str) -> str:
+    """jsonargparse's message in one line of this package's words, as far as it is about one setting's type."""
+    message = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", " ".join(message.split()))
+    found = re.fullmatch(r'Parser key "([^"]+)": Expected an? (.+?)\. Got value: (.*)', message)
+    if found is None:
+        return message
+    name, kind, value = found.groups()
+    return f"{name} is {value if value == 'None' else repr(value)}; it must be of type {kind}"

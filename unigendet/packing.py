@@ -313,7 +313,10 @@ class _Builder:
     def _rows(self, kinds: np.ndarray, positions: np.ndarray, where: str) -> None:
         if len(positions) and positions[-1] >= self.config.max_position:
             most = self.config.max_position - 1
-            raise ValueError(f"{where} reaches RoPE position {positions[-1]}; config.max_position allows {most}")
+            raise ValueError(
+                f"{where} reaches RoPE position {positions[-1]}; config.max_position allows {most}: its texts must be "
+                "shorter"
+            )
         self.kinds.append(kinds)
         self.positions.append(positions)
         self.queries += len(kinds)

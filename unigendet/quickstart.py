@@ -52,7 +52,7 @@ from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, TrainConfig
 from unigendet.training.metrics import TIMING
-from unigendet.training.run import build_loader, build_model, companions
+from unigendet.training.run import build_loader, build_model, companions, prepare_watcher
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
@@ -74,10 +74,11 @@ class QuickstartConfig:
     """Settings of the whole job.
 
     ``gduf``, ``diga``: the stages; datasets, tokenizer, seeds, device (cpu) and output are filled in, and the model is
-    new, of a preset's sizes. ``captions_weight``: caption samples per real detection sample (fakes come as often as
-    real images). ``fakes_per_real``: generated training
-    images per real one. ``guidance``: of the evaluation's samples. ``batch_size``: images per call of the evaluation.
-    ``shown``: sample images per digit in the report.
+    new, of a preset's sizes. With ``watch.every`` they look at the digits and the test images, unless they name others,
+    with the evaluation's guidance.
+    ``captions_weight``: caption samples per real detection sample (fakes come as often as real images).
+    ``fakes_per_real``: generated training images per real one. ``guidance``: of the evaluation's samples.
+    ``batch_size``: images per call of the evaluation. ``shown``: sample images per digit in the report.
     """
 
     gduf: TrainConfig = field(default_factory=TrainConfig)
@@ -142,6 +143,13 @@ def stage_config(
         captions=(AnnotationFile(str(data.train_captions), weight=config.captions_weight),),
         views=data_config(),
     )
+    digits = tuple(caption(digit) for digit in range(10))
+    watch = dataclasses.replace(
+        stage.watch,
+        prompts=stage.watch.prompts or (() if stage.watch.prompts_file else digits),
+        guidance=config.guidance,
+        detection=stage.watch.detection or str(data.test_detection),
+    )
     return dataclasses.replace(
         stage,
         seed=seed,
@@ -150,6 +158,7 @@ def stage_config(
         datasets=datasets,
         model=dataclasses.replace(stage.model, preset=stage.model.preset or "quickstart", tokenizer=str(tokenizer)),
         loader=dataclasses.replace(stage.loader, seed=seed),
+        watch=watch,
     )
 
 
@@ -157,11 +166,13 @@ def train_stage(
     model: UniGenDet, config: TrainConfig, tokenizer: Tokenizer, console: Console, *, quiet: bool = False
 ) -> list[dict[str, Any]]:
     """Train a stage in place, leave the averaged weights in the model, and return the metrics of every step."""
+    make_watcher = prepare_watcher(config)
     trainer = Trainer(
         make_stage(model, config),
         build_loader(config, model, tokenizer),
         config,
         companions=companions(tokenizer, config.datasets.views),
+        watch=make_watcher and make_watcher(model, tokenizer, build_autoencoder(model.config.latent)),
         console=console,
         quiet=quiet,
     )

@@ -61,6 +61,16 @@ def test_encode_is_the_scaled_mean(checkpoint):
     assert 0.7 < noise.std() < 1.3
 
 
+def test_autocast_makes_no_difference(checkpoint):
+    ours = build_autoencoder(LATENT, checkpoint[0], vae_config=SMALL)
+    pixels = torch.rand(3, 16, 24) * 2 - 1
+    latent = ours.encode(pixels)
+    image = ours.decode(latent)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(ours.encode(pixels), latent)
+        assert torch.equal(ours.decode(latent), image)
+
+
 def test_is_frozen(checkpoint):
     ours = build_autoencoder(LATENT, checkpoint[0], vae_config=SMALL).train()
     assert not ours.training

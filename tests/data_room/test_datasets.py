@@ -89,7 +89,7 @@ def test_malformed_entries_are_named(tmp_path, entry, message):
 
 
 def test_malformed_files_are_named(tmp_path):
-    for content, message in (("{", "is not JSON"), ("{}", "holds a dict"), ("[]", "holds a list")):
+    for content, message in (("{", "is not JSON"), ("{}", "holds a dict"), ("[]", "holds an empty list")):
         with pytest.raises(ValueError, match=r"data.json " + message):
             read_detection(write(tmp_path, content))
     with pytest.raises(FileNotFoundError, match=r"none.json does not exist"):

@@ -2,6 +2,7 @@ import functools
 import logging
 import operator
 import pickle
+import traceback
 from collections import Counter
 from itertools import islice
 
@@ -120,8 +121,18 @@ def test_samples_left_out_at_the_very_end_count(workers):
 
 
 def test_a_stream_of_nothing_but_long_samples_ends():
-    with pytest.raises(ValueError, match=r"loader.max_sample_tokens is 30; the last 4 samples"):
+    with pytest.raises(ValueError, match=r"loader.max_sample_tokens is 30; the last 8 samples of source, which has 4"):
         next(iter(loader(records("a", 4, 31), max_sample_tokens=30)))
+
+
+def test_a_source_of_nothing_but_long_samples_is_an_error_beside_others():
+    """Or the others would be trained on alone, and not in the mixture that was asked for."""
+    long = Source(records("b", 3, 31), text_sample, name="b.json")
+    with pytest.raises(ValueError, match=r"the last 6 samples of b\.json, which has 3, were all longer"):
+        list(islice(loader(records("a", 9), long, max_sample_tokens=30), 20))
+    mixed = Source([*records("b", 3, 31), ("short", 5)], text_sample, name="b.json")
+    stream = loader(records("a", 9), mixed, max_sample_tokens=30)
+    assert sum(pack.count("short") for pack in names(islice(stream, 20))) > 3
 
 
 @pytest.mark.parametrize("workers", [0, 1, 3])
@@ -206,8 +217,23 @@ def broken(record):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_errors_are_not_swallowed(workers):
-    with pytest.raises(OSError, match="cannot read a0"):
-        list(loader(Source([("a0", 5)], broken), workers=workers))
+    """One of the data reaches the consumer as it is, out of a worker too, and names its record."""
+    stream = loader(Source([("a0", 5)], broken, name="a.json"), workers=workers)
+    with pytest.raises(OSError, match="cannot read a0") as caught:
+        list(stream)
+    assert (str(caught.value), caught.value.__notes__) == ("cannot read a0", ["a.json, record 0"])
+
+
+def wrong(record):
+    raise KeyError("a programming error")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_programming_error_keeps_its_traceback(workers):
+    with pytest.raises(KeyError, match="a programming error") as caught:
+        list(loader(Source([("a0", 5)], wrong), workers=workers))
+    shown = "".join(traceback.format_exception(caught.value))
+    assert "in wrong" in shown
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +30,26 @@ _VERDICT = re.compile(r"\W*this\s+is\s+an?\s+(real|fake)\s+image\b", re.IGNORECA
 
 @dataclass(frozen=True)
 class DetectionRecord:
-    """One image with a verdict. ``label``: 1 = real, 0 = fake; ``category`` groups the evaluation."""
+    """One image with a verdict. ``label``: 1 = real, 0 = fake; ``category`` groups the evaluation.
+
+    ``where``: what errors call its place, the annotation file and the entry.
+    """
 
     image: Path
     label: int
     category: str
     question: str
     answer: str
+    where: str = field(default="", compare=False)
 
 
 @dataclass(frozen=True)
 class CaptionRecord:
-    """One image with its caption."""
+    """One image with its caption. ``where``: as a ``DetectionRecord``'s."""
 
     image: Path
     prompt: str
+    where: str = field(default="", compare=False)
 
 
 def read_detection(file: str | Path, image_root: str | Path | None = None) -> list[DetectionRecord]:
@@ -65,7 +70,9 @@ def read_detection(file: str | Path, image_root: str | Path | None = None) -> li
 def read_captions(file: str | Path, image_root: str | Path | None = None) -> list[CaptionRecord]:
     """Read a LAION annotation file. Arguments and errors as in ``read_detection``."""
     root = _root(file, image_root)
-    return [CaptionRecord(entry.path("image_path", root), entry.text("prompt")) for entry in _entries(file)]
+    return [
+        CaptionRecord(entry.path("image_path", root), entry.text("prompt"), entry.where) for entry in _entries(file)
+    ]
 
 
 @dataclass(frozen=True)
@@ -98,14 +105,17 @@ def _root(file: str | Path, image_root: str | Path | None) -> Path:
 
 
 def _entries(file: str | Path) -> list[_Entry]:
+    if Path(file).is_dir():
+        raise FileNotFoundError(f"annotation file {file} is a folder; it must be a JSON file")
     if not Path(file).is_file():
         raise FileNotFoundError(f"annotation file {file} does not exist")
     try:
         entries = json.loads(Path(file).read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"annotation file {file} is not JSON: {error}") from error
+        raise ValueError(f"annotation file {file} is not JSON: {error}; it must hold one list of objects") from error
     if not isinstance(entries, list) or not entries:
-        raise ValueError(f"annotation file {file} holds a {type(entries).__name__}; it must hold a non-empty list")
+        have = "an empty list" if entries == [] else f"a {type(entries).__name__}"
+        raise ValueError(f"annotation file {file} holds {have}; it must hold a non-empty list")
     for i, values in enumerate(entries):
         if not isinstance(values, dict):
             raise ValueError(f"{file}, entry {i} is a {type(values).__name__}; it must be an object")
@@ -131,7 +141,8 @@ def _detection_record(entry: _Entry, root: Path) -> DetectionRecord:
     question = question.replace(IMAGE_MARKER, "").strip()
     if not question:
         raise ValueError(f"{entry.where}, conversations[0], field 'value' holds nothing beside {IMAGE_MARKER}")
-    return DetectionRecord(entry.path("image", root), label, entry.text("cate"), question, answer.strip())
+    image, category = entry.path("image", root), entry.text("cate")
+    return DetectionRecord(image, label, category, question, answer.strip(), entry.where)
 
 
 def parse_verdict(text: str) -> int | None:

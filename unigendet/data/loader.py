@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 Item = Sample | tuple[Sample, ...]  # one sample, or a student and its teacher
 Batch = list[Item] | PackedBatch | tuple[PackedBatch, ...]
 
-_END = -1  # in place of a pack's number: the shard has nothing left
+_END, _FAILED = -1, -2  # in place of a pack's number: the shard has nothing left; its batch is an error of the data
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,8 @@ class _Packer:
 class _Shards(IterableDataset):
     """The data set that torch's DataLoader iterates, in each worker over its own shard.
 
-    Yields (batch, worker number, number of the pack in its shard or _END, position after it).
+    Yields (batch, worker number, number of the pack in its shard, _END or _FAILED, position after it). An error of the
+    data is yielded, since one that a worker raises reaches the consumer as a text, traceback and all.
     """
 
     def __init__(
@@ -105,30 +106,34 @@ class _Shards(IterableDataset):
         self.first_shard, self.num_shards = rank * self.workers, world_size * self.workers
         self.positions = [_Position([0] * len(sources)) for _ in range(self.workers)]
         self.next_worker = 0
+        self._too_long = [0] * len(sources)  # samples left out since the last one that was not, by source
         self._cache: dict[tuple[int, int], Item] = {}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def __iter__(self) -> Iterator[tuple[Batch, int, int, _Position]]:
+    def __iter__(self) -> Iterator[tuple[Batch | Exception, int, int, _Position]]:
         info = get_worker_info()
         # DataLoader asks its workers in turn, from 0; on resuming, worker 0 plays the one whose turn it is.
         worker = (self.next_worker + (info.id if info else 0)) % self.workers
         shard = self.first_shard + worker
         position = copy.deepcopy(self.positions[worker])
         while True:
-            items = self._gather(shard, position)
+            try:
+                items = self._gather(shard, position)
+                index = position.packs
+                batch = items if self.packer is None or not items else self.packer(items, shard, index)
+            except (ValueError, OSError) as error:
+                yield error, worker, _FAILED, position
+                return
             if not items:
                 yield [], worker, _END, position  # samples left out after the last pack still count
                 return
-            index = position.packs
             position.packs += 1
-            batch = items if self.packer is None else self.packer(items, shard, index)
             yield batch, worker, index, copy.deepcopy(position)
 
     def _gather(self, shard: int, position: _Position) -> list[Item]:
         """The next pack's items; ``position`` moves on by exactly what was taken or skipped."""
         items: list[Item] = []
         room = self.config.max_tokens
-        skipped_in_a_row = 0
         while (which := self._next_source(shard, position)) is not None:
             item = self._item(which, shard + position.drawn[which] * self.num_shards)
             sample = item if isinstance(item, Sample) else item[0]
@@ -136,13 +141,13 @@ class _Shards(IterableDataset):
             if tokens > self.config.max_sample_tokens:
                 position.drawn[which] += 1
                 position.skipped += 1
-                skipped_in_a_row += 1
-                self._warn(sample, tokens, position, skipped_in_a_row)
+                self._too_long[which] += 1
+                self._warn(sample, tokens, position, which)
                 continue
             if tokens > room:
                 break  # drawn again as the next pack's first
             position.drawn[which] += 1
-            skipped_in_a_row = 0
+            self._too_long[which] = 0
             room -= tokens
             items.append(item)
         return items
@@ -166,7 +171,13 @@ class _Shards(IterableDataset):
         record = int(self._order(which, epoch)[row]) if self.config.shuffle else row
         if (which, record) in self._cache:
             return self._cache[which, record]
-        item = source.build(source.records[record])
+        try:
+            item = source.build(source.records[record])
+        except (ValueError, OSError) as error:
+            where = getattr(source.records[record], "where", "") or f"{source.name}, record {record}"
+            hint = "; image_root says where its images are" if isinstance(error, FileNotFoundError) else ""
+            error.add_note(where + hint)
+            raise
         if self.config.cache:
             self._cache[which, record] = item
         return item
@@ -177,8 +188,8 @@ class _Shards(IterableDataset):
             self._orders[which] = (epoch, rng.permutation(len(self.sources[which].records)))
         return self._orders[which][1]
 
-    def _warn(self, sample: Sample, tokens: int, position: _Position, in_a_row: int) -> None:
-        most = self.config.max_sample_tokens
+    def _warn(self, sample: Sample, tokens: int, position: _Position, which: int) -> None:
+        most, source, in_a_row = self.config.max_sample_tokens, self.sources[which], self._too_long[which]
         logger.warning(
             "sample %s has %d tokens, more than max_sample_tokens = %d: left out (%d so far)",
             sample.name or "(unnamed)",
@@ -186,10 +197,10 @@ class _Shards(IterableDataset):
             most,
             position.skipped,
         )
-        if in_a_row >= sum(len(source.records) for source in self.sources):
+        if in_a_row >= 2 * len(source.records):  # a whole epoch lies among them, in whatever order
             raise ValueError(
-                f"loader.max_sample_tokens is {most}; the last {in_a_row} samples, as many as there are records, "
-                "were all longer"
+                f"loader.max_sample_tokens is {most}; the last {in_a_row} samples of {source.name}, which has "
+                f"{len(source.records)}, were all longer (this one has {tokens} tokens)"
             )
 
 
@@ -242,6 +253,8 @@ class Loader:
         shards, batches = self._shards, iter(self._batches())
         try:
             for batch, worker, index, position in batches:
+                if index == _FAILED:
+                    raise batch
                 if self._encode is not None and index != _END:
                     batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
                 shards.positions[worker] = position

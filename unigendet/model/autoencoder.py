@@ -37,7 +37,10 @@ class PixelAutoencoder(nn.Module):
 
 
 class FluxAutoencoder(nn.Module):
-    """The FLUX autoencoder around diffusers' ``AutoencoderKL``: z = (posterior - shift) · scale (docs/model.md §11)."""
+    """The FLUX autoencoder around diffusers' ``AutoencoderKL``: z = (posterior - shift) · scale (docs/model.md §11).
+
+    It computes in its weights' dtype, under autocast too.
+    """
 
     def __init__(self, config: LatentConfig, vae: nn.Module) -> None:
         super().__init__()
@@ -65,7 +68,9 @@ class FluxAutoencoder(nn.Module):
             float32 [channels, H / downsample, W / downsample] on the weights' device.
         """
         _check_image("pixels", pixels, self.vae.config.in_channels, self.config.downsample)
-        posterior = self.vae.encode(self._input(pixels)).latent_dist
+        pixels = self._input(pixels)
+        with torch.autocast(pixels.device.type, enabled=False):
+            posterior = self.vae.encode(pixels).latent_dist
         latent = posterior.sample(generator) if sample else posterior.mode()
         return (latent[0].float() - self.vae.config.shift_factor) * self.vae.config.scaling_factor
 
@@ -74,7 +79,9 @@ class FluxAutoencoder(nn.Module):
         """[channels, h, w] → pixels float32 [3, h · downsample, w · downsample], about in [-1, 1] (not clipped)."""
         _check_image("latent", latent, self.config.channels, 1)
         latent = latent.float() / self.vae.config.scaling_factor + self.vae.config.shift_factor
-        return self.vae.decode(self._input(latent)).sample[0].float()
+        latent = self._input(latent)
+        with torch.autocast(latent.device.type, enabled=False):
+            return self.vae.decode(latent).sample[0].float()
 
     def _input(self, image: Tensor) -> Tensor:
         weight = next(self.vae.parameters())

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from unigendet.config import PRESETS, ConditionDropout, DataConfig, LoaderConfig, check
+from unigendet.config import PRESETS, ConditionDropout, DataConfig, GuidanceConfig, LoaderConfig, check
 from unigendet.config_file import load_settings
 
 
@@ -133,6 +133,46 @@ class DatasetsConfig:
 
 
 @dataclass(frozen=True)
+class WatchConfig:
+    """Looks at a run while it trains: sample images from fixed noise, and scores on images it does not train on.
+
+    ``every``: steps from one look to the next, with one before the first step and one after the last; 0 = never.
+    ``prompts``, or ``prompts_file`` with one per line: ``count`` images of each, ``size`` (height, width) pixels, by
+    default the model's largest square. Image i starts from the noise of ``seed`` + i at every look.
+    ``detection``: held-out images, an annotation file (its paths relative to ``image_root``, as in ``datasets``) or a
+    folder with ``real/`` and ``fake/``; at most ``limit`` of them are judged, evenly over labels and categories.
+    ``max_tokens``: longest explanation; 0 = verdict only. ``batch_size``: images at a time. ``use_ema``: look at the
+    averaged weights where the run keeps them.
+    """
+
+    every: int = 0
+    prompts: tuple[str, ...] = ()
+    prompts_file: str | None = None
+    count: int = 4
+    size: tuple[int, int] | None = None
+    seed: int = 0
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    detection: str | None = None
+    image_root: str | None = None
+    limit: int = 200
+    max_tokens: int = 0
+    batch_size: int = 16
+    use_ema: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("every", "seed", "max_tokens"):
+            check(getattr(self, name) >= 0, f"watch.{name}", getattr(self, name), "at least 0")
+        for name in ("count", "limit", "batch_size"):
+            check(getattr(self, name) > 0, f"watch.{name}", getattr(self, name), "positive")
+        prompts, file = self.prompts, self.prompts_file
+        check(all(prompt.strip() for prompt in prompts), "watch.prompts", prompts, "texts that are not empty")
+        check(not prompts or file is None, "watch.prompts_file", file, "null with watch.prompts")
+        check(self.size is None or min(self.size) > 0, "watch.size", self.size, "(height, width) in pixels, or null")
+        alone = self.image_root is not None and self.detection is None
+        check(not alone, "watch.image_root", self.image_root, "null without watch.detection")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training; the defaults are GDUF's (paper section 4.1).
 
@@ -167,6 +207,7 @@ class TrainConfig:
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossWeights = field(default_factory=LossWeights)
+    watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -14,12 +15,28 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from unigendet.files import make_folder, naming, sync, write_text
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
 TIMING = ("seconds", "data_seconds", "tokens_per_second")  # entries of a row that differ from run to run
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Look:
+    """What was seen of a model after step ``step`` of its training.
+
+    ``scores`` by name, without those that are undefined; ``samples``: a picture uint8 [H, W, 4], RGBA, if there is
+    one; ``text``: for the progress display.
+    """
+
+    step: int
+    scores: Mapping[str, float]
+    samples: NDArray[np.uint8] | None
+    text: str
 
 
 def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
@@ -36,15 +53,15 @@ def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
     return mean
 
 
-def read_history(folder: str | Path, last_step: int | None = None) -> list[Row]:
-    """The rows of a run's metric file, up to ``last_step``; none if there is no such file.
+def read_history(folder: str | Path, last_step: int | None = None, name: str = METRICS_FILE) -> list[Row]:
+    """The rows of a run's metric file ``name``, up to ``last_step``; none if there is no such file.
 
     A damaged last line is left out: the run was stopped while it wrote it.
 
     Raises:
         ValueError: another line is no row; names the file and the line.
     """
-    file = Path(folder) / METRICS_FILE
+    file = Path(folder) / name
     if not file.is_file():
         return []
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -98,10 +115,13 @@ class MetricsWriter:
                 self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Hand the rows so far to the operating system."""
+        """Hand the rows and the events so far to the operating system."""
         if self._file is not None:
             with naming(self._path):
                 self._file.flush()
+        if self._events is not None:
+            with naming(self._folder):
+                self._events.flush()
 
     def sync(self) -> None:
         """Bring the rows so far onto the disk: a checkpoint that is about to be written counts on them."""
@@ -111,12 +131,22 @@ class MetricsWriter:
 
     def log(self, row: Row) -> None:
         """Write an interval's mean as events, and ``flush``."""
-        self.flush()
         if self._events is not None:
             with naming(self._folder):
                 for name, value in row.items():
                     if name not in ("step", "tokens"):
                         self._events.add_scalar(f"train/{name}", value, row["step"])
+        self.flush()
+
+    def look(self, look: Look) -> None:
+        """Write what was seen of the model as events, and ``flush``."""
+        if self._events is not None:
+            with naming(self._folder):
+                for name, value in look.scores.items():
+                    self._events.add_scalar(f"watch/{name}", value, look.step)
+                if look.samples is not None:
+                    self._events.add_image("watch/samples", look.samples, look.step, dataformats="HWC")
+        self.flush()
 
     def close(self) -> None:
         """Finish the files."""
@@ -154,6 +184,7 @@ class ProgressDisplay:
         shown = self._console.is_terminal and not quiet
         self._bar = Progress(*columns, console=self._console) if shown else None
         self._task = self._bar.add_task(title, total=total, completed=start, text="") if self._bar else None
+        self._losses = self._seen = ""
 
     def __enter__(self) -> ProgressDisplay:
         if self._bar:
@@ -173,11 +204,20 @@ class ProgressDisplay:
 
     def log(self, row: Row) -> None:
         """Show an interval's mean."""
+        self._losses = describe(row)
+        self._show(row["step"], self._losses)
+
+    def look(self, look: Look) -> None:
+        """Show what was seen of the model; a progress bar goes on showing the last of it."""
+        self._seen = look.text
+        self._show(look.step, look.text)
+
+    def _show(self, step: int, text: str) -> None:
         if self._bar and self._task is not None:
-            self._bar.update(self._task, text=describe(row))
+            self._bar.update(self._task, text="  ".join(filter(None, (self._losses, self._seen))))
         elif not self._quiet:
-            text = f"{self._title}  step {row['step']}/{self._total}  {describe(row)}"
-            self._console.print(text, soft_wrap=True, highlight=False, markup=False)
+            line = f"{self._title}  step {step}/{self._total}  {text}"
+            self._console.print(line, soft_wrap=True, highlight=False, markup=False)
 
 
 def describe(row: Row) -> str:

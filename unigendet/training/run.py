@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from rich.console import Console
@@ -16,7 +18,7 @@ from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_caption
 from unigendet.data.loader import Loader, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.device import find_device
-from unigendet.model.autoencoder import build_autoencoder
+from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
 from unigendet.model.checkpoint import load_config, load_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
@@ -24,6 +26,11 @@ from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
+
+if TYPE_CHECKING:
+    from unigendet.training.watch import Watcher
+
+Autoencoder = PixelAutoencoder | FluxAutoencoder
 
 
 def train(
@@ -59,14 +66,17 @@ def build_trainer(
 ) -> Trainer:
     """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its."""
     checkpoint = _resume_point(config, resume)
+    make_watcher = prepare_watcher(config)
     device = find_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     model = build_model(config, tokenizer, device, checkpoint)
-    batches = build_loader(config, model, tokenizer)
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(device)
+    batches = build_loader(config, model, tokenizer, autoencoder)
+    watch = make_watcher and make_watcher(model, tokenizer, autoencoder)
     stage = make_stage(model, config)
     beside = companions(tokenizer, config.datasets.views)
-    trainer = Trainer(stage, batches, config, companions=beside, console=console, quiet=quiet)
+    trainer = Trainer(stage, batches, config, companions=beside, watch=watch, console=console, quiet=quiet)
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
@@ -100,15 +110,37 @@ def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path],
     return [tokenizer.save, functools.partial(save_data_config, config=views)]
 
 
-def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
+def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
+    """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
+
+    Errors: see ``watch.read_watched``, so that a mistake shows before a model is loaded.
+    """
+    if not config.watch.every:
+        return None
+    from unigendet.inference.pipeline import Pipeline
+    from unigendet.training.watch import Watcher, read_watched
+
+    watched = read_watched(config)
+
+    def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
+        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+
+    return make
+
+
+def build_loader(
+    config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder | None = None
+) -> Loader:
     """The endless stream of batches for ``config.stage``.
 
-    A FLUX autoencoder encodes in this process, on the model's device; pixel latents are made by the data workers.
+    A FLUX autoencoder encodes in this process, on its device; pixel latents are made by the data workers.
+    ``autoencoder``: default: a new one, as ``config.model`` says, on the model's device.
     """
     datasets = config.datasets
-    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder)
+    if autoencoder is None:
+        autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(model.device)
     here = model.config.latent.autoencoder == "flux"
-    encode = autoencoder.to(model.device).encode if here else None
+    encode = autoencoder.encode if here else None
     builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
     return Loader(
         _diga_sources(datasets, builder) if config.stage == "diga" else _gduf_sources(datasets, builder),
@@ -138,7 +170,12 @@ def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Sour
 
 def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
     records = read_detection(*_where(source))
-    return [record for record in records if source.label in (None, record.label)]
+    chosen = [record for record in records if source.label in (None, record.label)]
+    if not chosen:
+        raise ValueError(
+            f"datasets.detection: label is {source.label}, and {source.file} has no record with this label"
+        )
+    return chosen
 
 
 def _where(source: AnnotationFile) -> tuple[str, str | None]:
@@ -152,13 +189,22 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
     return load_tokenizer(folder)
 
 
+def _folder(output: str) -> str:
+    """The output folder, which exists or can be made."""
+    nearest = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
+    what = f"{nearest} is a file" if not nearest.is_dir() else f"{nearest} cannot be written to"
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        raise ValueError(f"output is {output!r}; it must be a folder, or be one that can be made, but {what}")
+    return output
+
+
 def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None:
     """The checkpoint to go on from; an error if there is none, or if the run would mix with another one's files.
 
     Checkpoints are numbered by step and the oldest go first, so later ones than where the run goes on would outlive
     its own.
     """
-    found = [] if config.output is None else checkpoints(config.output)
+    found = [] if config.output is None else checkpoints(_folder(config.output))
     if isinstance(resume, str | Path):
         point = Path(resume)
         if not point.is_dir():

@@ -26,7 +26,7 @@ from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import PackedBatch
 from unigendet.training.config import OptimizerConfig, TrainConfig
-from unigendet.training.metrics import MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
 from unigendet.training.state import (
@@ -86,6 +86,8 @@ class Trainer:
             ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
         config: of the run. Its model, datasets and loader are not read here.
         companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
+        watch: called with the state before the first step and after each one, once its checkpoint is written; what it
+            returns is recorded and shown. It must leave the state as it is. Its time counts for no step.
         console: where progress goes; default: standard error.
         quiet: show no progress.
     """
@@ -97,11 +99,12 @@ class Trainer:
         config: TrainConfig,
         *,
         companions: Sequence[Callable[[Path], None]] = (),
+        watch: Callable[[TrainState], Look | None] | None = None,
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
         self.stage, self.batches, self.config, self._companions = stage, batches, config, companions
-        self._console, self._quiet = console, quiet
+        self._watch, self._console, self._quiet = watch, console, quiet
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = config.recompute
         self.device = model.device
@@ -159,6 +162,7 @@ class Trainer:
         batches = iter(self.batches)
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
+        self._look(writer, display)
         while self.state.step < until and stop.received is None:
             started = time.perf_counter()
             batch = self._next(batches)
@@ -175,8 +179,18 @@ class Trainer:
                 display.log(mean)
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
+            if stop.received is None:  # or the run would end late; it looks when it goes on
+                self._look(writer, display)
         if saved != self.state.step:  # the signal came after the last look
             self._checkpoint(writer)
+
+    def _look(self, writer: MetricsWriter, display: ProgressDisplay) -> None:
+        with self._explained():
+            look = None if self._watch is None else self._watch(self.state)
+            if look is not None:
+                writer.look(look)
+        if look is not None:
+            display.look(look)
 
     def _checkpoint(self, writer: MetricsWriter) -> int:
         """Save; returns the step. A run that is killed later must find the metrics up to its checkpoint."""

@@ -1,0 +1,269 @@
+"""Looking at a model while it trains: sample images from the same noise every time, and scores on held-out images.
+
+Training does not notice: weights, random generators and the data's position are afterwards what they were. What is
+seen goes to TensorBoard (``watch/…``) and into the run's output folder:
+
+* ``watch.jsonl``, a line per look: ``step``, ``seconds``, ``averaged`` (whether the weights were the averaged ones);
+  of held-out images ``images`` (how many), the scores, ``undecided`` (answers without a verdict), ``not_judged`` (image
+  → error) and ``categories`` (category → ``images``, ``accuracy``); ``samples``, the path of the pictures' grid. A
+  score that is undefined is null.
+* ``watch/step-000100.png``: the samples, one row per prompt.
+
+A held-out image that cannot be read or judged counts as judged wrong, and is named under ``not_judged``; any other
+error stops the run, after the checkpoint of its step.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unigendet.config import check
+from unigendet.data.datasets import DetectionRecord
+from unigendet.data.labelled import read_labelled
+from unigendet.evaluation.detection import DetectionOutcome
+from unigendet.evaluation.figures import tile
+from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.files import naming, write_text
+from unigendet.inference.generate import latent_grid
+from unigendet.inference.pipeline import Pipeline
+from unigendet.training.config import TrainConfig, WatchConfig
+from unigendet.training.metrics import Look, Row, read_history
+from unigendet.training.state import TrainState
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+WATCH_FILE, PICTURES = "watch.jsonl", "watch"
+SMALLEST, LARGEST = 64, 512  # pixels of a sample's longer side in the grid: enlarged or reduced to lie between them
+LEAST = 1e-7  # probability in the held-out loss: about the resolution of float32 below 1
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What a run's looks are at: ``prompts``, and ``held_out`` images with their labels."""
+
+    prompts: tuple[str, ...]
+    held_out: tuple[DetectionRecord, ...]
+
+
+def read_watched(config: TrainConfig) -> Watched:
+    """Read what ``config.watch`` names.
+
+    Raises:
+        FileNotFoundError: the file of prompts, the held-out images' file or folder, or one of the images is not there.
+        ValueError: there is nothing to look at or nowhere to write to, or a file is malformed or empty. Both name the
+            setting.
+    """
+    watch = config.watch
+    check(config.output is not None, "output", config.output, "a folder for watch.every to write to")
+    watched = Watched(_prompts(watch), _held_out(watch))
+    seen = watched.prompts or watched.held_out
+    check(bool(seen), "watch.every", watch.every, "0 without watch.prompts, watch.prompts_file and watch.detection")
+    return watched
+
+
+def _prompts(watch: WatchConfig) -> tuple[str, ...]:
+    if watch.prompts_file is None:
+        return watch.prompts
+    file = Path(watch.prompts_file)
+    if not file.is_file():
+        raise FileNotFoundError(f"watch.prompts_file is {str(file)!r}; there is no such file")
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"watch.prompts_file is {str(file)!r}, which is not UTF-8 text: {error}") from error
+    prompts = tuple(line.strip() for line in lines if line.strip())
+    check(bool(prompts), "watch.prompts_file", str(file), "a file with a prompt in each line; it has none")
+    return prompts
+
+
+def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
+    if watch.detection is None:
+        return ()
+    if not Path(watch.detection).exists():
+        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file or folder")
+    try:
+        records = limit_evenly(read_labelled(watch.detection, image_root=watch.image_root), watch.limit)
+    except ValueError as error:
+        raise ValueError(f"watch.detection: {error}") from error
+    lost = [str(record.image) for record in records if not record.image.is_file()]
+    if lost:
+        raise FileNotFoundError(
+            f"watch.detection is {watch.detection!r}; {len(lost)} of {len(records)} images that would be judged do not "
+            f"exist, the first is {lost[0]} (watch.image_root says what the file's paths are relative to)"
+        )
+    return tuple(records)
+
+
+class Watcher:
+    """Looks at the model at the steps that ``config.watch`` asks for; a ``Trainer``'s ``watch``.
+
+    A step that ``watch.jsonl`` has a line for is not looked at again, so a run that is resumed goes on with its looks;
+    what was seen beyond the step at which it goes on is removed.
+
+    Args:
+        config: of the run.
+        pipeline: around the very model that is trained.
+        watched: what to look at.
+
+    Raises:
+        ValueError: a setting does not suit the model.
+    """
+
+    def __init__(self, config: TrainConfig, pipeline: Pipeline, watched: Watched) -> None:
+        self.config, self.pipeline, self.watched = config, pipeline, watched
+        self._output = Path(config.output or ".")
+        self._done: set[int] | None = None
+        watch, model = config.watch, pipeline.model
+        if watched.prompts and watch.size is not None:
+            latent_grid(model, watch.size, "watch.size")
+        mute = watched.held_out and not pipeline.has_head and not watch.max_tokens
+        check(not mute, "watch.max_tokens", watch.max_tokens, "positive: the model has no real/fake head, only answers")
+
+    def __call__(self, state: TrainState) -> Look | None:
+        """Look at ``state.model``, if this step is one to look at."""
+        if self._done is None:
+            self._done = self._begin(state.step)
+        wanted = state.step % self.config.watch.every == 0 or state.step == self.config.total_steps
+        if not wanted or state.step in self._done:
+            return None
+        try:
+            look = self._look(state)
+        except Exception as error:
+            error.add_note(f"while watching the run after step {state.step}")
+            raise
+        self._done.add(state.step)
+        return look
+
+    def _look(self, state: TrainState) -> Look:
+        started = time.perf_counter()
+        averaged = self.config.watch.use_ema and state.ema is not None
+        row: Row = {"step": state.step, "seconds": 0.0, "averaged": averaged}
+        scores: dict[str, float | None] = {}
+        samples, texts = None, []
+        with self._at_rest(state, averaged):
+            if self.watched.held_out:
+                scores, about = self._judge()
+                row |= {"images": len(self.watched.held_out), **scores, **about}
+                texts.append(_describe(scores, about))
+            if self.watched.prompts:
+                samples = self._sample()
+                row["samples"] = self._save(samples, state.step)
+                texts.append(f"samples {self._output / row['samples']}")
+        row["seconds"] = time.perf_counter() - started
+        path = self._output / WATCH_FILE
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        numbers = {name: value for name, value in {**scores, "seconds": row["seconds"]}.items() if value is not None}
+        return Look(state.step, numbers, samples, texts[0])
+
+    @contextmanager
+    def _at_rest(self, state: TrainState, averaged: bool) -> Iterator[None]:
+        """Within it, the model infers, with averaged weights if so wanted; afterwards it is as it was."""
+        model, device = state.model, state.model.device
+        modes = [(module, module.training) for module in model.modules()]
+        weights = state.ema.applied() if averaged and state.ema is not None else nullcontext()
+        low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        try:
+            with weights, torch.no_grad(), low:
+                model.eval()
+                yield
+        finally:
+            for module, training in modes:
+                module.training = training
+            if device.type == "cuda":  # blocks of other sizes than training's would lie idle, and memory is short
+                torch.cuda.empty_cache()
+
+    def _sample(self) -> NDArray[np.uint8]:
+        watch = self.config.watch
+        prompts = [prompt for prompt in self.watched.prompts for _ in range(watch.count)]
+        images = self.pipeline.generate(
+            prompts, size=watch.size, guidance=watch.guidance, seed=watch.seed, batch_size=watch.batch_size
+        )
+        return sample_grid(images, watch.count)
+
+    def _judge(self) -> tuple[dict[str, float | None], dict[str, Any]]:
+        """The scores of the verdicts on the held-out images, and what else there is to say of them."""
+        watch = self.config.watch
+        outcomes = list(
+            judge(
+                self.pipeline,
+                self.watched.held_out,
+                with_latent=self.config.datasets.detection_latents,
+                max_new_tokens=watch.max_tokens,
+                batch_size=watch.batch_size,
+            )
+        )
+        summary = summarise(outcomes)
+        overall = summary.overall
+        scores = {
+            "accuracy": overall.accuracy,
+            "balanced_accuracy": overall.balanced_accuracy,
+            "f1": overall.f1,
+            "auc": overall.roc_auc,
+            "average_precision": overall.average_precision,
+            "label_loss": label_loss(outcomes),
+            "calibration_error": overall.calibration_error,
+            "rouge_l": overall.rouge_l,
+        }
+        about = {
+            "undecided": overall.unparsed - overall.unreadable,
+            "not_judged": {o.name: o.error for o in outcomes if o.error is not None},
+            "categories": {g.group: {"images": g.count, "accuracy": g.accuracy} for g in summary.groups},
+        }
+        return scores, about
+
+    def _save(self, samples: NDArray[np.uint8], step: int) -> str:
+        """Write the grid of samples; its path in the output folder."""
+        from PIL import Image
+
+        name = f"{PICTURES}/step-{step:06}.png"
+        (self._output / PICTURES).mkdir(parents=True, exist_ok=True)
+        with naming(self._output / name):
+            Image.fromarray(samples).save(self._output / name)
+        return name
+
+    def _begin(self, step: int) -> set[int]:
+        """The steps of the looks that a run which goes on after ``step`` has had; later looks are removed."""
+        self._output.mkdir(parents=True, exist_ok=True)
+        rows = read_history(self._output, step, WATCH_FILE) if step else []
+        write_text(self._output / WATCH_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+        kept = {row.get("samples") for row in rows}
+        for picture in (self._output / PICTURES).glob("step-*.png"):
+            if f"{PICTURES}/{picture.name}" not in kept:
+                picture.unlink()
+        return {row["step"] for row in rows}
+
+
+def sample_grid(images: Sequence[Image], columns: int) -> NDArray[np.uint8]:
+    """Images of one size, row by row → one picture uint8 [H, W, 4], RGBA with transparent gaps."""
+    longer = max(images[0].size)
+    if longer > LARGEST:
+        width, height = (max(1, round(side * LARGEST / longer)) for side in images[0].size)
+        images, longer = [image.resize((width, height)) for image in images], LARGEST
+    pixels = np.stack([np.asarray(image) for image in images])
+    return tile(pixels, columns=columns, scale=max(1, SMALLEST // longer), gap=max(1, longer // SMALLEST), high=255)
+
+
+def label_loss(outcomes: Sequence[DetectionOutcome]) -> float | None:
+    """Mean cross-entropy of the real/fake head, in nats, over the images it judged; None if there are none."""
+    of_label = [p if o.label else 1 - p for o in outcomes if (p := o.probability) is not None]
+    return math.fsum(-math.log(max(p, LEAST)) for p in of_label) / len(of_label) if of_label else None
+
+
+def _describe(scores: dict[str, float | None], about: dict[str, Any]) -> str:
+    """The held-out scores as a few words."""
+    auc = "" if scores["auc"] is None else f", AUC {scores['auc']:.3f}"
+    failed = f", {len(about['not_judged'])} not judged" if about["not_judged"] else ""
+    return f"held out: accuracy {scores['accuracy']:.1%}{auc}{failed}"
