@@ -152,12 +152,17 @@ def test_results_and_a_bar_on_a_terminal(monkeypatch, both):
 
 def test_patterns_and_names_that_look_like_them(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for name in ("a/1.png", "a/b/2.png", "a/b/notes.txt", "a[1].png"):
+    for name in ("a/1.png", "a/b/2.png", "a/b/notes.txt", "a[1].png", "a/.hidden/3.png", "a/.4.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_pictures(["a/**/*.png", "a[1].png", "?/b", "lost.png"]) == [
-        "a/1.png", "a/b/2.png", "a[1].png", "a/b/2.png", "lost.png"
+    for link in ("circle", "again"):
+        (tmp_path / "a" / "b" / link).symlink_to(tmp_path / "a")
+    assert find_pictures(["a/**/*.png", "a[1].png", "?/*.png", "lost.png"]) == [
+        "a/1.png", "a/b/2.png", "a[1].png", "a/1.png", "lost.png"
     ]  # fmt: skip
-    assert find_pictures(["a/**"]) == ["a/1.png", "a/b/2.png", "a/b/notes.txt"]
+    assert find_pictures(["a/**", "**/b/circle/*.png", "a/.*.png", "**/.*/*"]) == [
+        "a/1.png", "a/b/2.png", "a/b/notes.txt", "a/b/circle/1.png", "a/.4.png", "a/.hidden/3.png"
+    ]  # fmt: skip
+    assert find_pictures([f"{tmp_path}/**/[12].png"]) == [f"{tmp_path}/a/1.png", f"{tmp_path}/a/b/2.png"]
     with pytest.raises(UserError, match=r"no file matches the pattern b/\*"):
         find_pictures(["a", "b/*"])

@@ -91,7 +91,7 @@ def test_lists(detect, pictures, tmp_path, monkeypatch, separator):
     assert "image lost.png does not exist" in rows[2]["error"]
     assert "image pictures is a folder" in rows[4]["error"]
     assert result.code == 1
-    assert result.err == "unigendet detect: 2 images were not judged, of 6; the row says why\n"
+    assert result.err == "unigendet detect: 2 of 6 images were not judged; their rows say why\n"
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(separator.join(lines).encode())))
     same = detect("--list", "-", "--format", "jsonl", tokens=0)
     assert read_rows(same.out, "jsonl") == rows[1:]
@@ -153,7 +153,9 @@ def test_every_kind_of_file(detect, tmp_path, form):
             assert row["error"].startswith(f"image {folder / name} ")
             assert BAD[name][1] in row["error"]
     assert result.code == 1
-    assert result.err == f"unigendet detect: {len(BAD) - 1} images were not judged, of {len(names)}; the row says why\n"
+    assert (
+        result.err == f"unigendet detect: {len(BAD) - 1} of {len(names)} images were not judged; their rows say why\n"
+    )
 
 
 def test_large_pictures_raise_no_warnings(detect, pictures, monkeypatch):
@@ -183,6 +185,7 @@ def test_folders_with_links_in_circles(detect, pictures):
     (pictures / "more" / "up").symlink_to(pictures)
     result = detect(pictures, tokens=0)
     assert (result.code, len(result.lines)) == (0, 3)
+    assert detect(pictures / "**", tokens=0).lines[:3] == detect(pictures / "**/*.[Jpw]*", tokens=0).lines
 
 
 @pytest.mark.parametrize("form", ["jsonl", "csv", "table"])

@@ -1,6 +1,7 @@
 """``unigendet evaluate detection``: what it leaves, resuming, and one line for every mistake."""
 
 import json
+import math
 import shutil
 
 import numpy as np
@@ -47,8 +48,9 @@ def annotations(tmp_path):
 
 
 @pytest.fixture
-def evaluate(capsys, model, annotations, tmp_path):
+def evaluate(capsys, model, annotations, tmp_path, monkeypatch):
     """Runs the command, with a model, data and folder unless others are given; (exit code, output, errors)."""
+    monkeypatch.setattr("unigendet.commands.progress.EVERY", math.inf)  # its lines depend on the clock
 
     def run(*arguments, model=model, data=annotations, out=tmp_path / "out"):
         capsys.readouterr()

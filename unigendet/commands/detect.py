@@ -88,8 +88,8 @@ def run(options: argparse.Namespace) -> int:
             print(f"unigendet detect: {progress.done} of {len(paths)} rows were written{kept}", file=sys.stderr)
         raise
     if failed:
-        rows = "1 image was" if failed == 1 else f"{failed} images were"
-        print(f"unigendet detect: {rows} not judged, of {len(paths)}; the row says why", file=sys.stderr)
+        were = "was not judged; its row says why" if failed == 1 else "were not judged; their rows say why"
+        print(f"unigendet detect: {failed} of {len(paths)} images {were}", file=sys.stderr)
     return 1 if failed else 0
 
 

@@ -108,7 +108,7 @@ def _upright(image: Image.Image) -> Image.Image:
 
 def _eight_bits(image: Image.Image) -> Image.Image:
     """Grey of 16 or 32 bits → ``L``; its transparent value, if it has one, becomes white."""
-    values = np.asarray(image).astype(np.float64)
+    values = np.asarray(image).astype(np.float32)
     low, high = values.min(), values.max()
     scales = {"I": (255, 65535), "F": (1, 255, 65535)}.get(image.mode, (65535,))
     if not (low >= 0 and high <= scales[-1]):  # so phrased, NaN fails too
