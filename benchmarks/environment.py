@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -119,3 +120,9 @@ def _output(*command: str) -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return result.stdout.strip()
+
+
+def short_commit(environment: Mapping[str, Any]) -> str:
+    """The abbreviated commit of a recorded environment, and whether files differed from it."""
+    commit, plus, changes = (environment.get("commit") or "unknown").partition("+")
+    return commit[:12] + plus + changes

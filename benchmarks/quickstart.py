@@ -23,6 +23,8 @@ from unigendet.evaluation.report import aim_view, number, percent
 from unigendet.evaluation.results import SCHEMA, Aim, plain
 from unigendet.quickstart import QuickstartConfig, default_config
 
+from .environment import short_commit
+
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "quickstart" / "report.json"
 PICTURE = ROOT / "docs" / "images" / "quickstart.png"
@@ -97,7 +99,7 @@ def section(report: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     lines = [
         f"One run with seed {report['seed']}, {steps[0]} steps of GDUF and {steps[1]} of DIGA, on "
         f"{machine['cpus']} CPUs ({machine['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
-        f"commit {(machine['commit'] or 'unknown')[:12]}):",
+        f"commit {short_commit(machine)}):",
         "",
         *_aims_table(report),
         "",

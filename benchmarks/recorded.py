@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .environment import kernels_hash
+from .environment import kernels_hash, short_commit
 from .record import BENCHMARKS, OPS, SCHEMA
 
 OTHER_RECORDS = ("quickstart",)  # folders beside the devices' that hold no benchmark of speed
@@ -91,8 +91,7 @@ class Result:
     @property
     def commit(self) -> str:
         """The abbreviated commit, and whether files differed from it."""
-        commit, plus, changes = (self.environment.get("commit") or "unknown").partition("+")
-        return commit[:12] + plus + changes
+        return short_commit(self.environment)
 
     def cases(self) -> list[Case]:
         """The rows by what they did, in the file's order."""

@@ -20,7 +20,7 @@ from unigendet.evaluation.study_report import STUDY_SCHEMA, study_view
 from unigendet.quickstart import default_config
 from unigendet.study.config import StudyConfig
 
-from .environment import RESULTS, ROOT
+from .environment import RESULTS, ROOT, short_commit
 from .quickstart import changes
 from .report import with_section
 
@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.check and options.folder:
         parser.error("--check takes no DIR: it compares the documents with what is recorded")
     if options.folder:
-        read_study(options.folder / "study.json")  # what cannot be read must not replace the record
+        require_planned(read_study(options.folder / "study.json"))  # nothing else may replace the record
         RECORD.parent.mkdir(parents=True, exist_ok=True)
         RECORD.write_bytes((options.folder / "study.json").read_bytes())
     study = read_study(RECORD) if RECORD.is_file() else None
@@ -67,6 +67,34 @@ def read_study(file: Path) -> dict[str, Any]:
     return study
 
 
+def current() -> StudyConfig:
+    """The study that the shipped settings plan."""
+    return load_settings(StudyConfig, default_config("study.yaml"))
+
+
+def require_planned(study: Mapping[str, Any]) -> None:
+    """Raise ValueError unless a study is the one that the settings plan: every seed of every arm, and none beyond.
+
+    A study that is recorded as soon as its numbers please, or that goes on until they do, proves nothing.
+    """
+    config = current()
+    planned = list(range(1, config.seeds + 1))
+    found = {arm["name"]: arm["seeds"] for arm in study["arms"]}
+    wrong = {name: found.get(name) for name in (*config.arms, *found) if found.get(name) != planned}
+    if wrong:
+        raise ValueError(
+            f"the study's seeds by arm are {wrong}; they must be {planned} for each of {list(config.arms)}"
+        )
+    primary = {(c["arm"], c["control"], c["metric"]) for c in study["comparisons"] if c["primary"]}
+    named = {(c.arm, c.control, c.metric) for c in config.primary}
+    if primary != named:
+        raise ValueError(f"the study's primary comparisons are {sorted(primary)}; they must be {sorted(named)}")
+    if len(study["environments"]) != 1:
+        raise ValueError(
+            f"the study's runs come from {len(study['environments'])} environments; code and versions must be one"
+        )
+
+
 def readme_section(study: Mapping[str, Any] | None) -> str:
     """The README's section in Markdown: how it was done in a sentence, and the primary comparisons."""
     if study is None:
@@ -83,7 +111,7 @@ def document_section(study: Mapping[str, Any] | None) -> str:
     lines = [*_how(study), *_outdated(study), "", "### Primary comparisons", "", *_differences(study, primary=True)]
     lines += ["", "### All arms", ""]
     lines += [
-        "Mean over the seeds, with the 95 % interval of Student's t. Arms of a seed share data and noise, so these"
+        "Mean over the seeds, with the 95 % interval of Student's t. Arms of a seed share data and weights, so these"
     ]
     lines += ["intervals overlap more than the differences do. Real training digits, as many as are generated, have a"]
     lines += [f"Fréchet distance of {real['frechet']}; the reader of the digits gets {real['agreement']} of the real"]
@@ -114,7 +142,7 @@ def _how(study: Mapping[str, Any]) -> Iterator[str]:
         versions = place["versions"]
         yield (
             f"{place['cpus']} CPUs ({place['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
-            f"commit {(place['commit'] or 'unknown')[:12]})."
+            f"commit {short_commit(place)})."
         )
 
 
@@ -147,7 +175,7 @@ def _arms(view: Mapping[str, Any]) -> Iterator[str]:
 
 def _outdated(study: Mapping[str, Any]) -> list[str]:
     """What the settings are now where they are not those of the record."""
-    config = load_settings(StudyConfig, default_config("study.yaml"))
+    config = current()
     now = plain({"draws": config.draws, "quickstart": config.base(), "arms": config.arms, "names": list(config.arms)})
     arms = {arm["name"]: arm for arm in study["arms"]}
     then = {"draws": study["draws"], "quickstart": study["quickstart"], "arms": arms, "names": list(arms)}

@@ -9,6 +9,7 @@ import pytest
 from study_demo import demo_study
 
 from unigendet.evaluation.comparisons import Comparison, summarise
+from unigendet.study.config import Arm, StudyConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -59,10 +60,48 @@ def approximately(value):
     return f"{value:.9g}" if isinstance(value, float) else value
 
 
-def test_recording(recorder, tmp_path):
+@pytest.fixture
+def planned(recorder, monkeypatch):
+    """Settings that plan the made-up study, but for one override."""
+    arms = {"one": Arm("arm <one>", controls=("two",)), "two": Arm("arm two"), "three": Arm("arm three", after="one")}
+    settings = StudyConfig(arms, primary=(Comparison("one", "two", "frechet"),), seeds=4, draws=3)
+    monkeypatch.setattr(recorder, "current", lambda: settings)
+
+
+def whole_study():
+    """The made-up study as if every arm had run with every seed."""
+    study = demo_study()
+    for arm in study["arms"]:
+        arm["seeds"] = [1, 2, 3, 4]
+    study["environments"] = [study["environments"][0] | {"commit": "0123456789abcdef+changes"}]
+    return study
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda s: s["arms"][1].update(seeds=[1, 2, 3]), r"'two': \[1, 2, 3\].*they must be \[1, 2, 3, 4\]"),
+        (lambda s: s["arms"][1].update(seeds=[1, 2, 3, 4, 5]), "they must be"),
+        (lambda s: s["arms"].pop(), "'three': None"),
+        (lambda s: s["arms"].append({"name": "four", "seeds": [1]}), r"'four': \[1\]"),
+        (lambda s: s["comparisons"][0].update(primary=not s["comparisons"][0]["primary"]), "primary comparisons are"),
+        (lambda s: s["environments"].append(s["environments"][0]), "come from 2 environments"),
+    ],
+)
+def test_only_the_planned_study_is_recorded(recorder, planned, tmp_path, change, message):
+    study = whole_study()
+    change(study)
+    (tmp_path / "study.json").write_text(json.dumps(study), encoding="utf-8")
+    before = recorder.RECORD.read_bytes() if recorder.RECORD.is_file() else None
+    with pytest.raises(ValueError, match=message):
+        recorder.main([str(tmp_path)])
+    assert (recorder.RECORD.read_bytes() if recorder.RECORD.is_file() else None) == before
+
+
+def test_recording(recorder, planned, tmp_path):
     folder = tmp_path / "study"
     folder.mkdir()
-    (folder / "study.json").write_text(json.dumps(demo_study()), encoding="utf-8")
+    (folder / "study.json").write_text(json.dumps(whole_study()), encoding="utf-8")
     assert recorder.main([str(folder)]) == 0
     assert recorder.main(["--check"]) == 0
     document, readme = (f.read_text(encoding="utf-8") for f in (recorder.DOCUMENT, recorder.README))
@@ -70,6 +109,7 @@ def test_recording(recorder, tmp_path):
     for text in (document, readme):
         assert row in text
         assert "8 runs: 3 arms, 4 seeds, 3 draws of the test prompts each; 9 min 12 s, 18 min 24 s of processor" in text
+        assert "commit 0123456789ab+changes)" in text
         assert "Of 5 exploratory differences, " in text
         assert "**Not what `unigendet study` does now.**" in text
     assert "| arm two | `gduf.total_steps=3` | new weights |" in document

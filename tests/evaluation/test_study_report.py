@@ -76,6 +76,14 @@ def test_verdicts(metric, low, high, verdict):
     assert text["joint"] == "–"
 
 
+def test_a_primary_comparison_is_read_by_the_wider_interval():
+    entry = {"arm": "a", "control": "b", "metric": "agreement", "primary": True, "mean": 0.02, "low": 0.001}
+    entry |= {"high": 0.03, "joint_low": -0.006, "joint_high": 0.037, "better": 3, "worse": 0, "count": 3}
+    assert difference(entry, {"a": "A", "b": "B"})["verdict"] == "no difference shown"
+    assert difference(entry | {"joint_low": 0.001}, {"a": "A", "b": "B"})["verdict"] == "better"
+    assert difference(entry | {"primary": False}, {"a": "A", "b": "B"})["verdict"] == "better"
+
+
 def test_forest_plot():
     rows = [ForestRow("first", 1.0, 0.5, 1.5, True), ForestRow("second & last", -1.0, None, None)]
     svg = forest_plot(rows, axis="difference", name="Differences", salt="x")

@@ -1,7 +1,7 @@
 """Several seeds of several arms: means with their intervals, and differences of an arm from its control, seed by seed.
 
 Intervals are Student's: mean ± t(n − 1) · s / √n over seeds, s with n − 1 in the denominator. A difference is *paired*:
-it is taken within each seed, where arm and control share data, noise and the weights they start from, and the interval
+it is taken within each seed, where arm and control share data, fakes and the weights they start from, and the interval
 is that of the differences. Nothing is corrected for how many comparisons there are; the primary ones also get the wider
 interval that covers all of them together (Bonferroni).
 """

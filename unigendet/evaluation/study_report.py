@@ -96,9 +96,13 @@ def estimate(values: Mapping[str, Any] | None, metric: Metric) -> str:
 
 
 def difference(entry: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str, Any]:
-    """A comparison as texts: ``what``, ``metric``, ``mean``, ``interval``, ``joint``, ``seeds``, ``verdict``."""
+    """A comparison as texts: ``what``, ``metric``, ``mean``, ``interval``, ``joint``, ``seeds``, ``verdict``.
+
+    The verdict goes by the interval of 95 %, that of a primary comparison by the one that covers all of them together.
+    """
     metric = _METRICS[entry["metric"]]
     low, high = entry["low"], entry["high"]
+    read = (entry["joint_low"], entry["joint_high"]) if entry["primary"] else (low, high)
     text = {
         end: value_text(entry[end], metric, signed=True) for end in ("mean", "low", "high", "joint_low", "joint_high")
     }
@@ -110,7 +114,7 @@ def difference(entry: Mapping[str, Any], titles: Mapping[str, str]) -> dict[str,
         "interval": "–" if low is None else f"{text['low']} to {text['high']}",
         "joint": "–" if entry["joint_low"] is None else f"{text['joint_low']} to {text['joint_high']}",
         "seeds": f"{entry['better']} better, {entry['worse']} worse of {entry['count']}",
-        "verdict": _verdict(low, high, metric),
+        "verdict": _verdict(*read, metric),
     }
 
 

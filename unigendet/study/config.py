@@ -87,6 +87,8 @@ class StudyConfig:
     def recipe(self, name: str, resolved: Mapping[str, QuickstartConfig]) -> dict[str, Any]:
         """Everything that decides a result of arm ``name`` beside the seed, as JSON has it."""
         own = dataclasses.asdict(resolved[name])
+        for stage in ("gduf", "diga"):
+            del own[stage]["watch"]  # a run that is looked at is the same run
         if self.arms[name].after is None:
             del own["diga"]
         return plain({"after": self.arms[name].after, "draws": self.draws, "quickstart": own})
