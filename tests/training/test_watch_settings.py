@@ -66,8 +66,18 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
         (["watch.prompts=a fox"], "watch.prompts"),
         (["watch.prompts_file=p.txt"], "watch.prompts_file is 'p.txt'; it must be null with watch.prompts"),
         (["watch.prompts=[]", "watch.prompts_file=lost"], "watch.prompts_file is 'lost'; there is no such file"),
-        (["watch.prompts=[]", "watch.prompts_file={folder}/empty.txt"], "empty.txt'; it must be a file with a prompt"),
-        (["watch.prompts=[]", "watch.prompts_file={folder}/odd.txt"], "odd.txt', which is not UTF-8 text"),
+        (
+            ["watch.prompts=[]", "watch.prompts_file={folder}/empty.txt"],
+            "watch.prompts_file: {folder}/empty.txt holds no prompt",
+        ),
+        (
+            ["watch.prompts=[]", "watch.prompts_file={folder}/odd.txt"],
+            "watch.prompts_file: {folder}/odd.txt, line 1 is not UTF-8",
+        ),
+        (
+            ["watch.prompts=[]", "watch.prompts_file={folder}/seed.json"],
+            "entry 0 is 'a'; it must be a prompt without seed",
+        ),
         (["watch.detection=lost.json"], "watch.detection is 'lost.json'; there is no such file or folder"),
         (["watch.detection={folder}"], "watch.detection: folder {folder} holds"),
         (["watch.detection={folder}/empty.txt"], "watch.detection: annotation file"),
@@ -80,6 +90,7 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
 )
 def test_mistakes_show_before_anything_is_loaded(cli, data, tmp_path, overrides, message):
     (tmp_path / "empty.txt").write_text("\n \n")
+    (tmp_path / "seed.json").write_text('[{"prompt": "a", "seed": 3}]')
     (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\xff")
     entries = json.loads((data / "detection.json").read_text())
     (tmp_path / "label.json").write_text(json.dumps([{**entries[0], "label": 2}]))
@@ -88,7 +99,7 @@ def test_mistakes_show_before_anything_is_loaded(cli, data, tmp_path, overrides,
 
 
 def test_prompts_come_from_a_file_too(run_file, tmp_path):
-    (tmp_path / "prompts.txt").write_text("a fox\n\n  a heron, at dawn \n")
+    (tmp_path / "prompts.txt").write_text("# birds and others\na fox\n\n  a heron, at dawn \n")
     overrides = ["watch.prompts=[]", f"watch.prompts_file={tmp_path / 'prompts.txt'}", "total_steps=1"]
     assert main(["train", "--config", str(run_file), *overrides]) == 0
     assert Image.open(tmp_path / "out" / "watch" / "step-000001.png").size == (3 * 72 - 8, 2 * 72 - 8)

@@ -137,8 +137,8 @@ class WatchConfig:
     """Looks at a run while it trains: sample images from fixed noise, and scores on images it does not train on.
 
     ``every``: steps from one look to the next, with one before the first step and one after the last; 0 = never.
-    ``prompts``, or ``prompts_file`` with one per line: ``count`` images of each, ``size`` (height, width) pixels, by
-    default the model's largest square. Image i starts from the noise of ``seed`` + i at every look.
+    ``prompts``, or a ``prompts_file`` as ``unigendet generate`` takes it: ``count`` images of each, ``size`` (height,
+    width) pixels, by default the model's largest square. Image i starts from the noise of ``seed`` + i at every look.
     ``detection``: held-out images, an annotation file (its paths relative to ``image_root``, as in ``datasets``) or a
     folder with ``real/`` and ``fake/``; at most ``limit`` of them are judged, evenly over labels and categories.
     ``max_tokens``: longest explanation; 0 = verdict only. ``batch_size``: images at a time. ``use_ema``: look at the

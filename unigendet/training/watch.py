@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.labelled import read_labelled
+from unigendet.data.prompts import read_prompts
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
 from unigendet.evaluation.scoring import judge, limit_evenly, summarise
@@ -76,16 +77,16 @@ def read_watched(config: TrainConfig) -> Watched:
 def _prompts(watch: WatchConfig) -> tuple[str, ...]:
     if watch.prompts_file is None:
         return watch.prompts
-    file = Path(watch.prompts_file)
-    if not file.is_file():
-        raise FileNotFoundError(f"watch.prompts_file is {str(file)!r}; there is no such file")
+    if not Path(watch.prompts_file).is_file():
+        raise FileNotFoundError(f"watch.prompts_file is {watch.prompts_file!r}; there is no such file")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"watch.prompts_file is {str(file)!r}, which is not UTF-8 text: {error}") from error
-    prompts = tuple(line.strip() for line in lines if line.strip())
-    check(bool(prompts), "watch.prompts_file", str(file), "a file with a prompt in each line; it has none")
-    return prompts
+        records = read_prompts(watch.prompts_file)
+    except ValueError as error:
+        raise ValueError(f"watch.prompts_file: {error}") from error
+    for record in records:
+        alone = record.seed is None and record.size is None and not record.images
+        check(alone, f"watch.prompts_file: {record.where}", record.prompt, "a prompt without seed, size and images")
+    return tuple(record.prompt for record in records)
 
 
 def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
