@@ -7,7 +7,7 @@ that instance, and the method they replace on its class.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -20,6 +20,7 @@ from unigendet.layout import Layout
 from unigendet.ops import qk_norm_rope, rms_norm, stream_linear, swiglu, symbiotic_attention
 
 GENERATION = "_moe_gen"  # suffix of the second weight set
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Shapes: T rows; S samples; K key rows, those of a cache included.
 
@@ -250,6 +251,13 @@ class Projections(NamedTuple):
         return cls(tuple(attentions), tuple(outs), tuple(gate_ups), tuple([mlp.down_proj] for mlp in mlps))
 
 
+def hook_problems(layer: nn.Module) -> Iterator[str]:
+    """Which modules inside a layer have hooks that :class:`LayerForward` would pass over."""
+    for name, module in layer.named_modules():
+        if name and any(getattr(module, hooks) for hooks in _HOOKS):
+            yield f"{name} has hooks, which would not run: of a layer's modules only the layer itself is called"
+
+
 def _layer(
     layer: nn.Module,
     x: Tensor,
@@ -264,6 +272,8 @@ def _layer(
     ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too. ``constant``: the understanding
     weights do not learn.
     """
+    for problem in hook_problems(layer):
+        raise ValueError(f"{problem}; restore the model before they are registered")
     projections, attention, layout = Projections.of(layer), layer.self_attn, pack.layout
     eps = layer.input_layernorm.variance_epsilon
     n = rms_norm(x, _norms(layer, "input_layernorm", constant), layout, eps=eps)
