@@ -20,7 +20,6 @@ from unigendet.layout import Layout
 from unigendet.ops import qk_norm_rope, rms_norm, stream_linear, swiglu, symbiotic_attention
 
 GENERATION = "_moe_gen"  # suffix of the second weight set
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Shapes: T rows; S samples; K key rows, those of a cache included.
 
@@ -251,11 +250,14 @@ class Projections(NamedTuple):
         return cls(tuple(attentions), tuple(outs), tuple(gate_ups), tuple([mlp.down_proj] for mlp in mlps))
 
 
-def hook_problems(layer: nn.Module) -> Iterator[str]:
-    """Which modules inside a layer have hooks that :class:`LayerForward` would pass over."""
-    for name, module in layer.named_modules():
-        if name and any(getattr(module, hooks) for hooks in _HOOKS):
-            yield f"{name} has hooks, which would not run: of a layer's modules only the layer itself is called"
+def hook_problems(layer: nn.Module, path: str = "") -> Iterator[str]:
+    """Which modules inside a layer have hooks that :class:`LayerForward` would pass over; ``path`` precedes names."""
+    for name, module in layer._modules.items():  # named_modules() takes several times as long, and passes call this
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            yield f"{path}{name} has hooks, which would not run: of a layer's modules only the layer itself is called"
+        yield from hook_problems(module, f"{path}{name}.")
 
 
 def _layer(
