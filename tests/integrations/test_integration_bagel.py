@@ -2,11 +2,12 @@
 
 import copy
 import inspect
+import re
 
 import pytest
 import torch
 from bagel_cases import SAMPLES, TOLERANCE, assert_close, batch, counting_layers, decoder_of, gradients, outer
-from bagel_stand_in import Outer, Sizes
+from bagel_stand_in import Norm, Outer, Sizes
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 
@@ -142,6 +143,15 @@ def test_saved_files(tmp_path):
     loaded = torch.load(tmp_path / "x.pt", weights_only=False)
     torch.testing.assert_close(loaded(**arguments), model(**arguments), rtol=TOLERANCE, atol=TOLERANCE)
     assert loaded.built_masks == 1
+    accelerate(loaded)
+    assert torch.equal(loaded(**arguments), model(**arguments))
+    assert loaded.built_masks == 1
+
+
+def test_restore_after_loading(tmp_path):
+    torch.save(accelerate(outer()), tmp_path / "x.pt")
+    loaded = restore(torch.load(tmp_path / "x.pt", weights_only=False))
+    assert not any("forward" in name for module in loaded.modules() for name in vars(module) if "hooks" not in name)
 
 
 @pytest.mark.parametrize("wrap_first", [True, False])
@@ -282,6 +292,44 @@ def test_projections_that_are_replaced_later_are_an_error():
     decoder_of(model).layers[0].self_attn.q_proj = Adapter(32, 32)
     with pytest.raises(ValueError, match="a projection has become a Adapter"):
         model(**batch())
+
+
+@pytest.mark.parametrize("name", ["self_attn", "self_attn.q_proj_moe_gen", "self_attn.k_norm", "mlp.down_proj"])
+@pytest.mark.parametrize(
+    "register", ["register_forward_hook", "register_forward_pre_hook", "register_full_backward_hook"]
+)
+def test_hooks_that_are_registered_later_are_an_error(name, register):
+    model, arguments = accelerate(outer()), batch()
+    layer = decoder_of(model).layers[1]
+    handle = getattr(layer.get_submodule(name), register)(lambda *_: None)
+    with pytest.raises(ValueError, match=rf"^{re.escape(name)} has hooks, which would not run: .*; restore the model"):
+        model(**arguments)
+    handle.remove()
+    called = []
+    layer.register_forward_hook(lambda *_: called.append(True))  # the layer's own do run
+    model(**arguments)
+    assert called == [True]
+
+
+def test_norms_without_variance_epsilon_are_an_error():
+    """Whether all of a layer lack it or one does."""
+
+    def replace(model, decoder):
+        for layer in decoder.layers:
+            for name, module in list(layer.named_modules()):
+                if isinstance(module, Norm):
+                    owner, _, last = name.rpartition(".")
+                    setattr(layer.get_submodule(owner), last, nn.RMSNorm(len(module.weight), eps=1e-5))
+
+    message = r"layers\.0\.self_attn\.q_norm is a RMSNorm without variance_epsilon; it must have one"
+    with pytest.raises(ValueError, match=message):
+        accelerate(structure(replace))
+    one = structure(lambda m, d: setattr(d.layers[2], "input_layernorm", nn.RMSNorm(32)))
+    with pytest.raises(ValueError, match="RMSNorm without") as error:
+        accelerate(one)
+    assert str(error.value).splitlines()[1:] == [
+        "  layers.2.input_layernorm is a RMSNorm without variance_epsilon; it must have one"
+    ]
 
 
 def test_long_lists_of_problems_are_cut_short():

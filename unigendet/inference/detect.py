@@ -125,11 +125,7 @@ def detect_packed(
         going = [i for i, output in enumerate(outputs) if not output.ended]
         rows = batch.last_rows[torch.tensor(going, device=model.device)]
         chosen = _choose(model.text_logits(hidden, rows), temperature, generator)
-        for i, token in zip(going, chosen, strict=True):
-            if token == config.special_tokens.eos:
-                outputs[i].ended = True
-            else:
-                outputs[i].ids.append(token)
+        _extend([outputs[i] for i in going], chosen, config.special_tokens.eos)
         if all(output.ended for output in outputs):
             break
         # An ended answer has all its tokens cached and takes no further part.
@@ -140,6 +136,14 @@ def detect_packed(
 
 def _answering(request: DetectionRequest, ids: list[int]) -> Sample:
     return Sample((*request.prefix, Text(tuple(ids), eos=False)), name=request.name)
+
+
+def _extend(outputs: Sequence[DetectionOutput], tokens: Sequence[int], eos: int) -> None:
+    for output, token in zip(outputs, tokens, strict=True):
+        if token == eos:
+            output.ended = True
+        else:
+            output.ids.append(token)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:

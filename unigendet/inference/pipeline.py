@@ -85,6 +85,18 @@ class _Prepared:
     vit: Tensor
 
 
+@dataclass(frozen=True)
+class _Call:
+    """The settings of one call of ``Pipeline.detect``; ``options`` are those of ``detect_packed``."""
+
+    transform: Callable[[Image], Image] | None
+    with_latent: bool
+    batch_size: int
+    calibration: Calibration
+    on_error: Literal["raise", "row"]
+    options: dict[str, Any]
+
+
 class Pipeline:
     """A model that is ready to judge and to make images; ``batch_size`` images of a call are packed together."""
 
@@ -203,31 +215,30 @@ class Pipeline:
             "temperature": temperature,
             "generator": torch.Generator(self.model.device).manual_seed(seed),
         }
+        call = _Call(transform, with_latent, batch_size, calibration or Calibration(), on_error, options)
+        return self._judge_all(_paired(images, texts[0] if for_all else texts), call)
 
-        def judge(group: list[_Prepared | Detection]) -> Iterator[Detection]:
-            requests = [self._request(row, with_latent) for row in group if isinstance(row, _Prepared)]
-            outputs = iter(detect_packed(self.model, requests, **options) if requests else ())
-            for row in group:
-                result = row
-                if isinstance(row, _Prepared):
-                    result = self._detection(row.name, next(outputs), calibration or Calibration())
-                    if result.error is not None and on_error == "raise":
-                        raise ValueError(result.error)
-                yield result
+    def _judge_all(self, pairs: Iterable[tuple[str | Path | Image, Text]], call: _Call) -> Iterator[Detection]:
+        prepare, threads = functools.partial(self._prepare, call=call), min(4, os.cpu_count() or 1)
+        prepared = map_ahead(prepare, pairs, ahead=call.batch_size, threads=threads)
+        for group in _groups(prepared, call.batch_size):
+            try:
+                yield from self._judge(group, call)
+            except (RuntimeError, MemoryError) as error:
+                names = ", ".join(row.name for row in group if isinstance(row, _Prepared))
+                error.add_note(f"while judging {names}; a smaller batch_size takes less memory")
+                raise
 
-        def judged() -> Iterator[Detection]:
-            prepare = functools.partial(self._prepare, transform=transform, on_error=on_error)
-            pairs = zip(images, itertools.repeat(texts[0])) if for_all else _paired(images, texts)
-            threads = min(4, os.cpu_count() or 1)
-            for group in _groups(map_ahead(prepare, pairs, ahead=batch_size, threads=threads), batch_size):
-                try:
-                    yield from judge(group)
-                except (RuntimeError, MemoryError) as error:
-                    names = ", ".join(row.name for row in group if isinstance(row, _Prepared))
-                    error.add_note(f"while judging {names}; a smaller batch_size takes less memory")
-                    raise
-
-        return judged()
+    def _judge(self, group: list[_Prepared | Detection], call: _Call) -> Iterator[Detection]:
+        requests = [self._request(row, call.with_latent) for row in group if isinstance(row, _Prepared)]
+        outputs = iter(detect_packed(self.model, requests, **call.options) if requests else ())
+        for row in group:
+            result = row
+            if isinstance(row, _Prepared):
+                result = self._detection(row.name, next(outputs), call.calibration)
+                if result.error is not None and call.on_error == "raise":
+                    raise ValueError(result.error)
+            yield result
 
     def _answer_length(self, question: Text, with_latent: bool, max_new_tokens: int | None) -> int:
         """``max_new_tokens`` or its default; ValueError if the question, or the answer after it, is too long."""
@@ -241,20 +252,18 @@ class Pipeline:
         check(0 <= max_new_tokens <= room, "max_new_tokens (--max-tokens)", max_new_tokens, need)
         return max_new_tokens
 
-    def _prepare(
-        self, pair: tuple[str | Path | Image, Text], transform: Callable[[Image], Image] | None, on_error: str
-    ) -> _Prepared | Detection:
+    def _prepare(self, pair: tuple[str | Path | Image, Text], call: _Call) -> _Prepared | Detection:
         image, question = pair
         name = str(image) if isinstance(image, str | Path) else str(getattr(image, "filename", ""))
         try:
             if not isinstance(image, str | Path):
                 with _DECODING:  # the same picture may be given twice
                     image.load()
-            if transform is not None:
-                image = transform(read_image(image) if isinstance(image, str | Path) else image)
+            if call.transform is not None:
+                image = call.transform(read_image(image) if isinstance(image, str | Path) else image)
             latent, pixels = self.builder.views(image)
         except (ValueError, OSError) as error:
-            if on_error == "raise":
+            if call.on_error == "raise":
                 raise
             return Detection(name, None, None, "", str(error))
         return _Prepared(name, question, latent, pixels)
@@ -367,7 +376,10 @@ def load_guidance(folder: str | Path) -> GuidanceConfig:
         raise ValueError(f"{file} does not hold sampling settings: {error}") from error
 
 
-def _paired(images: Iterable[Any], questions: Sequence[Text]) -> Iterator[tuple[Any, Text]]:
+def _paired(images: Iterable[Any], questions: Text | Sequence[Text]) -> Iterator[tuple[Any, Text]]:
+    if isinstance(questions, Text):  # of every image
+        yield from zip(images, itertools.repeat(questions))
+        return
     nothing = object()
     for image, question in itertools.zip_longest(images, questions, fillvalue=nothing):
         if image is nothing or question is nothing:

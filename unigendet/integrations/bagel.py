@@ -31,6 +31,7 @@ from unigendet.integrations.bagel_forward import (
     OuterForward,
     Projections,
     SplitMask,
+    hook_problems,
 )
 from unigendet.integrations.fused import fuse
 
@@ -40,7 +41,6 @@ _OUTER_ARGUMENTS = ("sequence_length", "sample_lens", "split_lens", "attn_modes"
 _DECODER_FORWARDS = ("forward_train", "forward_diga", "forward_inference")
 _NEEDED_FORWARDS = ("forward_train", "forward_inference")
 _NORMS = ("self_attn.q_norm", "self_attn.k_norm", "input_layernorm", "post_attention_layernorm")
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _SHOWN_PROBLEMS = 12
 
 
@@ -64,7 +64,7 @@ def accelerate(model: nn.Module) -> nn.Module:
     for i, layer in enumerate(layers):
         problems += [f"layers.{i}.{problem}" for problem in _layer_problems(layer)]
     for module, name, function in replacements:
-        if name in vars(module) and not _is_bound(module, name, function):
+        if name in vars(module) and not _is_known(module, name, function):
             problems.append(f"{type(module).__name__}.{name} is replaced already, by something else")
     if problems:
         shown = "\n  ".join(problems[:_SHOWN_PROBLEMS])
@@ -85,7 +85,7 @@ def restore(model: nn.Module) -> nn.Module:
     outer, decoder = _find(model)
     layers = [_unwrapped(layer) for layer in decoder.layers]
     for module, name, function in _replacements(outer, decoder, layers):
-        if _is_bound(module, name, function):
+        if _is_known(module, name, function):
             delattr(module, name)
     return model
 
@@ -103,8 +103,10 @@ def _replacements(
         yield layer, "forward", LayerForward.forward
 
 
-def _is_bound(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
-    return getattr(vars(module).get(name), "__func__", None) is function
+def _is_known(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
+    """Whether the instance's attribute is ``function``, or the class's own method: what pickle makes of ours."""
+    found = getattr(vars(module).get(name), "__func__", None)
+    return found is not None and found in (function, getattr(type(module), name))
 
 
 def _find(model: nn.Module) -> tuple[nn.Module | None, nn.Module]:
@@ -152,14 +154,14 @@ def _layer_problems(layer: nn.Module) -> Iterator[str]:
         for name in norms:
             if modules[name] is not None and not isinstance(getattr(modules[name], "weight", None), Tensor):
                 yield f"{name} is a {type(modules[name]).__name__}; it must be an RMSNorm with a weight"
-            elif modules[name] is not None and getattr(modules[name], "variance_epsilon", None) != eps:
+            elif modules[name] is not None and getattr(modules[name], "variance_epsilon", None) is None:
+                yield f"{name} is a {type(modules[name]).__name__} without variance_epsilon; it must have one"
+            elif modules[name] is not None and eps not in (None, modules[name].variance_epsilon):
                 yield f"{name}.variance_epsilon is not that of input_layernorm, {eps}"
         for group in (linear[:3], linear[4:6]):
             if len({getattr(modules[name], "bias", None) is None for name in group}) > 1:
                 yield f"{', '.join(group)}: all or none of them must have a bias"
-    for name, module in layer.named_modules():
-        if name and any(getattr(module, hooks) for hooks in _HOOKS):
-            yield f"{name} has hooks, which would not run: of a layer's modules only the layer itself is called"
+    yield from hook_problems(layer)
 
 
 def _get(layer: nn.Module, path: str) -> nn.Module | None:

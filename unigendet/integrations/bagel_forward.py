@@ -7,7 +7,7 @@ that instance, and the method they replace on its class.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -250,6 +250,16 @@ class Projections(NamedTuple):
         return cls(tuple(attentions), tuple(outs), tuple(gate_ups), tuple([mlp.down_proj] for mlp in mlps))
 
 
+def hook_problems(layer: nn.Module, path: str = "") -> Iterator[str]:
+    """Which modules inside a layer have hooks that :class:`LayerForward` would pass over; ``path`` precedes names."""
+    for name, module in layer._modules.items():  # named_modules() takes several times as long, and passes call this
+        if module is None:
+            continue
+        if module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks:
+            yield f"{path}{name} has hooks, which would not run: of a layer's modules only the layer itself is called"
+        yield from hook_problems(module, f"{path}{name}.")
+
+
 def _layer(
     layer: nn.Module,
     x: Tensor,
@@ -264,6 +274,8 @@ def _layer(
     ``cache`` holds earlier keys and values; with ``update`` it gets the new ones too. ``constant``: the understanding
     weights do not learn.
     """
+    for problem in hook_problems(layer):
+        raise ValueError(f"{problem}; restore the model before they are registered")
     projections, attention, layout = Projections.of(layer), layer.self_attn, pack.layout
     eps = layer.input_layernorm.variance_epsilon
     n = rms_norm(x, _norms(layer, "input_layernorm", constant), layout, eps=eps)
