@@ -10,12 +10,13 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_runs import StandardInput, fails, run_command, save_model
+import torch
+from command_runs import StandardInput, fails, run_command, save_model, tiny_pipeline
 from PIL import Image
 from tiny_models import tiny_model
 
 from unigendet.commands.generation import entries_of
-from unigendet.config import GuidanceConfig
+from unigendet.config import GuidanceConfig, ImageConfig
 from unigendet.data.image_folder import read_manifest
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.requests import ImageRequest
@@ -280,6 +281,19 @@ def test_full_disk(generate, tmp_path, monkeypatch):
         fails(generate("--prompt", "a", "--out", tmp_path / "one.png"), "one.png cannot be written: [Errno 28]")
     assert files(tmp_path / "out") == [*names(2), "manifest.jsonl"]
     assert files(tmp_path) == ["out"]
+
+
+def test_an_image_that_is_not_finite_is_not_saved(generate, tmp_path):
+    pipeline = tiny_pipeline(view=ImageConfig(min_size=4, max_size=8, stride=2))
+    torch.nn.init.constant_(pipeline.model.llm2vae.bias, torch.nan)
+    pipeline.save(tmp_path / "broken")
+    broken = ("--model", tmp_path / "broken", "--prompt", "a", "--out")
+    why = "prompt 'a': the model's image is not finite; try another dtype, or another model"
+    fails(generate(*broken, tmp_path / "out"), why)
+    assert files(tmp_path / "out") == ["manifest.jsonl"]
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == b""
+    fails(generate(*broken, tmp_path / "a.png"), why)
+    assert files(tmp_path) == ["broken", "out"]
 
 
 def test_mistakes(generate, tmp_path, monkeypatch):
