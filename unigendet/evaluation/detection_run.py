@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
+from unigendet.files import PARTIAL, beside, write_text
 
 if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
@@ -88,7 +88,8 @@ def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     if run.is_file():
         _compare(run, identity)
         return folder
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    half = beside(run, PARTIAL)  # what a process that was killed right here leaves
+    present = sorted(path.name for path in folder.iterdir() if path != half) if folder.is_dir() else []
     check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(run, json.dumps({"schema": SCHEMA, "kind": KIND, **identity}, indent=1) + "\n")
@@ -116,10 +117,8 @@ def _compare(run: Path, identity: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors=ODD_NAMES)
-    os.replace(part, path)
+    """Write a file that is there whole or not at all; it may hold names that are no text."""
+    write_text(path, text, errors=ODD_NAMES)
 
 
 class Predictions:

@@ -326,7 +326,7 @@ class Pipeline:
             An iterator over PIL images; it makes a batch when the first image of it is asked for.
 
         Raises:
-            ValueError: a setting, a prompt that is too long, a size that the model cannot make, an unreadable image; or,
+            ValueError: a setting, a prompt that is too long, a size that the model cannot make, an unreadable image;
                 from the iterator, an image that is not finite.
             FileNotFoundError: an input image does not exist.
         """
