@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 from unigendet.commands.generation import entries_of
 from unigendet.config import GuidanceConfig, ImageConfig
 from unigendet.data.image_folder import read_manifest
+from unigendet.data.tokenizer import train_tokenizer
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.requests import ImageRequest
 
@@ -220,6 +221,13 @@ def test_other_settings_or_another_model_are_not_the_same_picture(generate, caps
         *base, "--model", save_model(tmp_path / "copy"), "--batch-size", 1
     )  # the weights count, not the place
     assert same.lines[0].endswith("(kept)")
+    views, tokens = (shutil.copytree(model_folder, tmp_path / name) for name in ("views", "tokens"))
+    data = json.loads((views / "data.json").read_text())
+    data["latent_view"]["max_size"] = 6
+    (views / "data.json").write_text(json.dumps(data))
+    train_tokenizer(["a", "another"], 265).save(tokens)
+    for changed in (views, tokens):
+        fails(generate(*base, "--model", changed), "is another picture (its weights is ")
     assert generate(*base, "--seed", 1, "--overwrite").code == 0
     assert read_manifest(out)["00000.png"]["seed"] == 1
     assert (out / "00000.png").read_bytes() != before

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from unigendet.data.image_folder import ImageFolder, fingerprint, read_manifest, save_image
+from unigendet.data.hashes import fingerprint
+from unigendet.data.image_folder import ImageFolder, read_manifest, save_image
 
 PICTURE = Image.new("L", (2, 3), 7)
 
@@ -207,8 +208,8 @@ def test_leftovers_of_a_killed_run_are_replaced(tmp_path):
 
 
 def test_fingerprint_depends_on_contents_alone(tmp_path, monkeypatch):
-    monkeypatch.setattr("unigendet.data.image_folder._WHOLE", 300)
-    monkeypatch.setattr("unigendet.data.image_folder._SLICE", 4)
+    monkeypatch.setattr("unigendet.data.hashes._WHOLE", 300)
+    monkeypatch.setattr("unigendet.data.hashes._SLICE", 4)
     contents = [b"", b"a", b"a" * 300, b"a" * 301, b"a" * 5000, b"a" * 4999 + b"b", b"b" + b"a" * 4999]
     contents.append(b"a" * 2499 + b"b" * 80 + b"a" * 2421)  # wider than the distance of two slices
     marks = []

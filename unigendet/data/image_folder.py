@@ -7,7 +7,6 @@ next run.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -24,8 +23,6 @@ KINDS = {"file": str, "prompt": str, "seed": int, "weights": str}  # what every 
 BEGINNING = b'{"file": "'  # of every line
 # Of an entry: where things lay. Not what the picture is, so a moved model or another working directory changes nothing.
 PLACES = ("model", "images")
-_WHOLE = 64 * 2**20  # bytes; larger files are sampled by ``fingerprint``
-_SLICES, _SLICE = 64, 2**18
 
 
 def save_image(path: Path, image: Image, texts: Mapping[str, str]) -> None:
@@ -158,20 +155,3 @@ def _difference(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fingerprint(files: Sequence[str | Path]) -> str:
-    """A hash of files' contents, 16 hexadecimal digits; of a large file, its size and 64 slices spread over it.
-
-    That a model was trained on changes every slice of its weights, so reading 16 MiB of a shard is enough to notice.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        with Path(file).open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(size.to_bytes(8, "little"))
-            whole = size <= _WHOLE
-            for i in range(1 if whole else _SLICES):
-                stream.seek(0 if whole else i * (size - _SLICE) // (_SLICES - 1))
-                digest.update(stream.read(size if whole else _SLICE))
-    return digest.hexdigest()[:16]
