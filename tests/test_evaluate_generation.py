@@ -1,6 +1,7 @@
 """``unigendet evaluate generation``: from prompts or a folder of pictures to ``generation.json``."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ from command_runs import fails, run_command, save_model
 from PIL import Image
 
 from unigendet.data.quickstart import caption, load_digits, write_png
+from unigendet.evaluation.contact_sheet import SheetRow, save_contact_sheet
 from unigendet.inference import pipeline as pipeline_module
 
 
@@ -45,14 +47,15 @@ def test_from_prompts_to_scores(evaluate, model_folder, captions, tmp_path, monk
     assert scores["agreement"]["digit_counts"] == {str(digit): 1 for digit in range(10)}
     assert scores["settings"] == {
         "features": "digits",
+        "image_root": None,
         "prompts": str(captions),
         "model": str(model_folder),
         "weights": json.loads((out / "images" / "manifest.jsonl").read_text().splitlines()[0])["weights"],
         "dtype": "float32",
         "guidance": scores["settings"]["guidance"],
-        "seeds": [5],
+        "seeds": list(range(5, 15)),
         "images_per_prompt": 1,
-        "size": None,
+        "sizes": [[8, 8]],
     }
     assert scores["settings"]["guidance"]["num_timesteps"] == 3
     assert Image.open(tmp_path / "grid.png").height > 10 * 160
@@ -64,12 +67,75 @@ def test_from_prompts_to_scores(evaluate, model_folder, captions, tmp_path, monk
     again = evaluate(*base)
     assert again.code == 0
     assert (out / "generation.json").read_bytes() == first
+    Image.new("L", (8, 8)).save(out / "images" / "stranger.png")
     folder = evaluate("--images", out / "images", "--features", "digits", "--out", tmp_path / "other")
     assert folder.code == 0
     other = json.loads((tmp_path / "other" / "generation.json").read_text())
-    assert other["settings"] == {"features": "digits", "images": str(out / "images")}
+    assert "1 files of" in folder.err
+    assert "are not in its manifest.jsonl and are left out" in folder.err
+    shared = ("features", "image_root", "weights", "dtype", "guidance", "seeds", "sizes")
+    assert other["settings"] == {
+        "images": str(out / "images"), "left_out": 1, **{key: scores["settings"][key] for key in shared}
+    }  # fmt: skip
     same = ("counts", "frechet_distance", "agreement", "real", "warnings")
     assert [other[key] for key in same] == [scores[key] for key in same]
+
+
+def manifest_of(folder, *entries):
+    """A manifest of digits, made for the entries' files."""
+    shared = {"prompt": caption(0), "seed": 0, "size": [8, 8], "weights": "w", "dtype": "float32", "guidance": {"s": 1}}
+    folder.mkdir()
+    lines = []
+    for i, entry in enumerate(entries):
+        write_png(folder / f"{i}.png", load_digits().test_images[i])
+        lines.append(json.dumps({"file": f"{i}.png", **shared, **entry}) + "\n")
+    (folder / "manifest.jsonl").write_text("".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("change", [{"weights": "x"}, {"dtype": "bfloat16"}, {"guidance": {"s": 2}}])
+def test_pictures_made_in_different_ways_are_not_scored_together(evaluate, tmp_path, change):
+    folder = manifest_of(tmp_path / "made", {}, {"seed": 1}, change)
+    result = evaluate("--images", folder, "--features", "digits", "--out", tmp_path / "out")
+    fails(result, f"0.png and 2.png differ in {next(iter(change))}; score each kind alone")
+
+
+def test_a_picture_of_the_manifest_is_lost(evaluate, tmp_path):
+    folder = manifest_of(tmp_path / "made", {}, {}, {})
+    (folder / "1.png").unlink()
+    result = evaluate("--images", folder, "--features", "digits", "--out", tmp_path / "out")
+    fails(result, f"lacks pictures of its manifest.jsonl, 1 of 3: {folder / '1.png'}")
+
+
+def test_generated_and_real_pictures_are_kept_apart(evaluate, model_folder, tmp_path, monkeypatch):
+    """A picture of both sets, and a place where generated pictures would become real ones."""
+
+    class Features:
+        sha256 = "0" * 64
+
+        def __init__(self, *arguments):
+            pass
+
+    monkeypatch.setattr("unigendet.evaluation.inception.InceptionFeatures", Features)
+    real = tmp_path / "real"
+    made = manifest_of(tmp_path / "made", {}, {})
+    shutil.copytree(made, real, ignore=shutil.ignore_patterns("*.jsonl"))
+    (real / "link.png").symlink_to(made / "1.png")
+    inception = ("--features", "inception", "--inception-weights", tmp_path / "w.pth", "--device", "cpu")
+    result = evaluate("--images", made, "--reference", real, *inception, "--out", tmp_path / "out")
+    fails(result, f"{made / '1.png'} is among the generated pictures and among the reference; they must be apart")
+    entries = [{"prompt": "a", "image_path": f"out/images/0000{i}.png"} for i in range(2)]
+    for entry in entries:
+        (tmp_path / entry["image_path"]).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(made / "0.png", tmp_path / entry["image_path"])
+    (tmp_path / "p.json").write_text(json.dumps(entries))
+    asked = ("--model", model_folder, "--prompts", tmp_path / "p.json", *inception)
+    fails(evaluate(*asked, "--out", tmp_path / "out"), "00000.png is among the generated pictures and among the ref")
+    below = evaluate(*asked, "--reference", real, "--out", real / "scores")
+    fails(below, f"--out {real / 'scores'} lies in the folder of real images, {real}; generated pictures must not")
+    sheet = evaluate(*asked, "--reference", real, "--out", tmp_path / "out", "--grid", real / "grid.png")
+    fails(sheet, f"--grid {real / 'grid.png'} lies in the folder of real images")
+    assert not (real / "scores").exists()
 
 
 def test_a_folder_without_a_manifest(evaluate, tmp_path):
@@ -77,11 +143,16 @@ def test_a_folder_without_a_manifest(evaluate, tmp_path):
     (tmp_path / "pictures").mkdir()
     for i, image in enumerate(digits.test_images):
         write_png(tmp_path / "pictures" / f"{i}.png", image)
+    picture = tmp_path / "pictures" / "0.png"
+    save_contact_sheet(tmp_path / "pictures" / "grid.png", [SheetRow("zero", (picture,), ("",))])
     result = evaluate("--images", tmp_path / "pictures", "--features", "digits", "--out", tmp_path / "out")
     assert result.code == 0
     scores = json.loads((tmp_path / "out" / "generation.json").read_text())
     assert scores["frechet_distance"] == pytest.approx(0, abs=1e-9)
     assert scores["agreement"] is None
+    assert scores["settings"]["left_out"] == 1
+    assert "1 files of" in result.err
+    assert "are contact sheets and are left out" in result.err
     assert "0.png has no known prompt" in result.err
 
 

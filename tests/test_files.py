@@ -7,7 +7,17 @@ import shutil
 import pytest
 
 from unigendet import files
-from unigendet.files import interrupted, naming, new_folder, remove_folder, replaced_files, settle, telling, write_text
+from unigendet.files import (
+    interrupted,
+    naming,
+    new_folder,
+    remove_folder,
+    replaced_files,
+    settle,
+    telling,
+    whole_file,
+    write_text,
+)
 from unigendet.training.state import checkpoints, clear_leftovers
 
 STEPS = ("replace", "unlink", "rmdir", "mkdir", "fsync")  # of os: what changes the disk, or waits for it
@@ -155,6 +165,30 @@ def test_files_of_a_new_folder_appear_together(tmp_path):
     with replaced_files(tmp_path / "model") as new:
         (new / "a").write_text("whole")
     assert content(tmp_path) == {"model/a": "whole"}
+
+
+def test_a_file_is_the_old_one_if_the_new_one_fails(tmp_path):
+    path = tmp_path / "x.txt"
+    path.write_text("old")
+
+    def interrupted():
+        with whole_file(path) as partial:
+            partial.write_text("ne")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        interrupted()
+    assert content(tmp_path) == {"x.txt": "old"}
+    with whole_file(path) as partial:
+        partial.write_bytes(b"new")
+        assert path.read_text() == "old"
+    assert content(tmp_path) == {"x.txt": "new"}
+    lost = tmp_path / "lost" / "x"
+    with pytest.raises(FileNotFoundError) as error, whole_file(lost) as partial:
+        partial.write_text("a")
+    assert error.value.filename == str(lost)
+    write_text(path, "\udcff", errors="backslashreplace")
+    assert path.read_bytes() == b"\\udcff"
 
 
 def test_a_text_is_the_old_one_or_the_new_one(tmp_path, monkeypatch):

@@ -10,13 +10,15 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from command_runs import StandardInput, fails, run_command, save_model
+import torch
+from command_runs import StandardInput, fails, run_command, save_model, tiny_pipeline
 from PIL import Image
 from tiny_models import tiny_model
 
 from unigendet.commands.generation import entries_of
-from unigendet.config import GuidanceConfig
+from unigendet.config import GuidanceConfig, ImageConfig
 from unigendet.data.image_folder import read_manifest
+from unigendet.data.tokenizer import train_tokenizer
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.requests import ImageRequest
 
@@ -219,6 +221,13 @@ def test_other_settings_or_another_model_are_not_the_same_picture(generate, caps
         *base, "--model", save_model(tmp_path / "copy"), "--batch-size", 1
     )  # the weights count, not the place
     assert same.lines[0].endswith("(kept)")
+    views, tokens = (shutil.copytree(model_folder, tmp_path / name) for name in ("views", "tokens"))
+    data = json.loads((views / "data.json").read_text())
+    data["latent_view"]["max_size"] = 6
+    (views / "data.json").write_text(json.dumps(data))
+    train_tokenizer(["a", "another"], 265).save(tokens)
+    for changed in (views, tokens):
+        fails(generate(*base, "--model", changed), "is another picture (its weights is ")
     assert generate(*base, "--seed", 1, "--overwrite").code == 0
     assert read_manifest(out)["00000.png"]["seed"] == 1
     assert (out / "00000.png").read_bytes() != before
@@ -276,10 +285,23 @@ def test_full_disk(generate, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Image.Image, "save", full_after_two)
         result = generate("--prompt", "a", "--count", 4, "--out", tmp_path / "out")
-        fails(result, f"{tmp_path / 'out' / '00002.png'} cannot be written: [Errno 28] No space left on device")
-        fails(generate("--prompt", "a", "--out", tmp_path / "one.png"), "one.png cannot be written: [Errno 28]")
+        fails(result, f"[Errno 28] No space left on device: '{tmp_path / 'out' / '00002.png'}'")
+        fails(generate("--prompt", "a", "--out", tmp_path / "one.png"), "[Errno 28] No space left on device")
     assert files(tmp_path / "out") == [*names(2), "manifest.jsonl"]
     assert files(tmp_path) == ["out"]
+
+
+def test_an_image_that_is_not_finite_is_not_saved(generate, tmp_path):
+    pipeline = tiny_pipeline(view=ImageConfig(min_size=4, max_size=8, stride=2))
+    torch.nn.init.constant_(pipeline.model.llm2vae.bias, torch.nan)
+    pipeline.save(tmp_path / "broken")
+    broken = ("--model", tmp_path / "broken", "--prompt", "a", "--out")
+    why = "prompt 'a': the model's image is not finite; try another dtype, or another model"
+    fails(generate(*broken, tmp_path / "out"), why)
+    assert files(tmp_path / "out") == ["manifest.jsonl"]
+    assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == b""
+    fails(generate(*broken, tmp_path / "a.png"), why)
+    assert files(tmp_path) == ["broken", "out"]
 
 
 def test_mistakes(generate, tmp_path, monkeypatch):

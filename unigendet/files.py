@@ -1,6 +1,6 @@
 """Files and folders that survive a bad day: whole or not there, and on the disk before anything relies on them.
 
-* ``write_text``: a file is the old one or the new one at every instant.
+* ``whole_file``, ``write_text``: a file is the old one or the new one at every instant.
 * ``new_folder``: a folder appears whole. One that is there already is first renamed to ``.NAME.old``, and stands for
   NAME (``settle`` renames it back) should the process end before the new one has its place.
 * ``remove_folder``: a folder is renamed out of the way before the first of its files goes.
@@ -82,19 +82,31 @@ def make_folder(path: Path) -> None:
         sync(folder.parent)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a text file (UTF-8) whole or not at all."""
+@contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """A path to write a file to, which takes the place of ``path`` when the block ends, brought onto the disk before.
+
+    An error in the block removes it and leaves ``path`` as it was; an OSError names ``path``.
+    """
     path = Path(path)
     partial = beside(path, PARTIAL)
     try:
         with naming(path):
-            partial.write_text(text, encoding="utf-8")
-        sync(partial)
+            yield partial
+            sync(partial)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(partial):
+            error.filename = str(path)
         raise
     sync(path.parent)
+
+
+def write_text(path: str | Path, text: str, errors: str = "strict") -> None:
+    """Write a text file (UTF-8, with ``errors`` as ``open`` takes it) whole or not at all."""
+    with whole_file(path) as partial:
+        partial.write_text(text, encoding="utf-8", errors=errors)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import json
 import pytest
 from detectors import BrightnessDetector, write_images
 
+from unigendet.data.hashes import model_hash
 from unigendet.evaluation.detection_run import (
     UNDISTURBED,
     VERDICT_TOKENS,
@@ -13,7 +14,6 @@ from unigendet.evaluation.detection_run import (
     RunSettings,
     complete,
     data_hash,
-    model_hash,
     prepare_folder,
 )
 from unigendet.evaluation.robustness import Disturbance

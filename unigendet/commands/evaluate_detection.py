@@ -68,6 +68,7 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from rich.console import Console
 
+    from unigendet.data.hashes import model_hash
     from unigendet.data.labelled import read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
@@ -82,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
     identity = {
         "settings": _identifying(options, settings, dtype),
-        "model": folders.model_hash(options.model, options.autoencoder),
+        "model": model_hash(options.model, options.autoencoder),
         "data": folders.data_hash(records, root),
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)

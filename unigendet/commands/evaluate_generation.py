@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
 OF_A_MODEL = ("prompts", "autoencoder", "grid", "seed", "seeds", "count", "size", "steps", "text_scale", "image_scale",
               "interval", "shift", "renorm", "renorm_min")  # fmt: skip
+ONE_WAY = ("weights", "dtype", "guidance")  # of a manifest's entries: what pictures scored together must share
 EPILOG = f"""Either --model and --prompts, whose pictures are made first, in DIR/images, or --images. With digits as
 features the reference are the quickstart's test digits, and the prompts those of its captions. An interrupted
 evaluation goes on where it stopped: give the same command again. {GUIDANCE_NOTE}"""
@@ -46,8 +46,8 @@ def add(commands: Commands) -> None:
                          help="what the model is to show: a prompt file, see generate; in LAION annotations each "
                               "entry's image_path is a reference image")  # fmt: skip
     command.add_argument("--images", type=Path, metavar="DIR",
-                         help="generated pictures to score, instead of a model; with the manifest of generate, their "
-                              "prompts are known")  # fmt: skip
+                         help="generated pictures to score, instead of a model; with the manifest of generate those it "
+                              "lists, and their prompts are known")  # fmt: skip
     command.add_argument("--reference", type=Path, metavar="PATH",
                          help="real images: a folder, or annotations (default: those of --prompts)")  # fmt: skip
     command.add_argument("--image-root", type=Path, metavar="DIR",
@@ -76,13 +76,14 @@ def run(options: argparse.Namespace) -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.images is not None:
         images, prompts, made = _found(options.images)
+        _check_apart(images, reference)
     else:
-        images, prompts, made = _generated(options, records)
+        images, prompts, made = _generated(options, records, reference)
     scores = _scored(options, images, prompts, reference, features)
-    settings: dict[str, Any] = {"features": options.features, **made}
+    root = None if options.image_root is None else str(options.image_root)
+    settings: dict[str, Any] = {"features": options.features, "image_root": root, **made}
     if features is not None:
-        given = options.reference or options.prompts
-        settings |= {"reference": str(given), "inception_weights_sha256": features.sha256}
+        settings |= {**_described(options, reference), "inception_weights_sha256": features.sha256}
     path = write_scores(options.out, scores, settings)
     print(format_scores(scores))
     print(f"The numbers: {path}")
@@ -128,6 +129,13 @@ def _reference(options: argparse.Namespace, records: Sequence[PromptRecord]) -> 
     if options.features == "digits":
         return []
     if options.reference is not None and options.reference.is_dir():
+        for name in ("out", "grid"):
+            path = getattr(options, name)
+            if path is not None and path.resolve().is_relative_to(options.reference.resolve()):
+                raise UserError(
+                    f"--{name} {path} lies in the folder of real images, {options.reference}; generated pictures must "
+                    "not become real ones: name another"
+                )
         return _below(options.reference)
     if options.reference is not None:
         records = read_prompts(options.reference, options.image_root)
@@ -142,6 +150,24 @@ def _reference(options: argparse.Namespace, records: Sequence[PromptRecord]) -> 
     if lost:
         raise UserError(f"{given} names images that are not there, {len(lost)} of {len(paths)}: {lost[0]}, …")
     return paths
+
+
+def _described(options: argparse.Namespace, reference: Sequence[Path]) -> dict[str, Any]:
+    """What settings say of the real images: where they are, and a hash over their names and contents."""
+    from unigendet.data.hashes import files_hash
+
+    given = options.reference or options.prompts
+    root = given if given.is_dir() else options.image_root or given.parent
+    digest = files_hash((path.relative_to(root).as_posix(), path) for path in sorted(reference))
+    return {"reference": str(given), "reference_sha256": digest}
+
+
+def _check_apart(images: Sequence[Path], reference: Sequence[Path]) -> None:
+    """Raises ValueError if a picture is both a generated and a real one."""
+    real = {path.resolve() for path in reference}
+    both = next((path for path in images if path.resolve() in real), None)
+    if both is not None:
+        raise ValueError(f"{both} is among the generated pictures and among the reference; they must be apart")
 
 
 def _below(folder: Path) -> list[Path]:
@@ -163,17 +189,53 @@ def _features(options: argparse.Namespace) -> InceptionFeatures | None:
 
 
 def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
-    """Pictures of a folder, their prompts as far as the manifest knows them, and what settings say of them."""
-    from unigendet.data.image_folder import read_manifest
+    """Pictures to score, their prompts as far as they are known, and what settings say of them.
 
-    images = _below(folder)
-    manifest = read_manifest(folder)
-    prompts = [manifest.get(str(path.relative_to(folder)), {}).get("prompt") for path in images]
-    return images, prompts, {"images": str(folder)}
+    Those of the manifest where there is one; otherwise all that are no contact sheets.
+    """
+    from unigendet.data.image_folder import MANIFEST, read_manifest
+    from unigendet.evaluation.contact_sheet import is_contact_sheet
+
+    everything, manifest = _below(folder), dict(sorted(read_manifest(folder).items()))
+    if not (folder / MANIFEST).is_file():
+        images = [path for path in everything if not is_contact_sheet(path)]
+        prompts, made = [None] * len(images), {}
+        why = "are contact sheets"
+    else:
+        images = [folder / name for name in manifest]
+        lost = [path for path in images if not path.is_file()]
+        if lost:
+            raise UserError(
+                f"{folder} lacks pictures of its {MANIFEST}, {len(lost)} of {len(images)}: {lost[0]}; have the same "
+                "command make them that made the others"
+            )
+        prompts, made = [entry["prompt"] for entry in manifest.values()], _made(list(manifest.values()), folder)
+        why = f"are not in its {MANIFEST}"
+    left_out = len(set(everything) - set(images))
+    if left_out:
+        print(f"unigendet evaluate: note: {left_out} files of {folder} {why} and are left out", file=sys.stderr)
+    return images, prompts, {"images": str(folder), "left_out": left_out, **made}
+
+
+def _made(entries: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
+    """What entries of a manifest say on how their pictures were made. Raises UserError unless it is one way."""
+    for key in ONE_WAY:
+        other = next((entry for entry in entries if entry.get(key) != entries[0].get(key)), None)
+        if other is not None:
+            raise UserError(
+                f"{folder} holds pictures that were made in different ways: {entries[0]['file']} and {other['file']} "
+                f"differ in {key}; score each kind alone"
+            )
+    sizes = {tuple(entry["size"]) for entry in entries if "size" in entry}
+    return {
+        **{key: entry.get(key) for key in ONE_WAY for entry in entries[:1]},
+        "seeds": sorted({entry["seed"] for entry in entries}),
+        "sizes": [list(size) for size in sorted(sizes)],
+    }
 
 
 def _generated(
-    options: argparse.Namespace, records: Sequence[PromptRecord]
+    options: argparse.Namespace, records: Sequence[PromptRecord], reference: Sequence[Path]
 ) -> tuple[list[Path], list[str | None], dict[str, Any]]:
     """The same of pictures that the model makes, as far as they are not there yet."""
     from unigendet.data.image_folder import ImageFolder
@@ -181,6 +243,7 @@ def _generated(
     rows = requests_of(records, options)
     requests = [request for row in rows for request in row]
     target = options.out / "images"
+    _check_apart([target / file_name(i) for i in range(len(requests))], reference)
     if options.grid is not None:
         check_grid(options.grid, [target / file_name(i) for i in range(len(requests))], options.overwrite)
     guidance = guidance_of(options)
@@ -194,12 +257,8 @@ def _generated(
     made = {
         "prompts": str(options.prompts),
         "model": str(options.model),
-        "weights": entries[0]["weights"],
-        "dtype": entries[0]["dtype"],
-        "guidance": dataclasses.asdict(guidance),
-        "seeds": options.seeds or [options.seed or 0],
         "images_per_prompt": len(rows[0]),
-        "size": None if options.size is None else list(options.size),
+        **_made(entries, target),
     }
     return images, [request.prompt for request in requests], made
 

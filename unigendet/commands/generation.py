@@ -106,11 +106,11 @@ def entries_of(
     requests: Sequence[ImageRequest], options: argparse.Namespace, pipeline: Pipeline, guidance: GuidanceConfig
 ) -> list[dict[str, Any]]:
     """What the manifest says of each image: all that the picture follows from."""
-    from unigendet.data.image_folder import fingerprint
+    from unigendet.data.hashes import fingerprint, settings_files
     from unigendet.inference.pipeline import FLUX_WEIGHTS
     from unigendet.model.checkpoint import weight_files
 
-    files = weight_files(options.model)
+    files = [*weight_files(options.model), *settings_files(options.model)]
     if pipeline.model.config.latent.autoencoder == "flux":
         files.append(options.autoencoder or options.model / FLUX_WEIGHTS)
     inputs = {image: fingerprint([image]) for image in {image for request in requests for image in request.images}}

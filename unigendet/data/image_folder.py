@@ -1,48 +1,33 @@
 """Generated images on disk: a folder of PNGs and its ``manifest.jsonl``, which says what each of them is.
 
-A file appears whole or not at all: it is written under another name and renamed. The order is manifest line, then file,
-so a file that is there has its line, however a run ended; a line without its file is made good by the next run.
+A file appears whole or not at all: it is written under another name and renamed. The order on the disk is manifest
+line, then file, so a file that is there has its line, however a run ended; a line without its file is made good by the
+next run.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from unigendet.files import make_folder, naming, sync, whole_file, write_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 MANIFEST = "manifest.jsonl"
+KINDS = {"file": str, "prompt": str, "seed": int, "weights": str}  # what every entry has
+BEGINNING = b'{"file": "'  # of every line
 # Of an entry: where things lay. Not what the picture is, so a moved model or another working directory changes nothing.
 PLACES = ("model", "images")
-_WHOLE = 64 * 2**20  # bytes; larger files are sampled by ``fingerprint``
-_SLICES, _SLICE = 64, 2**18
-
-
-@contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; it becomes ``path`` when the block ends, and nothing is left of it if the block fails.
-
-    Raises:
-        OSError: it cannot be written (the disk is full, …); names ``path``.
-    """
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        yield partial
-        partial.replace(path)
-    except OSError as error:
-        raise OSError(f"{path} cannot be written: {error}") from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def save_image(path: Path, image: Image, texts: Mapping[str, str]) -> None:
     """Write an image in the format that its suffix names; a PNG carries ``texts`` as metadata."""
-    with written_whole(path) as partial:
+    with whole_file(path) as partial:
         _save(image, partial, path.suffix, texts)
 
 
@@ -62,7 +47,8 @@ def _save(image: Image, partial: Path, suffix: str, texts: Mapping[str, str]) ->
 def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
     """The entries of a folder's manifest by file name, the last of each file; empty without a manifest.
 
-    Raises ValueError for a line that is no entry; the last one may be cut short, as an interrupted run leaves it.
+    Raises ValueError for a line that is no entry: the file may be somebody else's. The last one may be cut short, as an
+    interrupted run leaves it.
     """
     path = Path(folder) / MANIFEST
     if not path.is_file():
@@ -71,13 +57,27 @@ def read_manifest(folder: str | Path) -> dict[str, dict[str, Any]]:
     lines = path.read_bytes().split(b"\n")
     for i, line in enumerate(lines, 1):
         try:
-            if line.strip():
-                entry = json.loads(line)
-                entries[entry["file"]] = entry
-        except (ValueError, TypeError, KeyError) as error:
-            if i < len(lines):
-                raise ValueError(f"{path}, line {i} is no entry of a manifest: {error}") from error
+            entry = json.loads(line) if line.strip() else None
+        except ValueError as error:
+            if i == len(lines) and (entries or line.startswith(BEGINNING)):
+                break
+            raise _foreign(path, i, str(error)) from error
+        if line.strip():
+            values = entry if isinstance(entry, dict) else {}
+            lacks = [key for key, kind in KINDS.items() if type(values.get(key)) is not kind]
+            if lacks:
+                raise _foreign(path, i, f"it has no {', '.join(lacks)}")
+            entries[entry["file"]] = entry
     return entries
+
+
+def _foreign(path: Path, line: int, why: str) -> ValueError:
+    return ValueError(f"{path} is no manifest of generated pictures; name another folder (line {line}: {why})")
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is a file with content; an empty one is what a power cut may leave."""
+    return path.is_file() and path.stat().st_size > 0
 
 
 class ImageFolder:
@@ -87,16 +87,16 @@ class ImageFolder:
         path: of the folder.
         overwrite: replace pictures that are in the way.
 
-    Raises ValueError for a damaged manifest, OSError if the folder cannot be made.
+    Raises ValueError for a manifest that is damaged or not ours, OSError if the folder cannot be made.
     """
 
     def __init__(self, path: str | Path, *, overwrite: bool = False) -> None:
         self.path, self._overwrite = Path(path), overwrite
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._entries = {name: e for name, e in read_manifest(path).items() if (self.path / name).is_file()}
+        make_folder(self.path)
+        self._entries = {name: e for name, e in read_manifest(path).items() if _is_there(self.path / name)}
 
     def missing(self, entries: Sequence[Mapping[str, Any]]) -> list[int]:
-        """Which of ``entries`` are still to be made: those whose file is not there.
+        """Which of ``entries`` are still to be made: those whose file is not there, or is empty.
 
         A file that is there with the same entry in the manifest is the picture asked for, and stays.
         Raises ValueError for any other file in the way, unless they are to be overwritten; names it.
@@ -104,7 +104,7 @@ class ImageFolder:
         found = []
         for i, entry in enumerate(entries):
             path = self.path / entry["file"]
-            if path.exists():
+            if path.is_dir() or _is_there(path):
                 there = self._entries.get(entry["file"])
                 why = "it is not in the manifest" if there is None else _difference(there, entry)
                 if not why:
@@ -118,19 +118,26 @@ class ImageFolder:
 
     def begin(self) -> None:
         """Write the manifest anew, without lines of files that are gone, before images are added."""
-        lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in self._entries.values()]
-        with written_whole(self.path / MANIFEST) as partial:
-            partial.write_text("".join(lines), encoding="utf-8")
+        write_text(self.path / MANIFEST, "".join(map(_line, self._entries.values())))
 
     def add(self, entry: Mapping[str, Any], image: Image, texts: Mapping[str, str]) -> Path:
         """Save an image under ``entry["file"]`` and its entry in the manifest; a PNG carries ``texts`` as metadata."""
-        path = self.path / entry["file"]
-        with written_whole(path) as partial:
+        path, manifest = self.path / entry["file"], self.path / MANIFEST
+        with whole_file(path) as partial:
             _save(image, partial, path.suffix, texts)
-            path.unlink(missing_ok=True)  # or the old picture would have the new one's line for a moment
-            with (self.path / MANIFEST).open("a", encoding="utf-8") as manifest:
-                manifest.write(json.dumps(entry, ensure_ascii=False) + "\n")
+            sync(partial)
+            if path.exists():  # or the old picture would have the new one's line for a moment
+                path.unlink()
+                sync(self.path)
+            with naming(manifest), manifest.open("a", encoding="utf-8") as lines:
+                lines.write(_line(entry))
+                lines.flush()
+                os.fsync(lines.fileno())
         return path
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry) + "\n"  # ASCII: half a surrogate pair in a path is no reason to stop
 
 
 def _difference(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str = "") -> str:
@@ -148,20 +155,3 @@ def _difference(there: Mapping[str, Any], asked: Mapping[str, Any], prefix: str 
 def _short(value: Any) -> str:
     text = json.dumps(value, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def fingerprint(files: Sequence[str | Path]) -> str:
-    """A hash of files' contents, 16 hexadecimal digits; of a large file, its size and 64 slices spread over it.
-
-    That a model was trained on changes every slice of its weights, so reading 16 MiB of a shard is enough to notice.
-    """
-    digest = hashlib.sha256()
-    for file in files:
-        with Path(file).open("rb") as stream:
-            size = stream.seek(0, 2)
-            digest.update(size.to_bytes(8, "little"))
-            whole = size <= _WHOLE
-            for i in range(1 if whole else _SLICES):
-                stream.seek(0 if whole else i * (size - _SLICE) // (_SLICES - 1))
-                digest.update(stream.read(size if whole else _SLICE))
-    return digest.hexdigest()[:16]

@@ -11,8 +11,8 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from unigendet.config import check
-from unigendet.data.image_folder import written_whole
 from unigendet.data.transforms import read_image, to_rgb
+from unigendet.files import whole_file
 
 MARK = ("Software", "unigendet contact sheet")  # PNG metadata, by which a sheet is known
 MAX_ROWS, MAX_COLUMNS = 64, 16  # what one can look at; the sheet says what is left out
@@ -75,7 +75,7 @@ def save_contact_sheet(path: Path, rows: Sequence[SheetRow], *, size: int = 160)
     info.add_text(*MARK)
     sheet = contact_sheet(rows, size=size)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as partial:
+    with whole_file(path) as partial:
         sheet.save(partial, format="PNG", pnginfo=info)
 
 

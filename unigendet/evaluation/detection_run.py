@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
+from unigendet.data.hashes import file_hash
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
+from unigendet.files import PARTIAL, beside, write_text
 
 if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
@@ -35,22 +36,6 @@ VERDICT_TOKENS = 32  # enough for the verdict's sentence in any vocabulary, for 
 ODD_NAMES = "backslashreplace"  # file names that are no text; what this makes of them, JSON reads back
 JUDGED = ("verdict", "probability", "explanation", "error")  # fields of a row, as of an outcome
 ROW = ("condition", "index", "image", *JUDGED)  # what a row must have to be read
-MODEL_SUFFIXES = {".json", ".safetensors", ".txt"}
-
-
-def model_hash(folder: str | Path, *files: str | Path | None) -> str:
-    """SHA-256 over the names and contents of a model folder's files (weights, settings, tokenizer) and of ``files``.
-
-    Raises FileNotFoundError if there is no such folder or file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder at {folder}")
-    inside = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
-    total = hashlib.sha256()
-    for path in (*inside, *(Path(file) for file in files if file is not None)):
-        total.update(path.name.encode() + _file_hash(path))
-    return total.hexdigest()
 
 
 def data_hash(records: Sequence[DetectionRecord], root: Path) -> str:
@@ -60,15 +45,10 @@ def data_hash(records: Sequence[DetectionRecord], root: Path) -> str:
         note = [r.image.relative_to(root).as_posix(), r.label, r.category, r.question, r.answer]
         total.update(json.dumps(note).encode())
         try:
-            total.update(_file_hash(r.image))
+            total.update(file_hash(r.image))
         except OSError as error:  # an image that cannot be read gets a row that says so; it is no reason to stop
             total.update(type(error).__name__.encode())
     return total.hexdigest()
-
-
-def _file_hash(path: Path) -> bytes:
-    with path.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").digest()
 
 
 def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
@@ -88,7 +68,8 @@ def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     if run.is_file():
         _compare(run, identity)
         return folder
-    present = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    half = beside(run, PARTIAL)  # what a process that was killed right here leaves
+    present = sorted(path.name for path in folder.iterdir() if path != half) if folder.is_dir() else []
     check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(run, json.dumps({"schema": SCHEMA, "kind": KIND, **identity}, indent=1) + "\n")
@@ -116,10 +97,8 @@ def _compare(run: Path, identity: Mapping[str, Any]) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(text, encoding="utf-8", errors=ODD_NAMES)
-    os.replace(part, path)
+    """Write a file that is there whole or not at all; it may hold names that are no text."""
+    write_text(path, text, errors=ODD_NAMES)
 
 
 class Predictions:

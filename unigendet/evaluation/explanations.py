@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from sklearn.feature_extraction.text import TfidfVectorizer
 
 from unigendet.config import check
+from unigendet.data.hashes import file_hash
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -78,8 +79,7 @@ class SentenceEncoder:
         """What the numbers depend on: the folder's name, the weights' SHA-256, the longest text in tokens."""
         digest = hashlib.sha256()
         for file in sorted(self.folder.glob("*.safetensors")):
-            with file.open("rb") as content:
-                digest.update(hashlib.file_digest(content, "sha256").digest())
+            digest.update(file_hash(file))
         return {"name": self.folder.resolve().name, "weights_sha256": digest.hexdigest(), "max_tokens": self.longest}
 
     @torch.no_grad()

@@ -17,12 +17,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unigendet.config import check
-from unigendet.data.image_folder import written_whole
 from unigendet.data.quickstart import CAPTIONS, SIDE, WHITE, caption, load_digits, quantise
 from unigendet.data.transforms import read_image
 from unigendet.evaluation.generation import Agreement, DigitJudge, JudgeReference, frechet_distance
 from unigendet.evaluation.inception import FEATURES, SHA256, InceptionFeatures
 from unigendet.evaluation.results import environment, plain
+from unigendet.files import write_text
 
 SCHEMA = 1  # of generation.json; rises when a key changes its meaning or goes
 KIND = "unigendet generation scores"
@@ -148,8 +148,7 @@ def write_scores(folder: Path, scores: GenerationScores, settings: Mapping[str, 
     }
     path = folder / FILE
     text = json.dumps(plain(data), indent=1, ensure_ascii=False, allow_nan=False)
-    with written_whole(path) as partial:
-        partial.write_text(text + "\n", encoding="utf-8")
+    write_text(path, text + "\n")
     return path
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from typing import Any
 import torch
 
 from unigendet.config import check
+from unigendet.files import write_text
 from unigendet.model.unigendet import UniGenDet
 
 SCHEMA = "unigendet-calibration/1"
@@ -81,14 +81,7 @@ class Calibration:
 
     def save(self, file: str | Path) -> None:
         """Write a JSON file, whole or not at all."""
-        file = Path(file)
-        text = json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=2) + "\n"
-        unfinished = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-        try:
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_text(file, json.dumps({"schema": SCHEMA} | dataclasses.asdict(self), indent=2) + "\n")
 
     @classmethod
     def load(cls, file: str | Path) -> Calibration:

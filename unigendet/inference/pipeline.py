@@ -335,7 +335,8 @@ class Pipeline:
             An iterator over PIL images; it makes a batch when the first image of it is asked for.
 
         Raises:
-            ValueError: a setting, a prompt that is too long, a size that the model cannot make, an unreadable image.
+            ValueError: a setting, a prompt that is too long, a size that the model cannot make, an unreadable image;
+                from the iterator, an image that is not finite.
             FileNotFoundError: an input image does not exist.
         """
         check(batch_size > 0, "batch_size", batch_size, "positive")
@@ -350,7 +351,11 @@ class Pipeline:
                 conditions, noise = build.build(group)
                 tokens = generate_latents(self.model, conditions, guidance, noise=noise, progress=step)
                 for request, one in zip(group, tokens, strict=True):
-                    yield to_image(self.autoencoder.decode(tokens_to_latent(self.model, one, request.size)))
+                    pixels = self.autoencoder.decode(tokens_to_latent(self.model, one, request.size))
+                    if not torch.isfinite(pixels).all():  # it would become a black or white picture
+                        lack = "the model's image is not finite; try another dtype, or another model"
+                        raise ValueError(f"{request.where}: {lack}")
+                    yield to_image(pixels)
 
         return images()
 

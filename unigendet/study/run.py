@@ -18,6 +18,7 @@ from unigendet.evaluation.comparisons import METRICS, summarise
 from unigendet.evaluation.report import seconds as duration
 from unigendet.evaluation.results import environment, plain
 from unigendet.evaluation.study_report import write_study
+from unigendet.files import PARTIAL, beside, make_folder, write_text
 from unigendet.quickstart import default_config
 from unigendet.study.config import StudyConfig
 from unigendet.study.work import SeedWork
@@ -88,13 +89,14 @@ class _Study:
 
     def prepare(self) -> None:
         """Make the folder, with its mark."""
-        present = sorted(p.name for p in self.out.iterdir()) if self.out.is_dir() else []
+        half = beside(self.out / MARK, PARTIAL)  # what a process that was killed right here leaves
+        present = sorted(p.name for p in self.out.iterdir() if p != half) if self.out.is_dir() else []
         foreign = [name for name in present if name not in (*PARTS, MARK)]
         if foreign or (present and MARK not in present) or (self.out.exists() and not self.out.is_dir()):
             what = f"holds {', '.join((foreign or present)[:5])}" if self.out.is_dir() else "is a file"
             raise ValueError(f"out is {str(self.out)!r}, which {what}; it must be a new folder, or a study's")
         self.out.mkdir(parents=True, exist_ok=True)
-        (self.out / MARK).write_text("A study made this folder, and goes on in it.\n", encoding="utf-8")
+        write_text(self.out / MARK, "A study made this folder, and goes on in it.\n")
 
     def work(self, seed: int) -> SeedWork:
         """What is needed to run arms of a seed."""
@@ -129,10 +131,8 @@ class _Study:
         file = self.file(seed, name)
         where = {"seed": seed, "arm": name, "recipe": self.recipes[name], "environment": self.environment}
         result = plain(where | result)
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=1, allow_nan=False) + "\n", encoding="utf-8")
-        partial.replace(file)
+        make_folder(file.parent)
+        write_text(file, json.dumps(result, indent=1, allow_nan=False) + "\n")
         return result
 
     def say(self, seed: int, name: str, results: Results, left: list[tuple[int, str]]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from unigendet.data.quickstart import GENERATORS, build_quickstart_data, data_co
 from unigendet.evaluation.detection import DetectionMetrics, evaluate_detection
 from unigendet.evaluation.figures import save_image_grid
 from unigendet.evaluation.generation import DigitJudge
+from unigendet.files import new_folder
 from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
@@ -132,12 +132,9 @@ class SeedWork:
         wall, cpu = time.perf_counter(), time.process_time()
         train_stage(model, config, self.tokenizer, self.console, quiet=self.quiet)
         cost = {"seconds": time.perf_counter() - wall, "cpu_seconds": time.process_time() - cpu}
-        partial = folder.with_name(f".{name}.partial")
-        for old in (partial, folder):
-            shutil.rmtree(old, ignore_errors=True)
-        Pipeline(model, self.tokenizer, build_autoencoder(model.config.latent), data_config()).save(partial)
-        (partial / TRAINED).write_text(json.dumps({"recipe": self.recipes[name], **cost}), encoding="utf-8")
-        partial.replace(folder)
+        with new_folder(folder) as new:
+            Pipeline(model, self.tokenizer, build_autoencoder(model.config.latent), data_config()).save(new)
+            (new / TRAINED).write_text(json.dumps({"recipe": self.recipes[name], **cost}), encoding="utf-8")
         return folder
 
     def diga(self, name: str, first: Path) -> tuple[UniGenDet, float | None]:
