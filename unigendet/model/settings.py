@@ -40,7 +40,7 @@ def require_whole(folder: Path) -> None:
         finish_replacing(folder)
     except (OSError, UnicodeDecodeError) as error:  # a folder that cannot be written to, a damaged mark
         raise CheckpointError(
-            f"{folder}: a save was interrupted while its files changed places, and it cannot be finished now ({error}); "
+            f"{folder}: a save was interrupted while its files changed places, and cannot be finished now ({error}); "
             "make the folder writable, or save the model again"
         ) from error
 
