@@ -8,16 +8,20 @@ import pytest
 
 from unigendet import files
 from unigendet.files import (
+    finish_replacing,
     interrupted,
     naming,
     new_folder,
     remove_folder,
     replaced_files,
     settle,
+    sync,
     telling,
     whole_file,
     write_text,
 )
+from unigendet.model.settings import require_whole
+from unigendet.model.shards import CheckpointError
 from unigendet.training.state import checkpoints, clear_leftovers
 
 STEPS = ("replace", "unlink", "rmdir", "mkdir", "fsync")  # of os: what changes the disk, or waits for it
@@ -124,33 +128,152 @@ def test_a_removed_folder_is_whole_while_it_is_listed(tmp_path, monkeypatch):
     assert states == {0, 1}
 
 
-def test_replaced_files_never_mix(tmp_path, monkeypatch):
-    """Old, new, or marked as interrupted; what else the folder holds stays."""
-    seen = set()
+BEFORE = {"a": "old", "b": "old", "old-1": "old", "other": "old"}
+AFTER = {"a": "new", "b": "new", "c": "new", "other": "old"}
+
+
+def old_save(folder):
+    folder.mkdir()
+    for name, text in BEFORE.items():
+        (folder / name).write_text(text)
+
+
+def new_save(folder, error=None):
+    with replaced_files(folder, ["old-*"]) as new:
+        for name in ("a", "b", "c"):
+            (new / name).write_text("new")
+            if error is not None:
+                raise error
+
+
+def interrupted(folder):
+    return (folder / files.MARK).exists()
+
+
+def shown(folder):
+    return {name: text for name, text in content(folder).items() if not name.startswith(".")}
+
+
+def test_replaced_files_are_old_or_new_once_recovered(tmp_path, monkeypatch):
+    """Wherever the process was killed; what else the folder holds stays, and a save that then fails loses nothing."""
+    seen = []
     for number in range(1, 99):
         folder = tmp_path / str(number)
-        folder.mkdir()
-        for name in ("a", "b", "old-1", "other"):
-            (folder / name).write_text("old")
-
-        def save(folder=folder):
-            with replaced_files(folder, ["old-*"]) as new:
-                for name in ("a", "b", "c"):
-                    (new / name).write_text("new")
-
-        old = {"a": "old", "b": "old", "old-1": "old", "other": "old"}
-        new = {"a": "new", "b": "new", "c": "new", "other": "old"}
-        ended = killed_at(monkeypatch, save, number)
-        now = {name: text for name, text in content(folder).items() if not name.startswith(".")}
-        seen.add("interrupted" if interrupted(folder) else "old" if now == old else "new")
-        assert interrupted(folder) or now in (old, new)
-        assert now["other"] == "old"
-        save()
-        assert content(folder) == new
+        old_save(folder)
+        ended = killed_at(monkeypatch, lambda folder=folder: new_save(folder), number)
+        marked = interrupted(folder)
+        assert marked or shown(folder) in (BEFORE, AFTER)
+        shutil.copytree(folder, tmp_path / "full")
+        finish_replacing(folder)
         assert not interrupted(folder)
+        assert shown(folder) in (BEFORE, AFTER)
+        seen.append((shown(folder) == AFTER, marked))
+        with pytest.raises(OSError, match="No space"):  # in the save that comes instead of a reader
+            new_save(tmp_path / "full", OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)))
+        assert content(tmp_path / "full") == shown(folder)
+        shutil.rmtree(tmp_path / "full")
+        new_save(folder)
+        assert content(folder) == AFTER
         if not ended:
             break
-    assert seen == {"old", "interrupted", "new"}
+    assert [new for new, _ in seen] == sorted(new for new, _ in seen)  # once new, always new
+    assert set(seen) == {(False, False), (True, True), (True, False)}
+
+
+def test_recovering_can_be_killed_too(tmp_path, monkeypatch):
+    """At any step, after any step at which the save was; then it is done again."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)  # counted all the same; so many would take long
+    pairs = 0
+    for first in range(1, 99):
+        for second in range(1, 99):
+            folder = tmp_path / f"{first}-{second}"
+            old_save(folder)
+            saving = killed_at(monkeypatch, lambda folder=folder: new_save(folder), first)
+            expected = AFTER if interrupted(folder) else shown(folder)
+            recovering = killed_at(monkeypatch, lambda folder=folder: finish_replacing(folder), second)
+            finish_replacing(folder)
+            assert shown(folder) == expected
+            pairs += recovering
+            if not recovering:
+                break
+        if not saving:
+            break
+    assert pairs > 20
+
+
+def test_an_error_right_after_the_mark_leaves_the_old_files(tmp_path, monkeypatch):
+    """As Ctrl-C or a failing disk may: the new files go, so the mark must go before them."""
+    for error in (KeyboardInterrupt(), OSError(errno.EIO, os.strerror(errno.EIO))):
+        folder = tmp_path / type(error).__name__
+        old_save(folder)
+
+        def fail(path, folder=folder, error=error):
+            if interrupted(folder):
+                raise error
+            sync(path)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync", fail)
+            with pytest.raises(type(error)):
+                new_save(folder)
+        assert content(folder) == BEFORE
+        finish_replacing(folder)
+        assert content(folder) == BEFORE
+
+
+def test_several_processes_finish_the_same_save(tmp_path, monkeypatch):
+    """Each may find that another has just moved a file, or is through."""
+    replace = os.replace
+    for number in range(1, 99):
+        folder = tmp_path / str(number)
+        old_save(folder)
+        if not killed_at(monkeypatch, lambda folder=folder: new_save(folder), number):
+            break
+        if not interrupted(folder):
+            continue
+
+        def other(source, target, folder=folder):
+            with monkeypatch.context() as inner:
+                inner.setattr(os, "replace", replace)
+                finish_replacing(folder)
+            replace(source, target)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", other)
+            finish_replacing(folder)
+        assert content(folder) == AFTER
+
+
+def test_a_reader_finishes_or_says_why_it_cannot(tmp_path, monkeypatch):
+    folder = tmp_path / "model"
+    for number in range(1, 99):
+        old_save(folder)
+        killed_at(monkeypatch, lambda: new_save(folder), number)
+        if interrupted(folder):
+            break
+        shutil.rmtree(folder)
+    before = content(folder)
+
+    def refuse(*args, **options):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(folder))
+
+    with monkeypatch.context() as patch:
+        for name in ("replace", "unlink"):
+            patch.setattr(os, name, refuse)
+        with pytest.raises(CheckpointError, match=r"cannot be finished now \(.*Read-only file system"):
+            require_whole(folder)
+    assert content(folder) == before
+    require_whole(folder)
+    assert content(folder) == AFTER
+
+
+def test_a_mark_has_no_say_over_other_folders(tmp_path):
+    old_save(tmp_path / "model")
+    (tmp_path / "mine").write_text("mine")
+    (tmp_path / "model" / files.MARK).write_text("../mine\n/etc/hostname\nold-1")
+    finish_replacing(tmp_path / "model")
+    assert (tmp_path / "mine").read_text() == "mine"
+    assert content(tmp_path / "model") == dict.fromkeys(("a", "b", "other"), "old")
 
 
 def test_files_of_a_new_folder_appear_together(tmp_path):

@@ -5,8 +5,9 @@
   NAME (``settle`` renames it back) should the process end before the new one has its place.
 * ``remove_folder``: a folder is renamed out of the way before the first of its files goes.
 * ``replaced_files``: files of a folder that also holds others are exchanged together. They are written beside
-  the old ones; then they change places, which is a few renames, and while that lasts the folder carries a mark that
-  ``interrupted`` sees. So a reader that asks finds the old files, the new ones, or a reason to stop; never a mixture.
+  the old ones; then they change places, which is a few renames, and while that lasts the folder carries a mark. What a
+  process that ended meanwhile has left, ``finish_replacing`` brings to its end, so one who calls that first finds the
+  old files or the new ones. A reader that is still reading when a save comes to its renames may find some of either.
 
 A process that is killed leaves names with a leading dot behind, which the next writer clears away.
 """
@@ -18,7 +19,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PARTIAL, OLD, GONE = "partial", "old", "gone"
@@ -170,31 +171,53 @@ def replaced_files(folder: str | Path, outdated: Sequence[str] = ()) -> Iterator
         with new_folder(folder) as partial:
             yield partial
         return
-    partial, mark = beside(folder / "files", PARTIAL), folder / MARK
+    finish_replacing(folder)
+    partial, mark = _partial_files(folder), folder / MARK
     if partial.exists():
         shutil.rmtree(partial)
     partial.mkdir()
     try:
         with naming(folder):
             yield partial
+            old = {path.name for pattern in outdated for path in folder.glob(pattern)}
+            (partial / MARK).write_text("\n".join(sorted(old - set(os.listdir(partial)))), encoding="utf-8")
             sync_tree(partial)
-        new = sorted(os.listdir(partial))
-        mark.touch()
+        os.replace(partial / MARK, mark)
         sync(folder)
     except BaseException:
+        mark.unlink(missing_ok=True)  # first, or the files that it stands for would be gone
+        with suppress(OSError):
+            sync(folder)
         shutil.rmtree(partial, ignore_errors=True)
         raise
-    for old in {old for pattern in outdated for old in folder.glob(pattern)}:
-        if old.name not in new:
-            old.unlink()
-    for name in new:
-        os.replace(partial / name, folder / name)
-    sync(folder)
-    partial.rmdir()
-    mark.unlink()
+    finish_replacing(folder)
+
+
+def finish_replacing(folder: Path) -> None:
+    """Bring a ``replaced_files`` that ended while the files changed places to its end: all of them are new then.
+
+    Processes that do it at the same time do not disturb each other.
+
+    Raises:
+        OSError: the folder cannot be written to. The mark is still there.
+    """
+    mark, partial = folder / MARK, _partial_files(folder)
+    try:
+        outdated = mark.read_text(encoding="utf-8").split("\n")
+    except FileNotFoundError:
+        return
+    for name in filter(None, outdated):
+        (folder / Path(name).name).unlink(missing_ok=True)  # .name: a mark has no say over other folders
+    with suppress(FileNotFoundError):  # another process has done it
+        for name in sorted(os.listdir(partial)):
+            with suppress(FileNotFoundError):
+                os.replace(partial / name, folder / name)
+        sync(folder)
+        partial.rmdir()
+    mark.unlink(missing_ok=True)
     sync(folder)
 
 
-def interrupted(folder: Path) -> bool:
-    """Whether ``replaced_files`` ended in ``folder`` while its files changed places."""
-    return (folder / MARK).exists()
+def _partial_files(folder: Path) -> Path:
+    """Where ``replaced_files`` collects the new files of a folder."""
+    return beside(folder / "files", PARTIAL)

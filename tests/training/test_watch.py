@@ -185,7 +185,7 @@ def test_looks_cost_a_step_no_time(make, monkeypatch):
     """Against a clock that runs only while somebody looks, every step takes no time."""
     now = [0.0]
 
-    def look(state):
+    def look(state, ends):
         now[0] += 1000
         return Look(state.step, {"accuracy": 0.5}, None, "seen")
 

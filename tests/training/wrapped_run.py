@@ -3,7 +3,7 @@
 kill:FUNCTION:N:WHEN   SIGKILL at the N-th call of FUNCTION: ``before`` it, ``after`` it, or ``within`` (a file is then
                        half written)
 limit:BYTES            no file may become larger than that: writing fails as on a full disk
-wait:N                 in step N, wait until a signal ends the process
+wait:N                 in step N, wait until a signal ends the process; every signal is a request of its own
 """
 
 import os
@@ -62,8 +62,10 @@ def arrange_kill(name, number, when):
 
 def arrange_wait(number):
     """Step ``number`` begins, says so, and does not end by itself."""
+    from unigendet.training import signals
     from unigendet.training.trainer import Trainer
 
+    signals.SAME_REQUEST = 0
     inner = Trainer.train_step
 
     def step(trainer, *args, **options):

@@ -195,7 +195,7 @@ def weight_files(path: str | Path) -> list[Path]:
 
     Raises:
         FileNotFoundError: there are none, or not all that the index names.
-        CheckpointError: the index is damaged, or a save was interrupted.
+        CheckpointError: the index is damaged, or a save was interrupted and cannot be finished.
     """
     path = Path(path)
     if path.is_file():
@@ -277,8 +277,8 @@ def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
     """Write ``config.json`` and the weights under their published names, in shards of at most 5 GiB.
 
     A new folder appears whole. In one that is there, the earlier save stays whole until all of the new one is on the
-    disk; while the files then change places, loading from the folder is an error (``files.replaced_files``). Old and
-    new never mix.
+    disk; should the process end while the files then change places, the next to load finishes that
+    (``files.replaced_files``).
 
     Raises:
         OSError: a file cannot be written; names it. The earlier save is untouched.

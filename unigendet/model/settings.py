@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from unigendet.config import LatentConfig, ModelConfig, SpecialTokens, VisionConfig
-from unigendet.files import interrupted
+from unigendet.files import finish_replacing
 from unigendet.model.shards import CheckpointError, JsonObject
 
 CONFIG_FILE, LLM_FILE, VIT_FILE = "config.json", "llm_config.json", "vit_config.json"
@@ -35,9 +35,14 @@ def has_own_config(folder: Path) -> bool:
 
 
 def require_whole(folder: Path) -> None:
-    """Raise CheckpointError if a save ended while the folder's files changed places."""
-    if interrupted(folder):
-        raise CheckpointError(f"{folder}: a save was interrupted while its files changed places; save the model again")
+    """Finish a save that ended while the folder's files changed places; CheckpointError if that cannot be done."""
+    try:
+        finish_replacing(folder)
+    except (OSError, UnicodeDecodeError) as error:  # a folder that cannot be written to, a damaged mark
+        raise CheckpointError(
+            f"{folder}: a save was interrupted while its files changed places, and cannot be finished now ({error}); "
+            "make the folder writable, or save the model again"
+        ) from error
 
 
 def load_config(path: str | Path) -> ModelConfig:

@@ -87,7 +87,8 @@ class Trainer:
         config: of the run. Its model, datasets and loader are not read here.
         companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
         watch: called with the state before the first step and after each one, once its checkpoint is written; what it
-            returns is recorded and shown. It must leave the state as it is. Its time counts for no step.
+            returns is recorded and shown. It must leave the state as it is. Its time counts for no step. Its second
+            argument says whether a signal has come, upon which it should return None soon.
         console: where progress goes; default: standard error.
         quiet: show no progress.
     """
@@ -99,7 +100,7 @@ class Trainer:
         config: TrainConfig,
         *,
         companions: Sequence[Callable[[Path], None]] = (),
-        watch: Callable[[TrainState], Look | None] | None = None,
+        watch: Callable[[TrainState, Callable[[], bool]], Look | None] | None = None,
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
@@ -124,6 +125,7 @@ class Trainer:
             generator=torch.Generator(self.device).manual_seed(config.seed),
         )
         self.history: list[Row] = []
+        self._resumed: Path | None = None
 
     @property
     def ema(self) -> ExponentialAverage | None:
@@ -133,7 +135,8 @@ class Trainer:
     def run(self, until: int | None = None, *, stop: StopSignals | None = None) -> TrainResult:
         """Train up to step ``until``, by default ``config.total_steps``, and write the last checkpoint.
 
-        ``stop``: end after the step in which it receives a signal, with a checkpoint as at the end.
+        ``stop``: end after the step in which it receives a signal, with a checkpoint as at the end; a look at the model
+        is left for it, but for the one after the run's last step.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or the batches end too early.
@@ -162,7 +165,7 @@ class Trainer:
         batches = iter(self.batches)
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
-        self._look(writer, display)
+        self._look(writer, display, stop)
         while self.state.step < until and stop.received is None:
             started = time.perf_counter()
             batch = self._next(batches)
@@ -179,14 +182,21 @@ class Trainer:
                 display.log(mean)
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
-            if stop.received is None:  # or the run would end late; it looks when it goes on
-                self._look(writer, display)
-        if saved != self.state.step:  # the signal came after the last look
+            self._look(writer, display, stop)
+        if saved != self.state.step:  # the signal came during the look, or after it
             self._checkpoint(writer)
 
-    def _look(self, writer: MetricsWriter, display: ProgressDisplay) -> None:
+    def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
+        """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
+        complete = self.state.step == self.config.total_steps
+
+        def ends() -> bool:
+            return stop.received is not None and not complete
+
+        if self._watch is None or ends():
+            return
         with self._explained():
-            look = None if self._watch is None else self._watch(self.state)
+            look = self._watch(self.state, ends)
             if look is not None:
                 writer.look(look)
         if look is not None:
@@ -208,7 +218,9 @@ class Trainer:
             remedy = "make room" if error.errno in _NO_ROOM else "put that right"
             what = f"cannot write {error.filename or self.config.output} ({error.strerror or error})"
             last = self._last_checkpoint()
-            if last is None:
+            if last is None and self._resumed is not None:
+                how = f"no checkpoint has been written yet: {remedy}, then go on again from {self._resumed} (--resume)"
+            elif last is None:
                 how = f"no checkpoint has been written yet: {remedy}, then start the run again"
             else:
                 how = f"the last good checkpoint is {last}: {remedy}, then resume the run (--resume)"
@@ -318,6 +330,7 @@ class Trainer:
                 f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"
             )
         self.history = [] if self.config.output is None else read_history(self.config.output, self.state.step)
+        self._resumed = Path(path)
 
     def _last_checkpoint(self) -> Path | None:
         found = checkpoints(self.config.output) if self.config.output is not None else []

@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from unigendet.data.prompts import read_prompts
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
 from unigendet.evaluation.scoring import judge, limit_evenly, summarise
-from unigendet.files import naming, write_text
+from unigendet.files import make_folder, naming, sync, write_text
 from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Pipeline
 from unigendet.training.config import TrainConfig, WatchConfig
@@ -107,6 +107,10 @@ def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
     return tuple(records)
 
 
+class _Ended(Exception):
+    """The run is to end now: the look is left."""
+
+
 class Watcher:
     """Looks at the model at the steps that ``config.watch`` asks for; a ``Trainer``'s ``watch``.
 
@@ -132,22 +136,28 @@ class Watcher:
         mute = watched.held_out and not pipeline.has_head and not watch.max_tokens
         check(not mute, "watch.max_tokens", watch.max_tokens, "positive: the model has no real/fake head, only answers")
 
-    def __call__(self, state: TrainState) -> Look | None:
-        """Look at ``state.model``, if this step is one to look at."""
+    def __call__(self, state: TrainState, ends: Callable[[], bool] = lambda: False) -> Look | None:
+        """Look at ``state.model``, if this step is one to look at.
+
+        As soon as ``ends()`` is true, which is asked after every image and every step of sampling, the look is left
+        and counts as not done; then None is returned.
+        """
         if self._done is None:
             self._done = self._begin(state.step)
         wanted = state.step % self.config.watch.every == 0 or state.step == self.config.total_steps
         if not wanted or state.step in self._done:
             return None
         try:
-            look = self._look(state)
+            look = self._look(state, ends)
+        except _Ended:
+            return None
         except Exception as error:
             error.add_note(f"while watching the run after step {state.step}")
             raise
         self._done.add(state.step)
         return look
 
-    def _look(self, state: TrainState) -> Look:
+    def _look(self, state: TrainState, ends: Callable[[], bool]) -> Look:
         started = time.perf_counter()
         averaged = self.config.watch.use_ema and state.ema is not None
         row: Row = {"step": state.step, "seconds": 0.0, "averaged": averaged}
@@ -155,17 +165,18 @@ class Watcher:
         samples, texts = None, []
         with self._at_rest(state, averaged):
             if self.watched.held_out:
-                scores, about = self._judge()
+                scores, about = self._judge(ends)
                 row |= {"images": len(self.watched.held_out), **scores, **about}
                 texts.append(_describe(scores, about))
             if self.watched.prompts:
-                samples = self._sample()
+                samples = self._sample(ends)
                 row["samples"] = self._save(samples, state.step)
                 texts.append(f"samples {self._output / row['samples']}")
         row["seconds"] = time.perf_counter() - started
         path = self._output / WATCH_FILE
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+        sync(path)  # a later checkpoint counts on it: the look is not made again
         numbers = {name: value for name, value in {**scores, "seconds": row["seconds"]}.items() if value is not None}
         return Look(state.step, numbers, samples, texts[0])
 
@@ -186,26 +197,40 @@ class Watcher:
             if device.type == "cuda":  # blocks of other sizes than training's would lie idle, and memory is short
                 torch.cuda.empty_cache()
 
-    def _sample(self) -> NDArray[np.uint8]:
+    def _sample(self, ends: Callable[[], bool]) -> NDArray[np.uint8]:
         watch = self.config.watch
+
+        def progress(done: int, steps: int) -> None:
+            if ends():
+                raise _Ended
+
         prompts = [prompt for prompt in self.watched.prompts for _ in range(watch.count)]
         images = self.pipeline.generate(
-            prompts, size=watch.size, guidance=watch.guidance, seed=watch.seed, batch_size=watch.batch_size
+            prompts,
+            size=watch.size,
+            guidance=watch.guidance,
+            seed=watch.seed,
+            batch_size=watch.batch_size,
+            progress=progress,
         )
         return sample_grid(images, watch.count)
 
-    def _judge(self) -> tuple[dict[str, float | None], dict[str, Any]]:
+    def _judge(self, ends: Callable[[], bool]) -> tuple[dict[str, float | None], dict[str, Any]]:
         """The scores of the verdicts on the held-out images, and what else there is to say of them."""
         watch = self.config.watch
-        outcomes = list(
-            judge(
-                self.pipeline,
-                self.watched.held_out,
-                with_latent=self.config.datasets.detection_latents,
-                max_new_tokens=watch.max_tokens,
-                batch_size=watch.batch_size,
-            )
+        judged = judge(
+            self.pipeline,
+            self.watched.held_out,
+            with_latent=self.config.datasets.detection_latents,
+            max_new_tokens=watch.max_tokens,
+            batch_size=watch.batch_size,
         )
+        outcomes = []
+        with closing(judged):
+            for outcome in judged:
+                outcomes.append(outcome)
+                if ends():
+                    raise _Ended
         summary = summarise(outcomes)
         overall = summary.overall
         scores = {
@@ -230,14 +255,16 @@ class Watcher:
         from PIL import Image
 
         name = f"{PICTURES}/step-{step:06}.png"
-        (self._output / PICTURES).mkdir(parents=True, exist_ok=True)
+        make_folder(self._output / PICTURES)
         with naming(self._output / name):
             Image.fromarray(samples).save(self._output / name)
+        sync(self._output / name)
+        sync(self._output / PICTURES)
         return name
 
     def _begin(self, step: int) -> set[int]:
         """The steps of the looks that a run which goes on after ``step`` has had; later looks are removed."""
-        self._output.mkdir(parents=True, exist_ok=True)
+        make_folder(self._output)
         rows = read_history(self._output, step, WATCH_FILE) if step else []
         write_text(self._output / WATCH_FILE, "".join(json.dumps(row) + "\n" for row in rows))
         kept = {row.get("samples") for row in rows}
