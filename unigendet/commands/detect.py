@@ -17,7 +17,7 @@ from unigendet.commands.rows import FORMATS, RowWriter, check_out, format_of
 
 if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
-    from unigendet.inference.pipeline import Detection
+    from unigendet.inference.detect import Detection
 
 COLUMNS = ("path", "verdict", "probability_real", "explanation", "error")
 EPILOG = """One row per picture, in the order given: its path, the verdict (real, fake, unsure, undecided or error), the

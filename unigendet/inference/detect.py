@@ -62,6 +62,35 @@ class DetectionOutput:
         return real - fake
 
 
+@dataclass(frozen=True)
+class Detection:
+    """The verdict on one image.
+
+    ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
+    neither decides. ``probability``: of being real, by the head, calibrated if there is a calibration; ``logit``: the
+    head's logit of real less that of fake, never calibrated. ``explanation``: the whole answer. ``name``: its path.
+    ``error``: why there is no verdict, for a picture that could not be judged. ``unsure``: within the calibration's
+    unsure band.
+    """
+
+    name: str
+    real: bool | None
+    probability: float | None
+    explanation: str
+    error: str | None = None
+    logit: float | None = None
+    unsure: bool = False
+
+    @property
+    def verdict(self) -> str:
+        """``real``, ``fake``, ``unsure``, ``undecided`` (no head, and the text says neither) or ``error``."""
+        if self.error is not None:
+            return "error"
+        if self.real is None:
+            return "unsure" if self.unsure else "undecided"
+        return "real" if self.real else "fake"
+
+
 def answer_room(config: ModelConfig, question: Text, *, with_latent: bool = True) -> int:
     """The longest answer, in tokens after bos, that the model's positions leave after the images and ``question``.
 

@@ -28,7 +28,7 @@ from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.data.transforms import read_image, to_image
 from unigendet.files import replaced_files
 from unigendet.inference.calibration import Calibration
-from unigendet.inference.detect import DetectionOutput, DetectionRequest, answer_room, detect_packed
+from unigendet.inference.detect import Detection, DetectionOutput, DetectionRequest, answer_room, detect_packed
 from unigendet.inference.generate import generate_latents, tokens_to_latent
 from unigendet.inference.prefetch import map_ahead
 from unigendet.inference.requests import ImageRequest, RequestBuilder
@@ -44,35 +44,6 @@ FLUX_WEIGHTS = "ae.safetensors"
 GUIDANCE_FILE = "generation.json"
 _DECODING = threading.Lock()  # pictures that were opened elsewhere are decoded one at a time
 DEFAULT_ANSWER = 256  # tokens, where the model has room for as many
-
-
-@dataclass(frozen=True)
-class Detection:
-    """The verdict on one image.
-
-    ``real``: the verdict, by the real/fake head if the model has one, otherwise by the answer's first sentence; None if
-    neither decides. ``probability``: of being real, by the head, calibrated if there is a calibration; ``logit``: the
-    head's logit of real less that of fake, never calibrated. ``explanation``: the whole answer. ``name``: its path.
-    ``error``: why there is no verdict, for a picture that could not be judged. ``unsure``: within the calibration's
-    unsure band.
-    """
-
-    name: str
-    real: bool | None
-    probability: float | None
-    explanation: str
-    error: str | None = None
-    logit: float | None = None
-    unsure: bool = False
-
-    @property
-    def verdict(self) -> str:
-        """``real``, ``fake``, ``unsure``, ``undecided`` (no head, and the text says neither) or ``error``."""
-        if self.error is not None:
-            return "error"
-        if self.real is None:
-            return "unsure" if self.unsure else "undecided"
-        return "real" if self.real else "fake"
 
 
 @dataclass(frozen=True)
