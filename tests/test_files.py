@@ -9,7 +9,6 @@ import pytest
 from unigendet import files
 from unigendet.files import (
     finish_replacing,
-    interrupted,
     naming,
     new_folder,
     remove_folder,
