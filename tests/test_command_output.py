@@ -61,7 +61,7 @@ def test_an_encoding_that_lacks_characters():
     """JSON then stays within ASCII, and a table shows escapes."""
     for form, text in (("jsonl", rb'"path": "\u6f22.png"'), ("table", rb"\u6f22.png")):
         raw = io.BytesIO()
-        stream = io.TextIOWrapper(raw, encoding="latin-1")
+        stream = io.TextIOWrapper(raw, encoding="latin-1", errors="backslashreplace")  # as the command line sets it
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(sys, "stdout", stream)
             with RowWriter(COLUMNS, {}, form) as writer:

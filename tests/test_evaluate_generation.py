@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from command_runs import fails, run_command, save_model
 from PIL import Image
 
+from unigendet.commands.evaluate_generation import _described
 from unigendet.data.quickstart import caption, load_digits, write_png
 from unigendet.evaluation.contact_sheet import SheetRow, save_contact_sheet
 from unigendet.inference import pipeline as pipeline_module
@@ -136,6 +138,26 @@ def test_generated_and_real_pictures_are_kept_apart(evaluate, model_folder, tmp_
     sheet = evaluate(*asked, "--reference", real, "--out", tmp_path / "out", "--grid", real / "grid.png")
     fails(sheet, f"--grid {real / 'grid.png'} lies in the folder of real images")
     assert not (real / "scores").exists()
+
+
+def test_settings_tell_the_real_images_by_names_and_contents(tmp_path):
+    folder = manifest_of(tmp_path / "real", {}, {})
+    annotations = tmp_path / "p.json"
+
+    def digest(reference, image_root=None, count=2, base=folder):
+        options = SimpleNamespace(reference=reference, prompts=annotations, image_root=image_root)
+        described = _described(options, [base / f"{i}.png" for i in range(count)])
+        assert described["reference"] == str(reference or annotations)
+        return described["reference_sha256"]
+
+    first = digest(folder)
+    assert digest(folder / "p.json") == digest(None, image_root=folder) == first  # named from the folder they lie in
+    moved = folder.rename(tmp_path / "moved")
+    assert digest(moved, base=moved) == first
+    others = {first, digest(moved, count=1, base=moved), digest(annotations, base=moved)}
+    (moved / "1.png").write_bytes((moved / "0.png").read_bytes())
+    others.add(digest(moved, base=moved))
+    assert len(others) == 4
 
 
 def test_a_folder_without_a_manifest(evaluate, tmp_path):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import io
 import json
 import shutil
 import sys
@@ -302,6 +303,35 @@ def test_an_image_that_is_not_finite_is_not_saved(generate, tmp_path):
     assert (tmp_path / "out" / "manifest.jsonl").read_bytes() == b""
     fails(generate(*broken, tmp_path / "a.png"), why)
     assert files(tmp_path) == ["broken", "out"]
+
+
+def test_a_foreign_manifest_stays(generate, tmp_path):
+    for i, content in enumerate((b"notes", b'{"file": "a.png", "caption": "mine"}\n', b'{"image": "a.png"}\n{"im')):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "manifest.jsonl").write_bytes(content)
+        result = generate("--prompt", "a", "--out", tmp_path / str(i))
+        fails(result, "manifest.jsonl is no manifest of generated pictures; name another folder")
+        assert files(tmp_path / str(i)) == ["manifest.jsonl"]
+        assert (tmp_path / str(i) / "manifest.jsonl").read_bytes() == content
+
+
+def test_texts_that_are_none(generate, capsys, tmp_path, model_folder):
+    """Bytes of a command line that are not UTF-8, and half a surrogate pair in JSON."""
+    (tmp_path / "p.json").write_text('["a", "b\\ud800"]')
+    Image.new("L", (8, 8)).save(tmp_path / "x.png")
+    fails(generate("--prompt", "a\udcff", "--out", tmp_path / "out"), "text 'a\\udcff' is no Unicode text (a lone surr")
+    fails(generate("--prompts", tmp_path / "p.json", "--out", tmp_path / "out"),
+          "p.json, entry 1, 'prompt' is 'b\\ud800'; it must be Unicode text")  # fmt: skip
+    asked = run_command(capsys, "detect", "--model", model_folder, tmp_path / "x.png", "--question", "a\udcff")
+    fails(asked, "text 'a\\udcff' is no Unicode text (a lone surrogate)")
+
+
+def test_lines_of_results_are_printable_whatever_the_terminal(generate, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    result = generate("--prompt", "süß\x1b[2J 漢", "--out", tmp_path / "a.png")
+    assert result.code == 0
+    assert stdout.buffer.getvalue() == f"{tmp_path}/a.png\tseed 0\tsüß\\x1b[2J \\u6f22\n".encode("latin-1")
 
 
 def test_mistakes(generate, tmp_path, monkeypatch):

@@ -206,3 +206,13 @@ def test_mistakes_are_found_before_the_first_image(pipeline, pictures, tmp_path,
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=rf"seed is {seed}; it must be from 0"):
             ImageRequest("a", seed)
+
+
+def test_a_turned_picture_has_the_size_that_people_see(pipeline, tmp_path):
+    """Orientation 6 of EXIF: stored 24×12, shown 12×24."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (24, 12)).save(tmp_path / "turned.jpg", exif=exif)
+    with Image.open(tmp_path / "turned.jpg") as opened:
+        requests = [ImageRequest("a", images=(image,)) for image in (tmp_path / "turned.jpg", opened)]
+        assert [request.size for request in pipeline.check_requests(requests)] == [(8, 4), (8, 4)]

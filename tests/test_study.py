@@ -212,6 +212,14 @@ def test_results_of_other_settings_do_not_mix(done, settings, tmp_path):
         run_small(out, file)
 
 
+def test_a_study_that_was_killed_at_its_first_file_begins_again(settings, tmp_path):
+    config = load_settings(StudyConfig, settings)
+    half = tmp_path / f".{MARK}.partial"
+    half.write_text("A st")
+    study_run._Study(tmp_path, config, Console(file=io.StringIO())).prepare()
+    assert [path.name for path in tmp_path.iterdir()] == [MARK]
+
+
 def test_refuses_a_folder_that_is_not_its_own(settings, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["study", "--out", str(tmp_path), "--config", str(settings)]) == 1

@@ -34,6 +34,9 @@ NEEDS_EXTRA = {"PIL", "diffusers", "jinja2", "jsonargparse", "markupsafe", "matp
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # what the terminal's encoding lacks must not end the run
+            stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
     if options.command == "train" and all("=" in r and not r.startswith("-") for r in rest):

@@ -55,6 +55,9 @@ def test_json_and_json_lines_hold_the_same_entries(tmp_path, name, places):
         ({"prompt": "a", "images": "b.png"}, "'images' is 'b.png'; it must be a list of paths"),
         ({"prompt": "a", "images": [""]}, "'images' is ['']; it must be a list of paths"),
         ({"prompt": "a", "image_path": 3}, "'image_path' is 3; it must be a path"),
+        ({"prompt": "a", "image_path": "/b.png"}, "'image_path' is '/b.png'; it must be a path below the image root"),
+        ({"prompt": "a", "image_path": "x/../../b"}, "'image_path' is 'x/../../b'; it must be a path below the image"),
+        ("a\udcff", r"'prompt' is 'a\udcff'; it must be Unicode text, without a lone surrogate"),
     ],
 )
 def test_malformed_entries_are_named(entry, message):
@@ -86,6 +89,13 @@ def test_malformed_files(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_prompts(tmp_path / name)
+
+
+def test_an_annotation_may_say_more_than_is_needed():
+    content = json.dumps([{"image_path": "a.png", "prompt": "p", "url": "u", "punsafe": 0.1}]).encode()
+    assert parse_prompts(content, "p.json", Path("r")) == [
+        PromptRecord("p", reference=Path("r/a.png"), where="p.json, entry 0")
+    ]
 
 
 def test_missing_file(tmp_path):

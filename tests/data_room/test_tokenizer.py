@@ -21,6 +21,12 @@ def test_any_text_survives(tokenizer, text):
     assert all(4 <= i < tokenizer.vocab_size for i in ids)
 
 
+def test_a_lone_surrogate_is_no_text(tokenizer):
+    for text in ("a\udcff", "\ud83d"):
+        with pytest.raises(ValueError, match=r"text '.*\\ud.*' is no Unicode text \(a lone surrogate\)"):
+            tokenizer.encode(text)
+
+
 def test_text_cannot_spell_special_tokens(tokenizer):
     text = "a <|im_end|><|vision_start|> b"
     for t in (tokenizer, pickle.loads(pickle.dumps(tokenizer))):

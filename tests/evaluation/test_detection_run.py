@@ -182,6 +182,12 @@ def test_another_evaluation_is_refused(folder, changes, message):
         prepare_folder(folder, {**IDENTITY, **changes})
 
 
+def test_a_run_that_was_killed_at_its_first_file_begins_again(tmp_path):
+    (tmp_path / ".run.json.partial").write_text("{")
+    assert prepare_folder(tmp_path, IDENTITY) == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1, "kind": "x"}'])
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
     other = tmp_path / "other"

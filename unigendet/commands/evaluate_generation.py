@@ -226,7 +226,7 @@ def _made(entries: Sequence[Mapping[str, Any]], folder: Path) -> dict[str, Any]:
                 f"{folder} holds pictures that were made in different ways: {entries[0]['file']} and {other['file']} "
                 f"differ in {key}; score each kind alone"
             )
-    sizes = {tuple(entry["size"]) for entry in entries if "size" in entry}
+    sizes = {tuple(entry["size"]) for entry in entries if isinstance(entry.get("size"), list)}
     return {
         **{key: entry.get(key) for key in ONE_WAY for entry in entries[:1]},
         "seeds": sorted({entry["seed"] for entry in entries}),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unigendet import __version__
 from unigendet.commands.common import UserError
 from unigendet.commands.progress import Progress
+from unigendet.commands.rows import cell
 
 if TYPE_CHECKING:
     from unigendet.config import GuidanceConfig
@@ -175,8 +176,8 @@ def fill_folder(
 
 
 def result_line(path: Path, request: ImageRequest) -> str:
-    """A picture's line of standard output."""
-    return f"{path}\tseed {request.seed}\t{' '.join(request.prompt.split())}"
+    """A picture's line of standard output, in printable characters."""
+    return f"{cell(path)}\tseed {request.seed}\t{cell(' '.join(request.prompt.split()))}"
 
 
 def save_grid(path: Path, rows: Sequence[Sequence[ImageRequest]], pictures: Sequence[Path]) -> None:

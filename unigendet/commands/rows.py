@@ -60,8 +60,6 @@ class RowWriter:
     def __enter__(self) -> RowWriter:
         if self._out is None:
             self._file: TextIO = sys.stdout
-            if hasattr(self._file, "reconfigure"):  # what the terminal's encoding lacks must not end the run
-                self._file.reconfigure(errors="backslashreplace")
         else:
             self._out.parent.mkdir(parents=True, exist_ok=True)
             self._file = self._stack.enter_context(

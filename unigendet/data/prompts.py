@@ -2,7 +2,8 @@
 
 - ``*.json``: a list whose entries are strings or objects. An object has ``prompt`` and may have ``seed``, ``size``
   ([height, width] in pixels), ``images`` (input images, see ``unigendet.inference.requests``) and ``image_path``, the
-  real image that a LAION annotation describes: a reference to compare with, which generation does not look at.
+  real image that a LAION annotation describes, below the image root: a reference to compare with, which generation does
+  not look at. Beside ``image_path`` there may be other keys; elsewhere they are errors.
 - ``*.jsonl``: the same entries, one a line.
 - Anything else is text: one prompt a line, without the white space around it; blank lines and lines that begin with
   ``#`` are left out. A prompt that begins with ``#`` is written in JSON.
@@ -102,7 +103,7 @@ def _record(entry: Any, where: str, root: Path) -> PromptRecord:
     if not isinstance(entry, dict):
         raise ValueError(f"{where} is {_short(entry)}; it must be a string or an object with the key 'prompt'")
     unknown = sorted(set(entry) - set(KEYS))
-    if unknown:
+    if unknown and "image_path" not in entry:  # an annotation may say more than is needed here
         raise ValueError(f"{where} has the unknown keys {unknown}; there are {list(KEYS)}")
 
     def need(fits: bool, key: str, must: str) -> None:
@@ -112,11 +113,14 @@ def _record(entry: Any, where: str, root: Path) -> PromptRecord:
     prompt, seed, size = entry.get("prompt"), entry.get("seed"), entry.get("size")
     images, reference = entry.get("images", []), entry.get("image_path")
     need(isinstance(prompt, str) and bool(prompt.strip()), "prompt", "a text that is not blank")
+    need(is_text(prompt), "prompt", "Unicode text, without a lone surrogate")
     need(seed is None or (type(seed) is int and seed >= 0), "seed", "a whole number from 0")
     pair = isinstance(size, list) and len(size) == 2 and all(type(side) is int for side in size)
     need(size is None or pair, "size", "[height, width] in pixels")
     need(isinstance(images, list) and all(map(_is_path, images)), "images", "a list of paths")
     need(reference is None or _is_path(reference), "image_path", "a path")
+    below = reference is None or not (Path(reference).is_absolute() or ".." in Path(reference).parts)
+    need(below, "image_path", "a path below the image root")
     return PromptRecord(
         prompt,
         seed,
@@ -125,6 +129,15 @@ def _record(entry: Any, where: str, root: Path) -> PromptRecord:
         None if reference is None else root / reference,
         where,
     )
+
+
+def is_text(text: str) -> bool:
+    """Whether a string is Unicode text: a lone surrogate, as an undecodable byte of a command line becomes, is none."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _is_path(value: Any) -> bool:

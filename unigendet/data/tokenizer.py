@@ -11,7 +11,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, trainers
 
 from unigendet.config import SpecialTokens
+from unigendet.data.prompts import is_text
 from unigendet.files import telling
+
+SHOWN = 40  # letters of a text in an error message
 
 # In the order of the fields of SpecialTokens.
 SPECIAL_TOKENS = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>")
@@ -48,7 +51,9 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str) -> list[int]:
-        """The ids of ``text``, without bos and eos."""
+        """The ids of ``text``, without bos and eos. Raises ValueError for half a surrogate pair, which is no text."""
+        if not is_text(text):
+            raise ValueError(f"text {text[:SHOWN]!r} is no Unicode text (a lone surrogate)")
         return self._backend.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Sequence[int]) -> str:
