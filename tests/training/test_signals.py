@@ -138,7 +138,6 @@ def test_handlers_are_restored_and_belong_to_the_main_thread():
         assert signal.getsignal(signal.SIGTERM) not in before
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received is signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
     def elsewhere():
@@ -150,6 +149,26 @@ def test_handlers_are_restored_and_belong_to_the_main_thread():
     thread.start()
     thread.join()
     assert inside == [(None, before[0])]
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_a_request_that_arrives_twice_is_one(monkeypatch, capfd, first, second):
+    """Within a second; a later signal is another request, and has its default effect."""
+    now, ended = [50.0], []
+    with StopSignals(clock=lambda: now[0]) as stop:
+        os.kill(os.getpid(), first)
+        for later in (0.0, 0.01, 0.98):
+            now[0] = 50.0 + later
+            os.kill(os.getpid(), second)
+        assert stop.received is first
+        assert capfd.readouterr().err.count("stopping after the present step") == 1
+        kill = os.kill
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda pid, number: ended.append((pid, number, signal.getsignal(number))))
+            now[0] = 51.0
+            kill(os.getpid(), second)
+        assert ended == [(os.getpid(), second, signal.SIG_DFL)]
+        assert stop.received is first
 
 
 def test_an_ignored_signal_stays_ignored():
