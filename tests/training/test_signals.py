@@ -116,6 +116,19 @@ def test_a_signal_without_an_output_folder(tmp_path, monkeypatch, capfd):
     )
 
 
+def test_a_resumed_run_that_saved_nothing_goes_on_from_where_it_began(tmp_path, monkeypatch, capfd):
+    file = write_run(tmp_path, total_steps=1)
+    assert main(["train", "--config", str(file)]) == 0
+    (first,) = checkpoints(tmp_path / "out")
+    signal_at(monkeypatch, 2)
+    base = ["train", "--config", str(file), "output=null", "total_steps=3", "--resume", str(first)]
+    assert main(base) == 143
+    last = capfd.readouterr().err.splitlines()[-1]
+    head = "unigendet train: SIGTERM after step 2; nothing is saved; go on again with: unigendet "
+    assert last.startswith(head)
+    assert shlex.split(last.removeprefix(head)) == base
+
+
 def test_a_signal_during_a_save_is_not_lost(tmp_path, monkeypatch, capfd):
     """It comes after the step's last look; no step more is done, and nothing is saved twice."""
     from unigendet.training.trainer import Trainer
