@@ -210,6 +210,19 @@ def test_a_resumed_run_keeps_its_history_at_every_instant(copied, command, monke
     assert history(good.parents[1]) == before
 
 
+def test_a_run_finishes_the_interrupted_save_that_it_starts_from(copied, tmp_path):
+    """Before it reads the first file of it, the tokenizer's."""
+    file, _, good = copied
+    model = good / "model"
+    (model / ".files.partial").mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (model / name).rename(model / ".files.partial" / name)
+    (model / ".replacing").write_text("")
+    base = ["train", "--config", str(file), f"output={tmp_path / 'new'}", "total_steps=1"]
+    assert main([*base, "model.preset=null", "model.tokenizer=null", f"model.checkpoint={model}"]) == 0
+    assert not list(model.glob(".*"))
+
+
 # A checkpoint that does not fit
 
 
