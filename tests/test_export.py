@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import re
+import weakref
 
 import published_folder
 import pytest
@@ -18,6 +19,7 @@ from unigendet.cli import main
 from unigendet.config import DataConfig, GuidanceConfig, ImageConfig
 from unigendet.data.tokenizer import load_tokenizer, train_tokenizer
 from unigendet.inference.pipeline import Pipeline
+from unigendet.model import export as model_export
 from unigendet.model import shards
 from unigendet.model.autoencoder import PixelAutoencoder
 from unigendet.model.checkpoint import published_state_dict, save_pretrained, stored_config
@@ -190,11 +192,72 @@ def test_every_plain_setting_comes_back(tmp_path, qwen2):
     assert not CONNECTOR & load_file(tmp_path / "out" / "ema.safetensors").keys()  # as BAGEL's own
 
 
-def test_shards(ours, command, tmp_path, monkeypatch):
+def test_one_file_whatever_its_size(ours, command, tmp_path, monkeypatch):
+    """BAGEL's own code opens one. It is written tensor by tensor, and is laid out as safetensors' own files are."""
     folder, model = ours
     monkeypatch.setattr(shards, "SHARD_BYTES", 4_000_000)
-    assert command("--model", folder, "--out", tmp_path / "release")[0] == 0
+    read, held = model_export.as_published, []
+
+    def counted(name, tensor):
+        held[:] = [reference for reference in held if reference() is not None]
+        tensor = read(name, tensor).clone()
+        held.append(weakref.ref(tensor))
+        assert len(held) == 1
+        return tensor
+
+    monkeypatch.setattr(model_export, "as_published", counted)
     out = tmp_path / "release"
+    assert command("--model", folder, "--out", out)[0] == 0
+    assert held
+    assert [p.name for p in out.glob("ema*")] == ["ema.safetensors"]
+    assert_equal(UniGenDet.from_pretrained(out), model)
+    content = (out / "ema.safetensors").read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    offsets = [entry["data_offsets"] for entry in header.values()]
+    assert [start for start, _ in offsets] == [0, *(end for _, end in offsets[:-1])]
+    assert offsets[-1][1] == len(content) - 8 - length
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_streamed_tensors_come_back(tmp_path, dtype):
+    """Of any shape, also without a dimension or an element, and of a tensor that is not contiguous."""
+    tensors = {"é": torch.randn(5, 3).T, "none": torch.zeros(0, 4), "one": torch.tensor(2.5), "odd": torch.randn(7)}
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors.items()}
+    like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    shards.stream_tensors(like, tensors.__getitem__, tmp_path / "x.safetensors")
+    with shards.open_tensors(tmp_path / "x.safetensors") as opened:
+        assert opened.metadata() == {"format": "pt"}
+    again = load_file(tmp_path / "x.safetensors")
+    assert again.keys() == tensors.keys()
+    assert all(again[name].dtype == dtype and torch.equal(again[name], t) for name, t in tensors.items())
+    with pytest.raises(ValueError, match=r"odd is \(\[1\], .*; it must be \(\[7\]"):
+        shards.stream_tensors(like, (tensors | {"odd": torch.ones(1)}).__getitem__, tmp_path / "x.safetensors")
+
+
+def test_an_export_without_an_autoencoder_says_so(ours, command, tmp_path):
+    folder, _ = ours
+    code, _, err = command("--model", folder, "--out", tmp_path / "release")
+    assert code == 0
+    assert err == (
+        "unigendet export: no autoencoder was written: commands that use the model will need --autoencoder FILE\n"
+    )
+
+
+@pytest.mark.parametrize("size", ["0", "-1", "nan", "inf", "big"])
+def test_a_shard_size_that_is_none(tmp_path, capsys, size):
+    with pytest.raises(SystemExit) as end:
+        main(["export", "--model", str(tmp_path), "--out", str(tmp_path / "x"), f"--shard-size={size}"])
+    assert end.value.code == 2
+    assert "--shard-size" in capsys.readouterr().err
+
+
+def test_shards(ours, command, tmp_path):
+    folder, model = ours
+    out = tmp_path / "release"
+    assert command("--model", folder, "--out", out, "--shard-size", 4_000_000 / 2**30)[0] == 0
     index = json.loads((out / "ema.safetensors.index.json").read_text())
     files = sorted(set(index["weight_map"].values()))
     assert len(files) > 2
@@ -202,7 +265,6 @@ def test_shards(ours, command, tmp_path, monkeypatch):
     assert index["metadata"]["total_size"] == sum(t.nbytes for file in files for t in load_file(out / file).values())
     assert_equal(UniGenDet.from_pretrained(out), model)
     # What an export leaves can be exported, and takes the place of another form.
-    monkeypatch.undo()
     assert command("--model", out, "--out", folder, "--overwrite")[0] == 0
     assert not {"config.json", "model.safetensors"} & {p.name for p in folder.iterdir()}
     assert_equal(UniGenDet.from_pretrained(folder), model)
@@ -287,7 +349,7 @@ def test_overwriting_keeps_what_is_not_a_models(ours, command, tmp_path, monkeyp
     def full(*args, **options):
         raise OSError(28, os.strerror(28))
 
-    monkeypatch.setattr("safetensors.torch.save_file", full)
+    monkeypatch.setattr(model_export, "as_published", full)
     code, _, err = command("--model", folder, "--out", out, "--overwrite")
     assert code == 1
     assert "No space left on device" in err

@@ -204,7 +204,7 @@ def finish_replacing(folder: Path) -> None:
     mark, partial = folder / MARK, _partial_files(folder)
     try:
         outdated = mark.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return
     for name in filter(None, outdated):
         (folder / Path(name).name).unlink(missing_ok=True)  # .name: a mark has no say over other folders

@@ -4,6 +4,8 @@ import errno
 import json
 import os
 import shutil
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from run_process import history, run, write_run
 from safetensors.torch import load_file, save_file
 
 from unigendet.cli import main
+from unigendet.data.tokenizer import Tokenizer
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.training.metrics import MetricsWriter
 from unigendet.training.state import checkpoints
@@ -103,19 +106,56 @@ def test_no_space_left_for_any_file_of_a_checkpoint(copied, command, monkeypatch
     load_pretrained(good / "model")
 
 
-def test_no_space_left_for_the_small_files(copied, command, monkeypatch):
-    """The tokenizer's and the settings' files are written by other means."""
+@pytest.mark.parametrize(
+    "name", ["model/config.json", "ema/config.json", "model/data.json", "ema/data.json", "training.json",
+             "model/tokenizer.json"]
+)  # fmt: skip
+def test_no_space_left_for_the_small_files(copied, command, monkeypatch, name):
+    """Each of them, by whatever means it is written."""
     file, setting, good = copied
+    partial, before = good.parent / ".step-000003.partial", tree(good)
+    inner, save = Path.write_text, Tokenizer.save
+
+    def write_text(path, *args, **options):
+        return no_space() if path == partial / name else inner(path, *args, **options)
+
+    def save_tokenizer(tokenizer, folder):
+        if folder / "tokenizer.json" == partial / name:
+            tokenizer._backend = SimpleNamespace(save=no_space_in_rust)
+        save(tokenizer, folder)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    monkeypatch.setattr(Tokenizer, "save", save_tokenizer)
     monkeypatch.setattr("unigendet.training.metrics.ProgressDisplay.log", lambda *_: None)
-    base = ["train", "--config", file, setting, "total_steps=4", "--resume"]
-    for target in ("json.dumps", "unigendet.data.tokenizer.Tokenizer.save"):
-        with monkeypatch.context() as patch:
-            patch.setattr(target, no_space if "Tokenizer" in target else lambda *_, **__: no_space())
-            code, line = command(*base)
-        assert code == 1
-        assert "No space left on device" in line
-        assert f"the last good checkpoint is {good}: make room" in line
-        assert not list(good.parent.glob(".*"))
+    code, line = command("train", "--config", file, setting, "total_steps=4", "--resume")
+    assert code == 1
+    assert line == (
+        f"unigendet train: after step 3: cannot write {partial / name} (No space left on device); "
+        f"the last good checkpoint is {good}: make room, then resume the run (--resume)"
+    )
+    assert sorted(p.name for p in good.parent.iterdir()) == ["step-000001", "step-000002"]
+    assert tree(good) == before
+
+
+def tree(folder):
+    return {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_no_space_left_in_a_new_output_of_a_resumed_run(trained, command, monkeypatch, tmp_path):
+    """Which has no checkpoint of its own yet: starting again would throw away what it goes on from."""
+    file, output = trained
+    good = checkpoints(output)[-1]
+    monkeypatch.setattr("safetensors.torch.save_file", no_space)
+    monkeypatch.setattr("unigendet.training.metrics.ProgressDisplay.log", lambda *_: None)
+    base = ["train", "--config", file, f"output={tmp_path / 'new'}", "total_steps=4"]
+    code, line = command(*base, "--resume", good)
+    assert code == 1
+    assert line.endswith(
+        f"no checkpoint has been written yet: make room, then go on again from {good} (--resume {good})"
+    )
+    code, line = command(*base)
+    assert code == 1
+    assert line.endswith("has been written yet: make room, then start the run again")
 
 
 @pytest.mark.parametrize("method", ["add", "flush", "sync", "close"])
@@ -168,6 +208,19 @@ def test_a_resumed_run_keeps_its_history_at_every_instant(copied, command, monke
     assert code == 1
     assert "No space left" in line
     assert history(good.parents[1]) == before
+
+
+def test_a_run_finishes_the_interrupted_save_that_it_starts_from(copied, tmp_path):
+    """Before it reads the first file of it, the tokenizer's."""
+    file, _, good = copied
+    model = good / "model"
+    (model / ".files.partial").mkdir()
+    for name in ("tokenizer.json", "model.safetensors"):
+        (model / name).rename(model / ".files.partial" / name)
+    (model / ".replacing").write_text("")
+    base = ["train", "--config", str(file), f"output={tmp_path / 'new'}", "total_steps=1"]
+    assert main([*base, "model.preset=null", "model.tokenizer=null", f"model.checkpoint={model}"]) == 0
+    assert not list(model.glob(".*"))
 
 
 # A checkpoint that does not fit

@@ -116,6 +116,19 @@ def test_a_signal_without_an_output_folder(tmp_path, monkeypatch, capfd):
     )
 
 
+def test_a_resumed_run_that_saved_nothing_goes_on_from_where_it_began(tmp_path, monkeypatch, capfd):
+    file = write_run(tmp_path, total_steps=1)
+    assert main(["train", "--config", str(file)]) == 0
+    (first,) = checkpoints(tmp_path / "out")
+    signal_at(monkeypatch, 2)
+    base = ["train", "--config", str(file), "output=null", "total_steps=3", "--resume", str(first)]
+    assert main(base) == 143
+    last = capfd.readouterr().err.splitlines()[-1]
+    head = "unigendet train: SIGTERM after step 2; nothing is saved; go on again with: unigendet "
+    assert last.startswith(head)
+    assert shlex.split(last.removeprefix(head)) == base
+
+
 def test_a_signal_during_a_save_is_not_lost(tmp_path, monkeypatch, capfd):
     """It comes after the step's last look; no step more is done, and nothing is saved twice."""
     from unigendet.training.trainer import Trainer
@@ -138,7 +151,6 @@ def test_handlers_are_restored_and_belong_to_the_main_thread():
         assert signal.getsignal(signal.SIGTERM) not in before
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.received is signal.SIGTERM
-        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
     def elsewhere():
@@ -150,6 +162,26 @@ def test_handlers_are_restored_and_belong_to_the_main_thread():
     thread.start()
     thread.join()
     assert inside == [(None, before[0])]
+
+
+@pytest.mark.parametrize(("first", "second"), [(signal.SIGTERM, signal.SIGTERM), (signal.SIGTERM, signal.SIGINT)])
+def test_a_request_that_arrives_twice_is_one(monkeypatch, capfd, first, second):
+    """Within a second; a later signal is another request, and has its default effect."""
+    now, ended = [50.0], []
+    with StopSignals(clock=lambda: now[0]) as stop:
+        os.kill(os.getpid(), first)
+        for later in (0.0, 0.01, 0.98):
+            now[0] = 50.0 + later
+            os.kill(os.getpid(), second)
+        assert stop.received is first
+        assert capfd.readouterr().err.count("stopping after the present step") == 1
+        kill = os.kill
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "kill", lambda pid, number: ended.append((pid, number, signal.getsignal(number))))
+            now[0] = 51.0
+            kill(os.getpid(), second)
+        assert ended == [(os.getpid(), second, signal.SIG_DFL)]
+        assert stop.received is first
 
 
 def test_an_ignored_signal_stays_ignored():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -13,8 +14,9 @@ def add(commands: Commands) -> None:
     """Describe the command."""
     export = commands.add(
         "export", run, "Write a model in the published form: llm_config.json, vit_config.json, ema.safetensors.",
-        epilog="Weights above 5 GiB are written in shards with an index. Settings that the published files cannot say "
-               "go into config.json beside them, and a line says which; views and sampling settings are kept too.",
+        epilog="The weights are one file, all that BAGEL's own code opens, unless --shard-size asks for more. "
+               "Settings that the published files cannot say go into config.json beside them, and a line says which; "
+               "views and sampling settings are kept too.",
     )  # fmt: skip
     export.add_argument("--model", type=Path, required=True, metavar="FOLDER",
                         help="a model folder, or the checkpoint folder of a training run")  # fmt: skip
@@ -25,6 +27,9 @@ def add(commands: Commands) -> None:
                         help="of the weights (default: float32, which loses nothing)")  # fmt: skip
     export.add_argument("--autoencoder", type=Path, metavar="FILE",
                         help="copied as ae.safetensors (default: the one in the model folder, if any)")  # fmt: skip
+    export.add_argument("--shard-size", type=_gib, metavar="GIB",
+                        help="write the weights as files of at most so many GiB, with an index, which unigendet reads "
+                             "and BAGEL's own code does not (default: one file)")  # fmt: skip
     export.add_argument("--overwrite", action="store_true", help="exchange the model that is in DIR; other files stay")
 
 
@@ -32,14 +37,27 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     source = find_source(options.model, options.weights)
     check_target(options.out, source, options.overwrite)
-    from unigendet.inference.export import export_model
+    from unigendet.inference.export import export_model, needs_autoencoder
 
-    unsaid = export_model(source, options.out, dtype=options.dtype, autoencoder=options.autoencoder)
+    unsaid = export_model(
+        source, options.out, dtype=options.dtype, autoencoder=options.autoencoder, shard_bytes=options.shard_size
+    )
     print(options.out)
+    if needs_autoencoder(options.out):
+        print("unigendet export: no autoencoder was written: commands that use the model will need --autoencoder FILE",
+              file=sys.stderr)  # fmt: skip
     if unsaid:
         print(f"unigendet export: the published files have no word for {', '.join(unsaid)}: config.json says it, which "
               "unigendet reads and other programs do not", file=sys.stderr)  # fmt: skip
     return 0
+
+
+def _gib(text: str) -> int:
+    """GiB as bytes."""
+    size = float(text)
+    if not 0 < size < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no size; it must be a positive number of GiB")
+    return max(1, int(size * 2**30))
 
 
 def find_source(folder: Path, weights: str | None) -> Path:

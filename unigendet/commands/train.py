@@ -50,8 +50,10 @@ def run(options: argparse.Namespace) -> int:
 def _stopped(options: argparse.Namespace, result: TrainResult) -> str:
     """What a signal ended, and the command that goes on."""
     command = ["unigendet", "train", "--config", str(options.config), *options.overrides]
-    where = "nothing is saved" if result.checkpoint is None else f"its checkpoint is {result.checkpoint}"
     if result.checkpoint is not None:
-        command.append("--resume")
-    how = f"go on with: {shlex.join(command)}" if result.checkpoint else f"start again with: {shlex.join(command)}"
-    return f"unigendet train: {result.stopped_by.name} after step {result.step}; {where}; {how}"
+        where, how, command = f"its checkpoint is {result.checkpoint}", "go on with", [*command, "--resume"]
+    elif isinstance(options.resume, Path):
+        where, how, command = "nothing is saved", "go on again with", [*command, "--resume", str(options.resume)]
+    else:
+        where, how = "nothing is saved", "start again with"
+    return f"unigendet train: {result.stopped_by.name} after step {result.step}; {where}; {how}: {shlex.join(command)}"

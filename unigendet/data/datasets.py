@@ -21,6 +21,7 @@ from torch import Tensor
 from unigendet.config import DataConfig, ModelConfig, data_from_dict
 from unigendet.data.tokenizer import Tokenizer
 from unigendet.data.transforms import ImageTransform, read_image
+from unigendet.files import naming
 from unigendet.packing import LatentImage, Sample, Text, VitImage
 
 IMAGE_MARKER = "<image>"
@@ -157,8 +158,9 @@ def parse_verdict(text: str) -> int | None:
 
 def save_data_config(folder: str | Path, config: DataConfig) -> None:
     """Write ``data.json`` into a model folder."""
-    text = json.dumps(dataclasses.asdict(config), indent=2)
-    (Path(folder) / DATA_FILE).write_text(text, encoding="utf-8")
+    text, file = json.dumps(dataclasses.asdict(config), indent=2), Path(folder) / DATA_FILE
+    with naming(file):
+        file.write_text(text, encoding="utf-8")
 
 
 def load_data_config(folder: str | Path) -> DataConfig:

@@ -22,7 +22,12 @@ _OUTDATED = (*outdated_names([OURS, PUBLISHED]), CONFIG_FILE, DATA_FILE, GUIDANC
 
 
 def export_model(
-    source: str | Path, folder: str | Path, *, dtype: str = "float32", autoencoder: str | Path | None = None
+    source: str | Path,
+    folder: str | Path,
+    *,
+    dtype: str = "float32",
+    autoencoder: str | Path | None = None,
+    shard_bytes: int | None = None,
 ) -> list[str]:
     """Write the model in ``source`` to ``folder`` in the published form, for ``Pipeline.from_pretrained`` and others.
 
@@ -32,6 +37,7 @@ def export_model(
             stay.
         dtype: of the weights, ``float32`` or ``bfloat16``.
         autoencoder: file that is copied as ``ae.safetensors``; default: the one in ``source``, if it has one.
+        shard_bytes: see ``export_weights``.
 
     Returns:
         Names of settings that only this package reads back, see ``export_weights``.
@@ -56,7 +62,7 @@ def export_model(
     load_guidance(source)
     tokenizer = load_tokenizer(source)
     with replaced_files(folder, _OUTDATED) as new:
-        unsaid = export_weights(source, new, getattr(torch, dtype))
+        unsaid = export_weights(source, new, getattr(torch, dtype), shard_bytes)
         tokenizer.save(new)
         tokenizer.save_as_published(new)
         for name in (DATA_FILE, GUIDANCE_FILE):
@@ -65,3 +71,9 @@ def export_model(
         if autoencoder is not None:
             shutil.copyfile(autoencoder, new / FLUX_WEIGHTS)
     return unsaid
+
+
+def needs_autoencoder(folder: str | Path) -> bool:
+    """Whether the model in ``folder`` takes latents of an autoencoder whose weights are not there."""
+    folder = Path(folder)
+    return stored_config(folder).latent.autoencoder == "flux" and not (folder / FLUX_WEIGHTS).is_file()

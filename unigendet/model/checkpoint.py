@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.config import ModelConfig
-from unigendet.files import replaced_files
+from unigendet.files import naming, replaced_files
 from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
 from unigendet.model.shards import CheckpointError, open_tensors, outdated_names, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet, init_weights
@@ -293,4 +293,5 @@ def write_pretrained(model: UniGenDet, folder: Path) -> None:
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
     # A copy: parts of one fused parameter share memory, which a safetensors file cannot express.
     write_shards(sizes, lambda name: parts[name].detach().to("cpu", copy=True).contiguous(), folder, OURS)
-    (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")
+    with naming(folder / CONFIG_FILE):
+        (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")

@@ -19,12 +19,14 @@ from unigendet.model.checkpoint import (
     unused_tensors,
 )
 from unigendet.model.settings import CONFIG_FILE, LLM_FILE, VIT_FILE, published_settings
-from unigendet.model.shards import open_tensors, write_shards
+from unigendet.model.shards import open_tensors, plan_shards, stream_tensors
 from unigendet.model.unigendet import UniGenDet
 
 
-def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.float32) -> list[str]:
-    """Write settings and weights in the published form; one shard at a time is held in memory.
+def export_weights(
+    source: str | Path, folder: Path, dtype: torch.dtype = torch.float32, shard_bytes: int | None = None
+) -> list[str]:
+    """Write settings and weights in the published form; one tensor at a time is held in memory.
 
     A model with the real/fake head also gets the published files' ``latent_to_vit_connector``, all zero: nothing uses
     it, but a strict loader asks for it.
@@ -33,6 +35,7 @@ def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.
         source: a model folder, ours or one in the published form.
         folder: where to; empty.
         dtype: of the weights.
+        shard_bytes: of tensors in a file; default: all are in one, the only form that BAGEL's own code opens.
 
     Returns:
         Names of settings that the published files cannot say. If there are any, ``config.json`` holds them all, which
@@ -47,16 +50,18 @@ def export_weights(source: str | Path, folder: Path, dtype: torch.dtype = torch.
         targets = published_state_dict(UniGenDet(config))
     found = find_tensors(targets, source)
     unused = unused_tensors(config) if config.class_head else {}
-    sizes = {name: tensor.numel() * dtype.itemsize for name, tensor in (targets | unused).items()}
+    tensors = {name: tensor.to(dtype) for name, tensor in (targets | unused).items()}
+    sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     with contextlib.ExitStack() as stack:
         opened = {file: stack.enter_context(open_tensors(file)) for file in set(found.values())}
 
         def read(name: str) -> Tensor:
             if name in unused:
                 return torch.zeros(unused[name].shape, dtype=dtype)
-            return as_published(name, opened[found[name]].get_tensor(name)).to(dtype).contiguous()
+            return as_published(name, opened[found[name]].get_tensor(name)).to(dtype)
 
-        write_shards(sizes, read, folder, PUBLISHED)
+        for file, names in plan_shards(sizes, folder, PUBLISHED, shard_bytes).items():
+            stream_tensors({name: tensors[name] for name in names}, read, folder / file)
     llm, vit = published_settings(config)
     contents = {LLM_FILE: llm | {"torch_dtype": str(dtype).removeprefix("torch.")}, VIT_FILE: vit}
     unsaid = not_published(config)

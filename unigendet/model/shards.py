@@ -1,4 +1,4 @@
-"""safetensors files, single or in shards with an index: written one shard at a time, read tensor by tensor.
+"""safetensors files, single or in shards with an index: written by shards or by tensors, read tensor by tensor.
 
 ``STEM.safetensors``, or ``STEM-00001-of-0000N.safetensors`` … with ``STEM.safetensors.index.json``.
 """
@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from unigendet.files import naming, telling
 
 SHARD_BYTES = 5 * 2**30
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class CheckpointError(ValueError):
@@ -46,6 +50,42 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
 
 
+def stream_tensors(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], file: Path) -> None:
+    """Write a safetensors file tensor by tensor, so that no more than one is held in memory.
+
+    The format: the header's length (8 bytes, little-endian), the header (JSON, padded with spaces to a multiple of 8),
+    and the tensors' bytes in its order.
+
+    Args:
+        tensors: shape and dtype (float32, bfloat16 or float16) of every tensor, by name; they may be on ``meta``.
+        read: a tensor by its name, on the CPU.
+        file: where to.
+
+    Raises:
+        ValueError: ``read`` gave a tensor of another shape or dtype.
+        OSError: the file cannot be written; names it.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with naming(file), file.open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            out.write(_content(name, read(name), tensor))  # no name here: the next one would be read beside it
+
+
+def _content(name: str, tensor: Tensor, expected: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a tensor that must have the shape and dtype of ``expected``."""
+    if (tensor.shape, tensor.dtype) != (expected.shape, expected.dtype):
+        given, wanted = ((list(t.shape), t.dtype) for t in (tensor, expected))
+        raise ValueError(f"{name} is {given}; it must be {wanted}")
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
 def write_shards(sizes: Mapping[str, int], read: Callable[[str], Tensor], folder: Path, stem: str) -> None:
     """Write tensors into ``folder``, at most ``SHARD_BYTES`` a file unless a single tensor is larger.
 
@@ -56,24 +96,32 @@ def write_shards(sizes: Mapping[str, int], read: Callable[[str], Tensor], folder
         folder: where to; it should hold no earlier files of this ``stem``.
         stem: of the file names.
     """
-    shards: list[list[str]] = [[]]
-    room = SHARD_BYTES
-    for name, size in sizes.items():
-        if size > room and shards[-1]:
-            shards.append([])
-            room = SHARD_BYTES
-        shards[-1].append(name)
-        room -= size
-    count = len(shards)
-    files = [f"{stem}-{i:05}-of-{count:05}.safetensors" for i in range(1, count + 1)]
-    if count == 1:
-        files = [f"{stem}.safetensors"]
-    for file, names in zip(files, shards, strict=True):
+    for file, names in plan_shards(sizes, folder, stem, SHARD_BYTES).items():
         save_tensors({name: read(name) for name in names}, folder / file)
-    if count > 1:
-        weight_map = {name: file for file, names in zip(files, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (folder / index_name(stem)).write_text(json.dumps(index, indent=1), encoding="utf-8")
+
+
+def plan_shards(sizes: Mapping[str, int], folder: Path, stem: str, limit: int | None) -> dict[str, list[str]]:
+    """File name → names of the tensors that it is to hold; writes their index if it is more than one file.
+
+    ``sizes``, ``folder``, ``stem``: see ``write_shards``. ``limit``: bytes of tensors in a file, unless a single one is
+    larger; None: one file.
+    """
+    shards: list[list[str]] = [[]]
+    held = 0
+    for name, size in sizes.items():
+        if limit is not None and held + size > limit and shards[-1]:
+            shards.append([])
+            held = 0
+        shards[-1].append(name)
+        held += size
+    count = len(shards)
+    if count == 1:
+        return {f"{stem}.safetensors": shards[0]}
+    files = {f"{stem}-{i:05}-of-{count:05}.safetensors": names for i, names in enumerate(shards, 1)}
+    weight_map = {name: file for file, names in files.items() for name in names}
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    (folder / index_name(stem)).write_text(json.dumps(index, indent=1), encoding="utf-8")
+    return files
 
 
 def index_name(stem: str) -> str:

@@ -20,6 +20,7 @@ from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
 from unigendet.model.checkpoint import load_config, load_pretrained
+from unigendet.model.settings import require_whole
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
 from unigendet.training.signals import StopSignals
@@ -186,6 +187,7 @@ def _tokenizer(config: TrainConfig) -> Tokenizer:
     folder = config.model.tokenizer or config.model.checkpoint
     if folder is None:
         raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
+    require_whole(Path(folder))  # the weights are read later, and must be of the same save
     return load_tokenizer(folder)
 
 

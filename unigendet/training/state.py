@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigendet.files import OLD, new_folder, remove_folder, settle
+from unigendet.files import OLD, naming, new_folder, remove_folder, settle
 from unigendet.model.checkpoint import load_weights, write_pretrained
 from unigendet.model.shards import CheckpointError, JsonObject, read_tensors, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
@@ -125,7 +125,8 @@ class TrainState:
                 "position": position,
                 "settings": settings,
             }
-            (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
+            with naming(folder / RECORD):
+                (folder / RECORD).write_text(json.dumps(record, indent=2), encoding="utf-8")
 
     def load(self, path: str | Path) -> dict[str, Any] | None:
         """Restore everything from a checkpoint folder; returns the loader's position.

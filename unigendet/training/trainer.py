@@ -218,8 +218,8 @@ class Trainer:
             remedy = "make room" if error.errno in _NO_ROOM else "put that right"
             what = f"cannot write {error.filename or self.config.output} ({error.strerror or error})"
             last = self._last_checkpoint()
-            if last is None and self._resumed is not None:
-                how = f"no checkpoint has been written yet: {remedy}, then go on again from {self._resumed} (--resume)"
+            if last is None and (first := self._resumed) is not None:
+                how = f"no checkpoint has been written yet: {remedy}, then go on again from {first} (--resume {first})"
             elif last is None:
                 how = f"no checkpoint has been written yet: {remedy}, then start the run again"
             else:
