@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
     from unigendet.inference.pipeline import Pipeline
 
-EPILOG = """The file is for 'unigendet detect --calibration FILE'. It fits this model, question and latent view, and
-images like those it was fitted to; do not measure the detector on the same ones."""
+EPILOG = """The file is for 'unigendet detect --calibration FILE'. It fits this model with its views, the question and
+the latent view or its absence, and images like those it was fitted to; do not measure the detector on the same ones."""
 ROWS = (("nll", "negative log-likelihood"), ("ece", "expected calibration error"), ("accuracy", "accuracy"),
         ("balanced_accuracy", "balanced accuracy"), ("false_alarms", "real images called fake"),
         ("missed_fakes", "fakes called real"), ("unsure", "share left unsure"),
@@ -95,7 +95,7 @@ def _judge(
 def _described(options: argparse.Namespace, pipeline: Pipeline, fitted: Calibration, left_out: int) -> Calibration:
     """With what it is for, and where it comes from."""
     from unigendet import __version__
-    from unigendet.inference.calibration import head_fingerprint
+    from unigendet.inference.calibration import model_fingerprint
 
     source = {
         "data": str(options.data),
@@ -107,7 +107,7 @@ def _described(options: argparse.Namespace, pipeline: Pipeline, fitted: Calibrat
     }
     return dataclasses.replace(
         fitted,
-        head=head_fingerprint(pipeline.model),
+        model=model_fingerprint(pipeline.model, pipeline.data),
         question=pipeline.data.question if options.question is None else options.question,
         with_latent=not options.no_latent,
         measured=source | fitted.measured,

@@ -207,7 +207,7 @@ class Pipeline:
         for_all = question is None or isinstance(question, str)
         asked = [self.data.question if one is None else one for one in ([question] if for_all else question)]
         for one in set(asked if calibration is not None else ()):
-            calibration.check_use(self.model, one, with_latent)
+            calibration.check_use(self.model, self.data, one, with_latent)
         texts = [self.builder.text(one) for one in asked]
         longest = max(texts, key=lambda text: len(text.ids), default=Text(()))
         options = {
