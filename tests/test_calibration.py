@@ -15,10 +15,12 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from unigendet.evaluation.calibration import (
+    TEMPERATURES,
     at_limit,
     best_threshold,
     fit_calibration,
     fit_temperature,
+    measure,
     unsure_band,
 )
 from unigendet.inference.calibration import SAMPLES, Calibration, model_fingerprint
@@ -46,7 +48,10 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
     logits, labels = drawn()
     temperature = fit_temperature(logits, labels.astype(bool))
     assert temperature == pytest.approx(2.5, rel=0.06)
-    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(logits[:, None], labels)
+    # The same by logistic regression, every image once as real and once as fake, weighted by its smoothed label.
+    smoothed = np.where(labels == 1, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((1 - labels).sum() + 2))
+    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+    model.fit(np.tile(logits, 2)[:, None], np.repeat([1, 0], len(logits)), np.concatenate([smoothed, 1 - smoothed]))
     assert temperature == pytest.approx(1 / model.coef_[0, 0], rel=1e-4)
     fitted = fit_calibration(logits, labels)
     before, after = fitted.measured["before"], fitted.measured["after"]
@@ -57,11 +62,37 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
 
 def test_a_temperature_that_labels_do_not_determine():
     logits = np.linspace(-3, 3, 40)
-    apart, reverse = logits > 0, logits < 0
-    assert at_limit(fit_temperature(logits, apart))
+    reverse = logits < 0
     assert at_limit(fit_temperature(logits, reverse))
     assert not at_limit(2.5)
-    assert fit_calibration(logits, apart.astype(int)).measured["after"]["accuracy"] == 1
+    fitted = fit_calibration(logits, reverse.astype(int))
+    assert (fitted.temperature, fitted.measured["temperature_found"]) == (1.0, False)
+    assert fit_calibration(logits, (logits > 0).astype(int)).measured["temperature_found"]
+
+
+def drawn_apart(rng, count, scale):
+    """``count`` of each label; sigmoid(logit / scale) is the probability of real, so a ``scale`` of 1 is calibrated."""
+    logits = np.concatenate([rng.normal(2, 2, count), rng.normal(-2, 2, count)]) * scale
+    return logits, np.repeat([1, 0], count)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
+def test_few_images_that_are_told_apart_perfectly(scale):
+    """Of a detector that errs in a sixth of all images: what they show is luck, not certainty."""
+    rng, fits = np.random.default_rng(0), 0
+    fresh, truth = drawn_apart(rng, 5000, scale)
+    for _ in range(2000):
+        logits, labels = drawn_apart(rng, 12, scale)
+        if not np.array_equal(logits > 0, labels == 1):
+            continue
+        fitted, fits = fit_calibration(logits, labels), fits + 1
+        assert fitted.measured["temperature_found"]
+        before, after, certain = (
+            measure(one, fresh, truth == 1)["ece"] for one in (Calibration(), fitted, Calibration(TEMPERATURES[0]))
+        )
+        assert after < certain / 2
+        assert after <= before or scale == 1
+    assert fits >= 5
 
 
 def judged(p, real, threshold):
@@ -331,8 +362,9 @@ def test_images_that_determine_no_temperature(capsys, model_folder, tmp_path):
         noise_picture(0).save(path)
     result = run_command(capsys, "calibrate", "--model", model_folder, tmp_path / "data", "--out", tmp_path / "c.json")
     assert result.code == 0
-    assert "the temperature is at the limit of what is tried; these images do not determine it" in result.err
-    assert Calibration.load(tmp_path / "c.json").temperature == pytest.approx(20, rel=1e-3)
+    assert "these images determine no temperature (the logits do not tell them apart); it stays 1" in result.err
+    calibration = Calibration.load(tmp_path / "c.json")
+    assert (calibration.temperature, calibration.measured["temperature_found"]) == (1.0, False)
 
 
 def test_mistakes(capsys, model_folder, labelled, tmp_path):

@@ -46,7 +46,7 @@ def add(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.data.labelled import read_labelled
-    from unigendet.evaluation.calibration import at_limit, check_request, fit_calibration
+    from unigendet.evaluation.calibration import check_request, fit_calibration
 
     records = read_labelled(options.data, image_root=options.image_root)
     if options.out.is_dir():
@@ -63,9 +63,9 @@ def run(options: argparse.Namespace) -> int:
     options.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(options.out)
     print("\n".join(_table(fitted)))
-    if at_limit(fitted.temperature):
-        print("unigendet calibrate: the temperature is at the limit of what is tried; these images do not determine it "
-              "(all are told apart, or none)", file=sys.stderr)  # fmt: skip
+    if not fitted.measured["temperature_found"]:
+        why = "these images determine no temperature (the logits do not tell them apart); it stays 1"
+        print(f"unigendet calibrate: {why}", file=sys.stderr)
     print(f"The calibration: {options.out}")
     return 0
 
