@@ -238,7 +238,10 @@ def test_a_calibration_fits_one_model_and_one_use():
     assert other.logit == plain.logit
     assert other.probability == pytest.approx(1 / (1 + math.exp(-plain.logit / 3)))
     for options, message in (
-        ({"question": "Why?"}, r"fitted with the question 'Is this .*', not 'Why\?'; calibrate anew for this"),
+        (
+            {"question": "Why?"},
+            r"fitted with the question 'Is this .*', not 'Why\?'; ask that question \(--question\), or",
+        ),
         ({"with_latent": False}, "fitted with the latent view; calibrate anew"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -40,7 +40,7 @@ def add(commands: Commands) -> None:
                            help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
                            help="leave as few unsure as lets this share of the others be right")  # fmt: skip
-    question_options(calibrate)
+    question_options(calibrate, "; of every image: annotations' own questions are not used")
 
 
 def run(options: argparse.Namespace) -> int:

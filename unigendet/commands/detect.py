@@ -49,9 +49,10 @@ def add(commands: Commands) -> None:
                          help="no verdict between these two (default: the calibration's, or none)")  # fmt: skip
 
 
-def question_options(command: argparse.ArgumentParser) -> None:
-    """How a model is asked; ``calibrate`` must ask as ``detect`` will."""
-    command.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
+def question_options(command: argparse.ArgumentParser, note: str = "") -> None:
+    """How a model is asked; ``calibrate`` must ask as ``detect`` will. ``note``: on the question, for the help."""
+    text = f"what the model is asked (default: the question it was trained with{note})"
+    command.add_argument("--question", help=text)
     command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
     command.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 

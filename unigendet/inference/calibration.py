@@ -77,7 +77,8 @@ class Calibration:
         if self.model is not None and self.model != model_fingerprint(model, data):
             raise ValueError(f"the calibration was fitted to another model: its weights or its views differ{again}")
         if self.question is not None and self.question != question:
-            raise ValueError(f"the calibration was fitted with the question {self.question!r}, not {question!r}{again}")
+            other = f"the calibration was fitted with the question {self.question!r}, not {question!r}"
+            raise ValueError(f"{other}; ask that question (--question), or calibrate anew")
         if self.with_latent is not None and self.with_latent != with_latent:
             views = "with" if self.with_latent else "without"
             raise ValueError(f"the calibration was fitted {views} the latent view{again}")
