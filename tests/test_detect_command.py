@@ -350,6 +350,16 @@ def test_a_batch_that_fails_is_named(detect, pictures, monkeypatch):
     )
 
 
+def test_no_memory_at_all(detect, pictures, monkeypatch):
+    broken_at(monkeypatch, 1, MemoryError())
+    result = detect(pictures / "b.png")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == (
+        f"unigendet detect: not enough memory (while judging {pictures / 'b.png'}; a smaller batch_size takes less "
+        "memory)\n"
+    )
+
+
 def test_an_interrupted_run_keeps_its_rows(detect, pictures, tmp_path, monkeypatch):
     broken_at(monkeypatch, 2, KeyboardInterrupt())
     out = tmp_path / "rows.csv"
