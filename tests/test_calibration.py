@@ -352,6 +352,8 @@ def test_calibrate_then_detect(capsys, model_folder, labelled, tmp_path):
     assert 0 < unsure / 24 == measured["after"]["unsure"]
     right = sum((entry["probability_real"] >= calibration.threshold) == ("real" in entry["path"]) for entry in judged)
     assert right / 24 == measured["after"]["accuracy"]
+    assert run_command(capsys, "calibrate", *base, labelled, "--out", file, "--overwrite").code == 0
+    assert Calibration.load(file).unsure is None
     other = run_command(capsys, "detect", "--model", model_folder, labelled, "--calibration", file)
     assert other.code == 1
     assert "was fitted with the question 'Real?'" in other.err
@@ -382,6 +384,11 @@ def test_mistakes(capsys, model_folder, labelled, tmp_path):
         ([tmp_path], "it must hold images in real/, fake/ or both"),
         ([labelled, "--model", tmp_path / "headless"], "headless has no real/fake head; there is nothing to calibrate"),
         ([labelled, "--out", tmp_path], "is a folder; name a file"),
+        (
+            [labelled, "--out", tmp_path / "headless" / "config.json"],
+            "holds something already; choose another name, or",
+        ),
+        ([labelled, "--out", tmp_path / "headless" / "config.json" / "c.json"], "c.json cannot be written: "),
         ([labelled, "--max-false-alarms", 2], "max_false_alarms is 2.0; it must be a share"),
         ([labelled, "--confident-accuracy", 0.2], "confident_accuracy is 0.2; it must be a share"),
         ([labelled, "--question", "?" * 200], "question (--question) has 200 tokens; it must have at most"),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
 from unigendet.commands.detect import question_options, quiet_pillow
 from unigendet.commands.progress import Progress
+from unigendet.commands.rows import check_out
 
 if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
@@ -35,7 +36,8 @@ def add(commands: Commands) -> None:
     calibrate.add_argument("--image-root", type=Path, metavar="FOLDER",
                            help="what an annotation file's paths are relative to (default: its folder)")  # fmt: skip
     calibrate.add_argument("--out", type=Path, default=Path("calibration.json"), metavar="FILE",
-                           help="the calibration (default: %(default)s); replaced if it is there")  # fmt: skip
+                           help="the calibration (default: %(default)s)")  # fmt: skip
+    calibrate.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     calibrate.add_argument("--max-false-alarms", type=float, metavar="RATE",
                            help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
@@ -49,10 +51,9 @@ def run(options: argparse.Namespace) -> int:
     from unigendet.evaluation.calibration import check_request, fit_calibration
 
     records = read_labelled(options.data, image_root=options.image_root)
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out} is a folder; name a file")
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)
+    check_out(options.out, options.overwrite)
     pipeline = load_pipeline(options)
     if pipeline.model.class_head is None:
         raise UserError(f"the model {options.model} has no real/fake head; there is nothing to calibrate")
@@ -60,7 +61,6 @@ def run(options: argparse.Namespace) -> int:
     logits, labels = _judge(options, pipeline, records)
     fitted = fit_calibration(logits, labels, **targets)
     fitted = _described(options, pipeline, fitted, len(records) - len(labels))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(options.out)
     print("\n".join(_table(fitted)))
     if not fitted.measured["temperature_found"]:

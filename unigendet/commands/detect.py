@@ -64,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     if not options.paths and options.list is None:
         options.wrong("name pictures: PATH, --list, or both")
-    check_out(options.out)
     paths = find_pictures(options.paths, options.list)
     calibration = _calibration(options)
+    check_out(options.out)
     pipeline = load_pipeline(options)
     quiet_pillow()
     detections = pipeline.detect(
