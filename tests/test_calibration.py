@@ -15,13 +15,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score, log_loss
 
 from unigendet.evaluation.calibration import (
+    TEMPERATURES,
     at_limit,
     best_threshold,
     fit_calibration,
     fit_temperature,
+    measure,
     unsure_band,
 )
-from unigendet.inference.calibration import Calibration, head_fingerprint
+from unigendet.inference.calibration import SAMPLES, Calibration, model_fingerprint
 
 
 def drawn(count=4000, temperature=2.5, seed=0):
@@ -46,7 +48,10 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
     logits, labels = drawn()
     temperature = fit_temperature(logits, labels.astype(bool))
     assert temperature == pytest.approx(2.5, rel=0.06)
-    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10).fit(logits[:, None], labels)
+    # The same by logistic regression, every image once as real and once as fake, weighted by its smoothed label.
+    smoothed = np.where(labels == 1, (labels.sum() + 1) / (labels.sum() + 2), 1 / ((1 - labels).sum() + 2))
+    model = LogisticRegression(C=np.inf, fit_intercept=False, tol=1e-10)
+    model.fit(np.tile(logits, 2)[:, None], np.repeat([1, 0], len(logits)), np.concatenate([smoothed, 1 - smoothed]))
     assert temperature == pytest.approx(1 / model.coef_[0, 0], rel=1e-4)
     fitted = fit_calibration(logits, labels)
     before, after = fitted.measured["before"], fitted.measured["after"]
@@ -57,11 +62,37 @@ def test_the_temperature_is_the_one_the_labels_were_drawn_with():
 
 def test_a_temperature_that_labels_do_not_determine():
     logits = np.linspace(-3, 3, 40)
-    apart, reverse = logits > 0, logits < 0
-    assert at_limit(fit_temperature(logits, apart))
+    reverse = logits < 0
     assert at_limit(fit_temperature(logits, reverse))
     assert not at_limit(2.5)
-    assert fit_calibration(logits, apart.astype(int)).measured["after"]["accuracy"] == 1
+    fitted = fit_calibration(logits, reverse.astype(int))
+    assert (fitted.temperature, fitted.measured["temperature_found"]) == (1.0, False)
+    assert fit_calibration(logits, (logits > 0).astype(int)).measured["temperature_found"]
+
+
+def drawn_apart(rng, count, scale):
+    """``count`` of each label; sigmoid(logit / scale) is the probability of real, so a ``scale`` of 1 is calibrated."""
+    logits = np.concatenate([rng.normal(2, 2, count), rng.normal(-2, 2, count)]) * scale
+    return logits, np.repeat([1, 0], count)
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 2.5])
+def test_few_images_that_are_told_apart_perfectly(scale):
+    """Of a detector that errs in a sixth of all images: what they show is luck, not certainty."""
+    rng, fits = np.random.default_rng(0), 0
+    fresh, truth = drawn_apart(rng, 5000, scale)
+    for _ in range(2000):
+        logits, labels = drawn_apart(rng, 12, scale)
+        if not np.array_equal(logits > 0, labels == 1):
+            continue
+        fitted, fits = fit_calibration(logits, labels), fits + 1
+        assert fitted.measured["temperature_found"]
+        before, after, certain = (
+            measure(one, fresh, truth == 1)["ece"] for one in (Calibration(), fitted, Calibration(TEMPERATURES[0]))
+        )
+        assert after < certain / 2
+        assert after <= before or scale == 1
+    assert fits >= 5
 
 
 def judged(p, real, threshold):
@@ -164,7 +195,7 @@ def test_round_trip(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"schema": "other"}, r"has the schema 'other'; it must be 'unigendet-calibration/1'"),
+        ({"schema": "other"}, r"has the schema 'other'; it must be 'unigendet-calibration/2'"),
         ({"extra": 1}, "lacks or has beyond its entries: extra"),
         ({"threshold": "high"}, r"threshold is 'high'; it must be a probability"),
         ({"threshold": True}, "threshold is True"),
@@ -196,7 +227,9 @@ def test_files_that_are_none(tmp_path):
 
 def test_a_calibration_fits_one_model_and_one_use():
     pipeline = tiny_pipeline()
-    fitted = Calibration(head=head_fingerprint(pipeline.model), question=pipeline.data.question, with_latent=True)
+    fitted = Calibration(
+        model=model_fingerprint(pipeline.model, pipeline.data), question=pipeline.data.question, with_latent=True
+    )
     image = noise_picture(0)
     (plain,) = pipeline.detect([image], max_new_tokens=0)
     (same,) = pipeline.detect([image], max_new_tokens=0, calibration=fitted)
@@ -205,22 +238,73 @@ def test_a_calibration_fits_one_model_and_one_use():
     assert other.logit == plain.logit
     assert other.probability == pytest.approx(1 / (1 + math.exp(-plain.logit / 3)))
     for options, message in (
-        ({"question": "Why?"}, r"fitted with the question 'Is this .*', not 'Why\?'; calibrate anew for this"),
+        (
+            {"question": "Why?"},
+            r"fitted with the question 'Is this .*', not 'Why\?'; ask that question \(--question\), or",
+        ),
         ({"with_latent": False}, "fitted with the latent view; calibrate anew"),
     ):
         with pytest.raises(ValueError, match=message):
             pipeline.detect([image], calibration=fitted, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "refused"),
+    [
+        ("class_head.", True),
+        ("decoder.layers.1.qkv.gen.weight", True),
+        ("decoder.layers.2.down.und.weight", True),
+        ("vae2llm.weight", True),
+        ("time_embedding.", True),
+        ("vision.patch_embedding.weight", True),
+        ("lm_head.weight", False),
+        ("llm2vae.weight", False),
+    ],
+)
+def test_another_weight_is_another_model_if_a_verdict_reads_it(name, refused):
+    """The generator's training changes the generation stream, through which the detector's latent view runs."""
+    pipeline = tiny_pipeline()
+    fitted = Calibration(model=model_fingerprint(pipeline.model, pipeline.data))
+    changed = next(p for n, p in pipeline.model.named_parameters() if n.startswith(name))
     with torch.no_grad():
-        pipeline.model.class_head[-1].bias += 0.1
-    with pytest.raises(ValueError, match="fitted to another model: its real/fake head differs"):
-        pipeline.detect([image], calibration=fitted)
+        changed.view(-1)[-1] += 0.5
+    if refused:
+        with pytest.raises(ValueError, match="fitted to another model: its weights or its views differ"):
+            pipeline.detect([noise_picture(0)], calibration=fitted)
+    else:
+        pipeline.detect([noise_picture(0)], calibration=fitted)
+
+
+@pytest.mark.parametrize("view", ["latent_view", "vit_view"])
+def test_other_views_are_another_model(view):
+    pipeline = tiny_pipeline()
+    fitted = Calibration(model=model_fingerprint(pipeline.model, pipeline.data))
+    smaller = dataclasses.replace(getattr(pipeline.data, view), min_size=4)
+    pipeline.data = dataclasses.replace(pipeline.data, question="Why?", teacher_prompt="{caption}!")
+    pipeline.detect([noise_picture(0)], calibration=fitted)
+    pipeline.data = dataclasses.replace(pipeline.data, **{view: smaller})
+    with pytest.raises(ValueError, match="fitted to another model: its weights or its views differ"):
+        pipeline.detect([noise_picture(0)], calibration=fitted)
+
+
+def test_large_tensors_are_sampled_all_over():
+    pipeline = tiny_pipeline()
+    weight = pipeline.model.embed_tokens.weight
+    assert weight.numel() > 8 * SAMPLES
+    before = model_fingerprint(pipeline.model, pipeline.data)
+    for part in weight.detach().view(8, -1):
+        part += 0.5
+        after = model_fingerprint(pipeline.model, pipeline.data)
+        assert after != before
+        before = after
 
 
 def test_the_fingerprint_does_not_depend_on_the_dtype():
-    model = tiny_pipeline().model
-    assert head_fingerprint(model.to(torch.bfloat16)) == head_fingerprint(tiny_pipeline().model)
+    pipeline, headless = tiny_pipeline(), tiny_pipeline(class_head=False)
+    expected = model_fingerprint(pipeline.model, pipeline.data)
+    assert model_fingerprint(pipeline.model.to(torch.bfloat16), pipeline.data) == expected
     with pytest.raises(ValueError, match="no real/fake head"):
-        head_fingerprint(tiny_pipeline(class_head=False).model)
+        model_fingerprint(headless.model, headless.data)
 
 
 @pytest.fixture(scope="module")
@@ -268,6 +352,8 @@ def test_calibrate_then_detect(capsys, model_folder, labelled, tmp_path):
     assert 0 < unsure / 24 == measured["after"]["unsure"]
     right = sum((entry["probability_real"] >= calibration.threshold) == ("real" in entry["path"]) for entry in judged)
     assert right / 24 == measured["after"]["accuracy"]
+    assert run_command(capsys, "calibrate", *base, labelled, "--out", file, "--overwrite").code == 0
+    assert Calibration.load(file).unsure is None
     other = run_command(capsys, "detect", "--model", model_folder, labelled, "--calibration", file)
     assert other.code == 1
     assert "was fitted with the question 'Real?'" in other.err
@@ -281,8 +367,9 @@ def test_images_that_determine_no_temperature(capsys, model_folder, tmp_path):
         noise_picture(0).save(path)
     result = run_command(capsys, "calibrate", "--model", model_folder, tmp_path / "data", "--out", tmp_path / "c.json")
     assert result.code == 0
-    assert "the temperature is at the limit of what is tried; these images do not determine it" in result.err
-    assert Calibration.load(tmp_path / "c.json").temperature == pytest.approx(20, rel=1e-3)
+    assert "these images determine no temperature (the logits do not tell them apart); it stays 1" in result.err
+    calibration = Calibration.load(tmp_path / "c.json")
+    assert (calibration.temperature, calibration.measured["temperature_found"]) == (1.0, False)
 
 
 def test_mistakes(capsys, model_folder, labelled, tmp_path):
@@ -297,6 +384,11 @@ def test_mistakes(capsys, model_folder, labelled, tmp_path):
         ([tmp_path], "it must hold images in real/, fake/ or both"),
         ([labelled, "--model", tmp_path / "headless"], "headless has no real/fake head; there is nothing to calibrate"),
         ([labelled, "--out", tmp_path], "is a folder; name a file"),
+        (
+            [labelled, "--out", tmp_path / "headless" / "config.json"],
+            "holds something already; choose another name, or",
+        ),
+        ([labelled, "--out", tmp_path / "headless" / "config.json" / "c.json"], "c.json cannot be written: "),
         ([labelled, "--max-false-alarms", 2], "max_false_alarms is 2.0; it must be a share"),
         ([labelled, "--confident-accuracy", 0.2], "confident_accuracy is 0.2; it must be a share"),
         ([labelled, "--question", "?" * 200], "question (--question) has 200 tokens; it must have at most"),

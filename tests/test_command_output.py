@@ -1,8 +1,10 @@
 """Rows, progress and inputs of the commands, each by itself: what a terminal shows, and how often a line appears."""
 
 import io
+import os
 import re
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -77,6 +79,23 @@ def test_formats_by_suffix(tmp_path):
     (tmp_path / "x").touch()
     check_out(tmp_path / "x")  # nothing is lost
     check_out(None)
+
+
+def test_what_cannot_be_written_is_found_before_the_work(tmp_path):
+    check_out(tmp_path / "new" / "folder" / "x")
+    assert list((tmp_path / "new" / "folder").iterdir()) == []  # the folder is made, and nothing is left in it
+    file = tmp_path / "file"
+    file.write_text("text")
+    for overwrite, message in ((None, "remove it or choose"), (False, "choose another name, or give --overwrite")):
+        with pytest.raises(UserError, match=f"file holds something already; {message}"):
+            check_out(file, overwrite)
+    check_out(file, True)
+    assert file.read_text() == "text"
+    with pytest.raises(UserError, match="x cannot be written: "):
+        check_out(file / "x")
+    with pytest.raises(UserError, match="x cannot be written: "):
+        check_out(Path("/proc/x"))  # a folder in which not even the administrator makes files
+    check_out(Path(os.devnull))
 
 
 def test_cells():

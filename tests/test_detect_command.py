@@ -250,6 +250,34 @@ def test_threshold_and_unsure(detect, pictures, tmp_path):
     assert verdicts("--calibration", tmp_path / "c.json", "--threshold", 0, "--unsure", 0, 0) == (q, ["real"] * 3)
 
 
+def test_a_threshold_or_a_band_alone_wins_over_the_file(detect, pictures, tmp_path):
+    file = tmp_path / "c.json"
+    Calibration(threshold=0.3, unsure=(0.2, 0.4)).save(file)
+
+    def run(*options):
+        result = detect(pictures, "--format", "jsonl", *options, tokens=0)
+        assert result.code == 0
+        return [json.loads(line) for line in result.lines], result.err
+
+    rows, said = run("--calibration", file, "--threshold", 0.9)
+    assert said == (
+        f"unigendet detect: --threshold 0.9 lies outside the unsure band of {file}, from 0.2 to 0.4; there is no band\n"
+    )
+    assert rows == run("--threshold", 0.9)[0]
+    rows, said = run("--calibration", file, "--threshold", 0.25)
+    assert said == ""
+    assert rows == run("--threshold", 0.25, "--unsure", 0.2, 0.4)[0]
+    for base in (["--calibration", file], []):
+        rows, said = run(*base, "--unsure", 0.8, 0.9)  # of odds 4 and 9, so the middle has odds 6
+        before = 0.3 if base else 0.5
+        assert said == (
+            f"unigendet detect: the threshold {before} lies outside --unsure 0.8 0.9; it is 0.857143 instead\n"
+        )
+        assert rows == run("--threshold", 6 / 7, "--unsure", 0.8, 0.9)[0]
+    assert run("--unsure", 0.9, 1)[1].endswith("it is 1 instead\n")
+    assert run("--unsure", 0.4, 0.9)[1] == ""
+
+
 def test_mistakes(detect, pictures, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank").write_text("\n \n")
@@ -268,7 +296,11 @@ def test_mistakes(detect, pictures, tmp_path):
         ([pictures, "--device", "warp"], "device is 'warp'; it must be"),
         ([pictures, "--autoencoder", "ae.safetensors"], "must be None with"),
         ([pictures, "--threshold", 1.5], "threshold is 1.5; it must be a probability"),
-        ([pictures, "--unsure", 0.6, 0.9], "threshold is 0.5; it must be within the unsure band, from 0.6 to 0.9"),
+        (
+            [pictures, "--threshold", 0.5, "--unsure", 0.6, 0.9],
+            "threshold is 0.5; it must be within the unsure band, from 0.6 to 0.9",
+        ),
+        ([pictures, "--unsure", 6, 9], "unsure is (6.0, 9.0); it must be 0 ≤ low ≤ high ≤ 1"),
         ([pictures, "--unsure", 0.6, 0.2], "unsure is (0.6, 0.2); it must be 0 ≤ low ≤ high ≤ 1"),
         (
             [pictures, "--calibration", tmp_path / "lost.json"],
@@ -347,6 +379,16 @@ def test_a_batch_that_fails_is_named(detect, pictures, monkeypatch):
         "unigendet detect: 2 of 3 rows were written\n"
         f"unigendet detect: OutOfMemoryError: CUDA out of memory (while judging {pictures / 'more/c.webp'}; "
         "a smaller batch_size takes less memory)\n"
+    )
+
+
+def test_no_memory_at_all(detect, pictures, monkeypatch):
+    broken_at(monkeypatch, 1, MemoryError())
+    result = detect(pictures / "b.png")
+    assert (result.code, result.out) == (1, "")
+    assert result.err == (
+        f"unigendet detect: not enough memory (while judging {pictures / 'b.png'}; a smaller batch_size takes less "
+        "memory)\n"
     )
 
 

@@ -202,6 +202,17 @@ def test_calibration_moves_the_verdicts(evaluate, tmp_path):
     assert (overall["accuracy"], overall["unsure"]) == (0.0, 12)
 
 
+def test_a_calibration_needs_its_question(evaluate, tmp_path):
+    """Annotations bring their own, which it was not fitted with; a refusal leaves nothing."""
+    Calibration(question="Real?").save(tmp_path / "c.json")
+    code, _, err = evaluate("--max-tokens", 0, "--calibration", tmp_path / "c.json")
+    assert (code, len(err.splitlines())) == (1, 1)
+    assert "the calibration was fitted with the question 'Real?'; give --question with it" in err
+    assert not (tmp_path / "out").exists()
+    code, _, err = evaluate("--max-tokens", 0, "--calibration", tmp_path / "c.json", "--question", "Real?")
+    assert (code, err) == (0, "")
+
+
 def test_a_sentence_encoder(evaluate, tmp_path):
     folder = tmp_path / "encoder"
     write_encoder(folder)

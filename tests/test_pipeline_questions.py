@@ -79,9 +79,22 @@ def test_a_transform_that_fails_is_that_image_s_error(pipeline, pictures):
         raise ValueError("too odd")
 
     rows = list(pipeline.detect(pictures[:2], transform=refuse, on_error="row"))
-    assert [row.error for row in rows] == ["too odd"] * 2
-    with pytest.raises(ValueError, match="too odd"):
+    assert [row.error for row in rows] == [f"image {path}: too odd" for path in pictures[:2]]
+    with pytest.raises(ValueError, match=rf"image {pictures[0]}: too odd"):
         list(pipeline.detect(pictures[:2], transform=refuse))
+
+
+def test_an_image_that_does_not_fit_into_memory(pipeline, pictures):
+    def too_large(image):
+        raise MemoryError
+
+    message = "not enough memory; scale it down first"
+    (row,) = pipeline.detect(pictures[:1], transform=too_large, on_error="row")
+    assert row.error == f"image {pictures[0]}: {message}"
+    with pytest.raises(ValueError, match=rf"image {pictures[0]}: {message}"):
+        list(pipeline.detect(pictures[:1], transform=too_large))
+    (row,) = pipeline.detect([Image.new("L", (9, 11))], transform=too_large, on_error="row")
+    assert (row.name, row.error) == ("", f"the image: {message}")
 
 
 def test_has_head(pipeline):

@@ -49,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("unigendet: interrupted", file=sys.stderr)
         return 130
-    except (UserError, ValueError, OSError, ModuleNotFoundError, RuntimeError) as error:
+    except (UserError, ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         if options.traceback:
             raise
         print(f"unigendet {options.command}: {_explain(error)}", file=sys.stderr)
@@ -59,9 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _explain(error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name and error.name.partition(".")[0] in NEEDS_EXTRA:
         return f"this command needs the package {error.name.partition('.')[0]!r}: pip install 'unigendet[train]'"
-    kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
+    if isinstance(error, MemoryError) and not str(error):
+        kind, text = "", "not enough memory"
+    else:
+        kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
+        text = str(error)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
-    return " ".join(f"{kind}{error}{notes}".split("\n"))
+    return " ".join(f"{kind}{text}{notes}".split("\n"))
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
 from unigendet.commands.detect import question_options, quiet_pillow
 from unigendet.commands.progress import Progress
+from unigendet.commands.rows import check_out
 
 if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
     from unigendet.inference.calibration import Calibration
     from unigendet.inference.pipeline import Pipeline
 
-EPILOG = """The file is for 'unigendet detect --calibration FILE'. It fits this model, question and latent view, and
-images like those it was fitted to; do not measure the detector on the same ones."""
+EPILOG = """The file is for 'unigendet detect --calibration FILE'. It fits this model with its views, the question and
+the latent view or its absence, and images like those it was fitted to; do not measure the detector on the same ones."""
 ROWS = (("nll", "negative log-likelihood"), ("ece", "expected calibration error"), ("accuracy", "accuracy"),
         ("balanced_accuracy", "balanced accuracy"), ("false_alarms", "real images called fake"),
         ("missed_fakes", "fakes called real"), ("unsure", "share left unsure"),
@@ -35,24 +36,24 @@ def add(commands: Commands) -> None:
     calibrate.add_argument("--image-root", type=Path, metavar="FOLDER",
                            help="what an annotation file's paths are relative to (default: its folder)")  # fmt: skip
     calibrate.add_argument("--out", type=Path, default=Path("calibration.json"), metavar="FILE",
-                           help="the calibration (default: %(default)s); replaced if it is there")  # fmt: skip
+                           help="the calibration (default: %(default)s)")  # fmt: skip
+    calibrate.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     calibrate.add_argument("--max-false-alarms", type=float, metavar="RATE",
                            help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
                            help="leave as few unsure as lets this share of the others be right")  # fmt: skip
-    question_options(calibrate)
+    question_options(calibrate, "; of every image: annotations' own questions are not used")
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.data.labelled import read_labelled
-    from unigendet.evaluation.calibration import at_limit, check_request, fit_calibration
+    from unigendet.evaluation.calibration import check_request, fit_calibration
 
     records = read_labelled(options.data, image_root=options.image_root)
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out} is a folder; name a file")
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)
+    check_out(options.out, options.overwrite)
     pipeline = load_pipeline(options)
     if pipeline.model.class_head is None:
         raise UserError(f"the model {options.model} has no real/fake head; there is nothing to calibrate")
@@ -60,12 +61,11 @@ def run(options: argparse.Namespace) -> int:
     logits, labels = _judge(options, pipeline, records)
     fitted = fit_calibration(logits, labels, **targets)
     fitted = _described(options, pipeline, fitted, len(records) - len(labels))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     fitted.save(options.out)
     print("\n".join(_table(fitted)))
-    if at_limit(fitted.temperature):
-        print("unigendet calibrate: the temperature is at the limit of what is tried; these images do not determine it "
-              "(all are told apart, or none)", file=sys.stderr)  # fmt: skip
+    if not fitted.measured["temperature_found"]:
+        why = "these images determine no temperature (the logits do not tell them apart); it stays 1"
+        print(f"unigendet calibrate: {why}", file=sys.stderr)
     print(f"The calibration: {options.out}")
     return 0
 
@@ -95,7 +95,7 @@ def _judge(
 def _described(options: argparse.Namespace, pipeline: Pipeline, fitted: Calibration, left_out: int) -> Calibration:
     """With what it is for, and where it comes from."""
     from unigendet import __version__
-    from unigendet.inference.calibration import head_fingerprint
+    from unigendet.inference.calibration import model_fingerprint
 
     source = {
         "data": str(options.data),
@@ -107,7 +107,7 @@ def _described(options: argparse.Namespace, pipeline: Pipeline, fitted: Calibrat
     }
     return dataclasses.replace(
         fitted,
-        head=head_fingerprint(pipeline.model),
+        model=model_fingerprint(pipeline.model, pipeline.data),
         question=pipeline.data.question if options.question is None else options.question,
         with_latent=not options.no_latent,
         measured=source | fitted.measured,

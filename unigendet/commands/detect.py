@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import os
 import sys
 import warnings
@@ -44,14 +45,17 @@ def add(commands: Commands) -> None:
     verdict = detect.add_argument_group("the verdict")
     verdict.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
     verdict.add_argument("--threshold", type=float, metavar="P",
-                         help="real from this probability on (default: the calibration's, or 0.5)")  # fmt: skip
+                         help="real from this probability on (default: the calibration's, or 0.5); alone, it drops "
+                              "a calibration's unsure band that it lies outside of")  # fmt: skip
     verdict.add_argument("--unsure", type=float, nargs=2, metavar=("LOW", "HIGH"),
-                         help="no verdict between these two (default: the calibration's, or none)")  # fmt: skip
+                         help="no verdict between these two (default: the calibration's, or none); alone, it moves "
+                              "a threshold that lies outside to its middle, in logits")  # fmt: skip
 
 
-def question_options(command: argparse.ArgumentParser) -> None:
-    """How a model is asked; ``calibrate`` must ask as ``detect`` will."""
-    command.add_argument("--question", help="what the model is asked (default: the question it was trained with)")
+def question_options(command: argparse.ArgumentParser, note: str = "") -> None:
+    """How a model is asked; ``calibrate`` must ask as ``detect`` will. ``note``: on the question, for the help."""
+    text = f"what the model is asked (default: the question it was trained with{note})"
+    command.add_argument("--question", help=text)
     command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
     command.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
@@ -60,9 +64,9 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     if not options.paths and options.list is None:
         options.wrong("name pictures: PATH, --list, or both")
-    check_out(options.out)
     paths = find_pictures(options.paths, options.list)
     calibration = _calibration(options)
+    check_out(options.out)
     pipeline = load_pipeline(options)
     quiet_pillow()
     detections = pipeline.detect(
@@ -104,12 +108,32 @@ def _calibration(options: argparse.Namespace) -> Calibration | None:
     if options.calibration is None and options.threshold is None and options.unsure is None:
         return None
     calibration = Calibration() if options.calibration is None else Calibration.load(options.calibration)
-    changes: dict[str, Any] = {}
+    threshold, unsure = calibration.threshold, calibration.unsure
     if options.threshold is not None:
-        changes["threshold"] = options.threshold
+        threshold = options.threshold
     if options.unsure is not None:
-        changes["unsure"] = tuple(options.unsure)
-    return dataclasses.replace(calibration, **changes)
+        unsure = tuple(options.unsure)
+    # What the command line says wins over what it does not say; where it says both, they must fit.
+    if unsure is not None and not unsure[0] <= threshold <= unsure[1]:
+        low, high = unsure
+        if options.unsure is None and 0 <= threshold <= 1:
+            unsure = None
+            _say(f"--threshold {threshold:g} lies outside the unsure band of {options.calibration}, from {low:g} to "
+                 f"{high:g}; there is no band")  # fmt: skip
+        elif options.threshold is None and 0 <= low <= high <= 1:
+            before, threshold = threshold, _middle(low, high)
+            _say(f"the threshold {before:g} lies outside --unsure {low:g} {high:g}; it is {threshold:g} instead")
+    return dataclasses.replace(calibration, threshold=threshold, unsure=unsure)
+
+
+def _middle(low: float, high: float) -> float:
+    """The probability whose logit is the mean of two probabilities'; not of 0 and 1."""
+    real, fake = math.sqrt(low * high), math.sqrt((1 - low) * (1 - high))
+    return min(max(low, real / (real + fake)), high)
+
+
+def _say(text: str) -> None:
+    print(f"unigendet detect: {text}", file=sys.stderr)
 
 
 def _row(one: Detection) -> dict[str, Any]:

@@ -78,6 +78,7 @@ def run(options: argparse.Namespace) -> int:
     settings = _settings(options)
     everything = read_labelled(options.data, image_root=options.image_root)
     records = limit_evenly(everything, options.limit)
+    _check_questions(settings, {record.question for record in records})
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
@@ -131,6 +132,13 @@ def _settings(options: argparse.Namespace) -> RunSettings:
         calibration=None if options.calibration is None else Calibration.load(options.calibration),
         disturbances=tuple(_disturbances(options)),
     )
+
+
+def _check_questions(settings: RunSettings, asked: set[str]) -> None:
+    """Raise UserError if annotations bring other questions than the calibration's; "" is a record without one."""
+    fitted = None if settings.calibration is None else settings.calibration.question
+    if settings.question is None and fitted is not None and asked - {"", fitted}:
+        raise UserError(f"the calibration was fitted with the question {fitted!r}; give --question with it")
 
 
 def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:

@@ -13,6 +13,7 @@ import csv
 import json
 import shutil
 import sys
+import tempfile
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,14 +33,26 @@ def format_of(name: Format | None, out: Path | None) -> Format:
     return "table" if out is None else by_suffix.get(out.suffix.lower(), "table")
 
 
-def check_out(out: Path | None) -> None:
-    """Raise UserError if ``out`` cannot be begun; a file that holds something is never written over."""
+def check_out(out: Path | None, overwrite: bool | None = None) -> None:
+    """Make the folder of ``out`` and raise UserError if the file cannot be written: before the work, not after it.
+
+    A file that holds something is replaced only with ``overwrite``; None: the command has no such option.
+    """
     if out is None:
         return
     if out.is_dir():
         raise UserError(f"--out {out} is a folder; name a file")
-    if out.is_file() and out.stat().st_size:
-        raise UserError(f"--out {out} holds something already; remove it or choose another name")
+    if out.is_file() and out.stat().st_size and not overwrite:
+        ways = "remove it or choose another name" if overwrite is None else "choose another name, or give --overwrite"
+        raise UserError(f"--out {out} holds something already; {ways}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if overwrite or not out.exists():  # a file is made beside it
+            tempfile.TemporaryFile(dir=out.parent).close()
+        elif out.is_file():  # a pipe's reader would take this for the end
+            out.open("ab").close()
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written: {error.strerror}") from error
 
 
 class RowWriter:

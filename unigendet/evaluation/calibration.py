@@ -1,6 +1,9 @@
 """Fitting a ``Calibration`` to labelled images: temperature, threshold, unsure band.
 
-- The *temperature* minimises the mean negative log-likelihood of the labels (Guo et al., 2017, arXiv 1706.04599).
+- The *temperature* minimises the mean negative log-likelihood (Guo et al., 2017, arXiv 1706.04599), not of the labels
+  but of Platt's smoothed ones (1999, "Probabilistic outputs for support vector machines", section 2.2): a real image
+  counts as real to (N₊ + 1) / (N₊ + 2) and a fake one to 1 / (N₋ + 2), of N₊ real and N₋ fake images. So a few images
+  that are told apart perfectly do not ask for certainty. Where even so no temperature is best, it stays 1.
 - The *threshold* maximises balanced accuracy; or, with a limit to the false alarms (the share of real images that is
   called fake), it is the one that finds most fakes within the limit, and of those the one with fewest false alarms.
   All thresholds between two neighbouring probabilities of the data judge alike. Of several intervals that are equally
@@ -26,7 +29,7 @@ from unigendet.evaluation.reliability import calibration_error
 from unigendet.inference.calibration import Calibration
 
 LEAST_PER_LABEL = 10
-TEMPERATURES = (0.05, 20.0)  # where labels are told apart perfectly, or not at all, the best one has no bounds
+TEMPERATURES = (0.05, 20.0)  # where logits say nothing of the labels, or the contrary, the best one has no bounds
 
 
 def fit_calibration(
@@ -45,7 +48,8 @@ def fit_calibration(
         confident_accuracy: least accuracy outside the unsure band, in (0.5, 1]; None: no band.
 
     Returns:
-        A calibration whose ``measured`` holds ``before`` and ``after`` (see ``measure``) and the counts of the images.
+        A calibration whose ``measured`` holds ``before`` and ``after`` (see ``measure``), the counts of the images, and
+        ``temperature_found``: whether there is a best temperature; if not, it is 1.
 
     Raises:
         ValueError: the arguments do not fit; fewer than ten images of a label; no band reaches the accuracy.
@@ -55,13 +59,16 @@ def fit_calibration(
     check(z.shape == real.shape, "logits", f"of shape {list(z.shape)}", f"one per label, {list(real.shape)}")
     check(bool(np.isfinite(z).all()), "logits", "not finite in places", "finite")
     counts, real = {"real": int(real.sum()), "fake": int((1 - real).sum())}, real.astype(bool)
-    fitted = Calibration(fit_temperature(z, real))
+    temperature = fit_temperature(z, real)
+    found = not at_limit(temperature)
+    fitted = Calibration(temperature if found else 1.0)
     probabilities = np.array([fitted.probability(x) for x in z])
     fitted = dataclasses.replace(fitted, threshold=best_threshold(probabilities, real, max_false_alarms))
     if confident_accuracy is not None:
         band = unsure_band(probabilities, real, fitted.threshold, confident_accuracy)
         fitted = dataclasses.replace(fitted, unsure=band)
-    measured = counts | {"before": measure(Calibration(), z, real), "after": measure(fitted, z, real)}
+    measured = counts | {"temperature_found": found}
+    measured |= {"before": measure(Calibration(), z, real), "after": measure(fitted, z, real)}
     return dataclasses.replace(fitted, measured=measured)
 
 
@@ -81,10 +88,12 @@ def check_request(
 
 
 def fit_temperature(logits: np.ndarray, real: np.ndarray) -> float:
-    """The temperature of least negative log-likelihood within ``TEMPERATURES``. ``logits`` [N], ``real`` bool [N]."""
+    """The temperature of the module's docstring, within ``TEMPERATURES``. ``logits`` [N], ``real`` bool [N]."""
+    count = int(real.sum())
+    targets = np.where(real, (count + 1) / (count + 2), 1 / (len(real) - count + 2))
 
     def loss(log_temperature: float) -> float:
-        return _negative_log_likelihood(logits / math.exp(log_temperature), real)
+        return _negative_log_likelihood(logits / math.exp(log_temperature), targets)
 
     # Convex in 1 / temperature, so there is one minimum in its logarithm too.
     bounds = tuple(math.log(t) for t in TEMPERATURES)
@@ -173,7 +182,8 @@ def measure(calibration: Calibration, logits: np.ndarray, real: np.ndarray) -> d
 
 
 def _negative_log_likelihood(scaled: np.ndarray, real: np.ndarray) -> float:
-    return float(np.logaddexp(0, np.where(real, -scaled, scaled)).mean())
+    """``real``: labels, or probabilities of being real, [N]."""
+    return float((real * np.logaddexp(0, -scaled) + (1 - real) * np.logaddexp(0, scaled)).mean())
 
 
 def _logit(probabilities: np.ndarray) -> np.ndarray:

@@ -14,12 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from unigendet.config import check
+from unigendet.config import DataConfig, check
 from unigendet.files import write_text
 from unigendet.model.unigendet import UniGenDet
 
-SCHEMA = "unigendet-calibration/1"
+SCHEMA = "unigendet-calibration/2"
+UNREAD = ("align_head.", "lm_head.", "llm2vae.")  # parameters no verdict depends on
+SAMPLES = 1024  # of each parameter, that its part of a fingerprint is made of
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,14 @@ class Calibration:
 
     ``temperature``: the probability of real is sigmoid(logit / temperature). ``threshold``: from this probability on,
     the verdict is real. ``unsure`` (low, high): strictly between the two there is no verdict; the threshold lies in it.
-    ``head``: the model's ``head_fingerprint``, ``question`` and ``with_latent``: what the images were judged by when
-    this was fitted, None for anything. ``measured``: what a file tells of the fit beside that; not used.
+    ``model``: the ``model_fingerprint``, ``question`` and ``with_latent``: what the images were judged by when this was
+    fitted, None for anything. ``measured``: what a file tells of the fit beside that; not used.
     """
 
     temperature: float = 1.0
     threshold: float = 0.5
     unsure: tuple[float, float] | None = None
-    head: str | None = None
+    model: str | None = None
     question: str | None = None
     with_latent: bool | None = None
     measured: dict[str, Any] = field(default_factory=dict)
@@ -49,7 +52,7 @@ class Calibration:
             check(fits and 0 <= self.unsure[0] <= self.unsure[1] <= 1, "unsure", self.unsure, "0 ≤ low ≤ high ≤ 1")
             low, high = self.unsure
             check(low <= threshold <= high, "threshold", threshold, f"within the unsure band, from {low} to {high}")
-        for name, kind in (("head", str), ("question", str), ("with_latent", bool)):
+        for name, kind in (("model", str), ("question", str), ("with_latent", bool)):
             value = getattr(self, name)
             check(value is None or isinstance(value, kind), name, value, f"a {kind.__name__} or None")
         check(isinstance(self.measured, dict), "measured", self.measured, "a mapping")
@@ -66,15 +69,16 @@ class Calibration:
             return None
         return probability >= self.threshold
 
-    def check_use(self, model: UniGenDet, question: str, with_latent: bool) -> None:
-        """Raise ValueError unless ``model`` has a head and is used as it was when this was fitted."""
+    def check_use(self, model: UniGenDet, data: DataConfig, question: str, with_latent: bool) -> None:
+        """Raise ValueError unless ``model`` has a head and is used, with its views, as when this was fitted."""
         if model.class_head is None:
             raise ValueError("the model has no real/fake head, only its words; there is no probability to calibrate")
         again = "; calibrate anew for this, with 'unigendet calibrate'"
-        if self.head is not None and self.head != head_fingerprint(model):
-            raise ValueError(f"the calibration was fitted to another model: its real/fake head differs{again}")
+        if self.model is not None and self.model != model_fingerprint(model, data):
+            raise ValueError(f"the calibration was fitted to another model: its weights or its views differ{again}")
         if self.question is not None and self.question != question:
-            raise ValueError(f"the calibration was fitted with the question {self.question!r}, not {question!r}{again}")
+            other = f"the calibration was fitted with the question {self.question!r}, not {question!r}"
+            raise ValueError(f"{other}; ask that question (--question), or calibrate anew")
         if self.with_latent is not None and self.with_latent != with_latent:
             views = "with" if self.with_latent else "without"
             raise ValueError(f"the calibration was fitted {views} the latent view{again}")
@@ -114,18 +118,33 @@ class Calibration:
             raise ValueError(f"calibration {file}: {error}") from error
 
 
-def head_fingerprint(model: UniGenDet) -> str:
-    """A short hash of the real/fake head's weights, the same for a model in float32 and in bfloat16.
+def model_fingerprint(model: UniGenDet, data: DataConfig) -> str:
+    """A short hash of what a verdict depends on besides the question, the same in float32 and in bfloat16.
 
-    Any training of the detector changes it. Raises ValueError for a model without a head.
+    Of every parameter that the real/fake head's logits depend on (both streams of the decoder: the detector's latent
+    view runs through that of generation), the name, the shape and ``SAMPLES`` values at fixed, evenly spread places,
+    in bfloat16; and the two views of an image. Any training changes it, of the detector (GDUF) or of the generator
+    (DIGA); a change of a few single values may not. Raises ValueError for a model without a head.
     """
     if model.class_head is None:
         raise ValueError("the model has no real/fake head")
-    digest = hashlib.sha256()
-    for name, weight in sorted(model.class_head.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(weight.detach().cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    views = {"latent_view": dataclasses.asdict(data.latent_view), "vit_view": dataclasses.asdict(data.vit_view)}
+    digest = hashlib.sha256(json.dumps(views, sort_keys=True).encode())
+    for name, weight in sorted(model.named_parameters()):
+        if name.startswith(UNREAD):
+            continue
+        digest.update(f"{name} {list(weight.shape)}".encode())
+        digest.update(_sampled(weight).cpu().to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def _sampled(weight: Tensor) -> Tensor:
+    """At most ``SAMPLES`` values of a tensor, flattened, evenly spread from the first to the last."""
+    flat = weight.detach().flatten()
+    if flat.numel() <= SAMPLES:
+        return flat
+    places = torch.arange(SAMPLES, device=flat.device) * (flat.numel() - 1) // (SAMPLES - 1)
+    return flat[places]
 
 
 def _is_number(value: Any) -> bool:

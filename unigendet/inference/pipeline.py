@@ -149,8 +149,8 @@ class Pipeline:
         """Judge images, in their order.
 
         The images of the next batch are read and resized in threads while the model works on this one. Verdicts,
-        probabilities and texts do not depend on ``batch_size`` but for the last bits of the model's arithmetic, and
-        are the same, bit for bit, in every run with the same one.
+        probabilities and greedy texts do not depend on ``batch_size`` but for the last bits of the model's arithmetic;
+        sampled texts do. All are the same, bit for bit, in every run with the same batch size and seed.
 
         Args:
             images: paths or PIL images; of an animation, the first picture.
@@ -178,7 +178,7 @@ class Pipeline:
         for_all = question is None or isinstance(question, str)
         asked = [self.data.question if one is None else one for one in ([question] if for_all else question)]
         for one in set(asked if calibration is not None else ()):
-            calibration.check_use(self.model, one, with_latent)
+            calibration.check_use(self.model, self.data, one, with_latent)
         texts = [self.builder.text(one) for one in asked]
         longest = max(texts, key=lambda text: len(text.ids), default=Text(()))
         options = {
@@ -233,10 +233,13 @@ class Pipeline:
             if call.transform is not None:
                 image = call.transform(read_image(image) if isinstance(image, str | Path) else image)
             latent, pixels = self.builder.views(image)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, MemoryError) as error:
+            named = _naming(name, error)
             if call.on_error == "raise":
-                raise
-            return Detection(name, None, None, "", str(error))
+                if named is error:
+                    raise
+                raise named from error
+            return Detection(name, None, None, "", str(named))
         return _Prepared(name, question, latent, pixels)
 
     def _request(self, image: _Prepared, with_latent: bool) -> DetectionRequest:
@@ -361,6 +364,14 @@ def _paired(images: Iterable[Any], questions: Text | Sequence[Text]) -> Iterator
         if image is nothing or question is nothing:
             raise ValueError(f"question has {len(questions)} entries; it must be one text, or as many as images")
         yield image, question
+
+
+def _naming(name: str, error: ValueError | OSError | MemoryError) -> ValueError | OSError:
+    """The error, or one that says of which image it is; only files have names."""
+    image = f"image {name}" if name else "the image"
+    if isinstance(error, MemoryError):
+        return ValueError(f"{image}: not enough memory; scale it down first")
+    return error if not name or str(error).startswith(image) else ValueError(f"{image}: {error}")
 
 
 def _groups(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
