@@ -165,7 +165,7 @@ def test_one_class_only(evaluate, tmp_path, annotations):
 
 def test_unreadable_images_are_wrong_and_no_error(evaluate, annotations, tmp_path):
     (annotations.parent / "3.png").write_bytes(b"no image")
-    (annotations.parent / "4.png").unlink()
+    (annotations.parent / "4.png").write_bytes(b"")
     code, out, err = evaluate("--max-tokens", 0, "--jpeg", 50)
     assert (code, err) == (0, "")
     assert "Images that could not be judged: 2." in out
@@ -176,6 +176,24 @@ def test_unreadable_images_are_wrong_and_no_error(evaluate, annotations, tmp_pat
     assert "3.png" in data["unreadable"][0]["error"]
 
 
+def test_missing_images_are_an_error_before_the_model_loads(evaluate, annotations, tmp_path, monkeypatch):
+    monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
+    (tmp_path / "elsewhere").mkdir()
+    for arguments, message in (
+        (
+            ["--image-root", tmp_path / "elsewhere"],
+            f"12 of 12 images do not exist, the first is {tmp_path}/elsewhere/0",
+        ),
+        ([], f"1 of 12 images do not exist, the first is {annotations.parent}/4.png; --image-root says what paths are"),
+    ):
+        (annotations.parent / "4.png").unlink(missing_ok=True)
+        code, out, err = evaluate("--max-tokens", 0, *arguments)
+        assert (code, out) == (1, "")
+        assert message in err
+        assert len(err.splitlines()) == 1
+        assert not (tmp_path / "out").exists()
+
+
 def test_a_model_without_a_head(evaluate, tmp_path):
     headless = save_model(tmp_path / "headless", class_head=False)
     code, _, err = evaluate("--max-tokens", 0, model=headless)
@@ -183,7 +201,7 @@ def test_a_model_without_a_head(evaluate, tmp_path):
     assert "max_new_tokens is 0; it must be positive: without a real/fake head" in err
     code, out, _ = evaluate("--max-tokens", 3, "--jpeg", 50, model=headless, out=tmp_path / "words")
     assert code == 0
-    assert "There are no probabilities" in out
+    assert "The model has no real/fake head" in out
     data = results(tmp_path / "words")
     assert data["detection"]["overall"]["unparsed"] == 12  # three tokens of a model that says nothing
     assert (data["roc"], data["reliability"], data["detection"]["overall"]["roc_auc"]) == (None, None, None)

@@ -29,8 +29,8 @@ def add(commands: Commands) -> None:
     """Describe the command."""
     command = commands.add(
         "detection", run, "Score a model's verdicts and explanations on labelled images.", model_options(),
-        epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that cannot be "
-               "read count as wrong verdicts.",
+        epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that are "
+               "there but cannot be read count as wrong verdicts.",
     )  # fmt: skip
     command.add_argument("--data", type=Path, required=True, metavar="PATH",
                          help="FakeClue annotation file; or folder with real/ and fake/, whose sub-folders are "
@@ -69,15 +69,17 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from unigendet.data.hashes import model_hash
-    from unigendet.data.labelled import read_labelled
+    from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
     from unigendet.evaluation.explanations import SentenceEncoder
     from unigendet.evaluation.scoring import limit_evenly
+    from unigendet.model.checkpoint import stored_config
 
     settings = _settings(options)
     everything = read_labelled(options.data, image_root=options.image_root)
     records = limit_evenly(everything, options.limit)
+    check_present(records)
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
@@ -106,7 +108,14 @@ def run(options: argparse.Namespace) -> int:
     }
     title = f"Detection by {options.model.resolve().name}"
     report = make_report(
-        predictions, records, settings, encoder, title=title, available=len(everything), settings=shown
+        predictions,
+        records,
+        settings,
+        encoder,
+        title=title,
+        available=len(everything),
+        has_head=stored_config(options.model).class_head,
+        settings=shown,
     )
     page = write_detection_report(options.out, report)
     console = Console()
