@@ -131,6 +131,15 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
         assert len(err.splitlines()) == 1
 
 
+def test_a_failed_first_start_does_not_block_its_folder(evaluate, tmp_path):
+    code, _, err = evaluate("--max-tokens", 5000)
+    assert (code, "max_new_tokens (--max-tokens) is 5000" in err) == (1, True)
+    code, _, err = evaluate("--max-tokens", 2)
+    assert (code, err) == (0, "")
+    assert results(tmp_path / "out")["settings"]["max_tokens"] == 2
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["max_tokens"] == 2
+
+
 def test_a_changed_model_or_image_is_another_evaluation(evaluate, annotations, model, tmp_path):
     evaluate("--max-tokens", 0)
     other = save_model(tmp_path / "other", seed=1)

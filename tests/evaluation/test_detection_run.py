@@ -178,15 +178,23 @@ def test_the_same_evaluation_may_go_on(folder):
     ],
 )
 def test_another_evaluation_is_refused(folder, changes, message):
+    other = {**IDENTITY, **changes}
+    (folder / "predictions.jsonl").write_text('{"half": ')  # a first start that got no further binds nobody
+    prepare_folder(folder, other)
+    stored = json.loads((folder / "run.json").read_text())
+    assert {name: stored[name] for name in other} == other
+    prepare_folder(folder, IDENTITY)
+    (folder / "predictions.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=message):
-        prepare_folder(folder, {**IDENTITY, **changes})
+        prepare_folder(folder, other)
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"schema": 1, "kind": "x"}'])
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
     other = tmp_path / "other"
     other.mkdir()
-    assert prepare_folder(other, IDENTITY) == other  # empty ones are welcome
+    (other / ".run.json.partial").write_text("{")
+    assert prepare_folder(other, IDENTITY) == other  # empty ones are welcome, and those with halves of files
     (other / "run.json").write_text(content)
     with pytest.raises(ValueError, match="does not say what was evaluated"):
         prepare_folder(other, IDENTITY)

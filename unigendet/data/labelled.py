@@ -49,8 +49,8 @@ def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> 
 
 
 def check_present(records: Sequence[DetectionRecord], root_option: str = "--image-root") -> None:
-    """Raise FileNotFoundError if any image does not exist: paths are then relative to something else, or the data set is
-    not all there, and no score of it would mean anything. Says how many and which is the first; ``root_option``: the
+    """Raise FileNotFoundError if any image does not exist: paths are then relative to something else, or the data set
+    is not all there, and no score of it would mean anything. Says how many and which is the first; ``root_option``: the
     setting that says what paths are relative to. What is there and cannot be read is no matter here.
     """
     lost = [str(record.image) for record in records if not record.image.exists()]

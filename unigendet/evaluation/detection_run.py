@@ -4,7 +4,8 @@
 verdicts depend on. ``predictions.jsonl`` has a line per image and condition (``undisturbed``, or a disturbance's name):
 ``{"condition", "index", "image", "group", "label", "verdict", "probability", "explanation", "error"}``, with ``index``
 the image's place among those evaluated. A run on another model, other data or other settings is refused; further
-conditions may join later, and the metrics are computed anew from the lines in every run.
+conditions may join later, and the metrics are computed anew from the lines in every run. A folder without a whole line
+binds nobody: a first start that failed leaves it to the corrected one.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from unigendet.data.hashes import file_hash
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
-from unigendet.files import PARTIAL, beside, write_text
+from unigendet.files import PARTIAL, write_text
 
 if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
@@ -54,6 +55,8 @@ def data_hash(records: Sequence[DetectionRecord], root: Path) -> str:
 def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     """Make an evaluation's folder, or find that it is one of the same ``identity``; returns it.
 
+    One of another identity that has no verdict yet becomes this one's.
+
     Args:
         folder: a new or empty one, or one that an earlier evaluation left.
         identity: ``model``, ``data`` (hashes) and ``settings`` (name → plain value).
@@ -64,19 +67,25 @@ def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     folder = Path(folder)
     need = f"a new folder, or one that {KIND!r} left"
     check(not folder.exists() or folder.is_dir(), "out", f"{folder}, a file", need)
-    run = folder / RUN_FILE
+    run, predictions = folder / RUN_FILE, folder / PREDICTIONS_FILE
     if run.is_file():
-        _compare(run, identity)
-        return folder
-    half = beside(run, PARTIAL)  # what a process that was killed right here leaves
-    present = sorted(path.name for path in folder.iterdir() if path != half) if folder.is_dir() else []
-    check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
+        if _compare(run, identity, binding=predictions.is_file() and b"\n" in predictions.read_bytes()):
+            return folder
+    else:
+        present = sorted(path.name for path in folder.iterdir() if not _partial(path)) if folder.is_dir() else []
+        check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(run, json.dumps({"schema": SCHEMA, "kind": KIND, **identity}, indent=1) + "\n")
     return folder
 
 
-def _compare(run: Path, identity: Mapping[str, Any]) -> None:
+def _partial(path: Path) -> bool:
+    """Whether a file is half of one, which a process that was killed while writing it leaves."""
+    return path.name.startswith(".") and path.name.endswith(f".{PARTIAL}")
+
+
+def _compare(run: Path, identity: Mapping[str, Any], *, binding: bool) -> bool:
+    """Whether ``run`` is an evaluation with this ``identity``; where it is ``binding``, another one is a ValueError."""
     try:
         found = json.loads(run.read_text(encoding="utf-8"))
         kind, settings = (found["schema"], found["kind"]), dict(found["settings"])
@@ -90,10 +99,11 @@ def _compare(run: Path, identity: Mapping[str, Any]) -> None:
     if not other:
         pairs = zip(("another model", "other data"), hashes, (identity["model"], identity["data"]), strict=True)
         other = [what for what, before, after in pairs if before != after]
-    if other:
+    if other and binding:
         raise ValueError(
             f"{run.parent} holds an evaluation with {'; '.join(other)}: it cannot be continued, choose another folder"
         )
+    return not other
 
 
 def write_whole(path: Path, text: str) -> None:
