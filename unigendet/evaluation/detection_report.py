@@ -109,10 +109,9 @@ def _notes(report: DetectionReport) -> Iterator[str]:
         yield "The model has no real/fake head: there are no probabilities, and verdicts are the answers' own."
     if overall.unsure:
         note = f"{overall.unsure:,} images lie within the calibration's unsure band and count as wrong."
-        decided = judged - overall.unparsed
-        if decided:
-            share = percent(overall.accuracy * judged / decided)
-            note += f" {share} of the {decided:,} others with a verdict were judged right."
+        if overall.decided:
+            share = percent(overall.decided_accuracy)
+            note += f" {share} of the {overall.decided:,} others with a verdict were judged right."
         yield note
     if overall.unreadable:
         yield f"Images that could not be judged: {overall.unreadable:,}. They count as wrong."

@@ -2,10 +2,12 @@
 
 ``run.json`` says what is being evaluated: SHA-256 hashes of the model's files and of the data, and the settings that
 verdicts depend on. ``predictions.jsonl`` has a line per image and condition (``undisturbed``, or a disturbance's name):
-``{"condition", "index", "image", "group", "label", "verdict", "probability", "explanation", "error"}``, with ``index``
-the image's place among those evaluated. A run on another model, other data or other settings is refused; further
-conditions may join later, and the metrics are computed anew from the lines in every run. A folder without a whole line
-binds nobody: a first start that failed leaves it to the corrected one.
+``{"condition", "index", "image", "group", "label", "verdict", "probability", "logit", "explanation", "error"}``, with
+``index`` the image's place among those evaluated. The last line on an image counts. One with an error holds for its run
+alone: the next run judges the image again, for what kept it from being read may have passed. A run on another model,
+other data or other settings is refused; further conditions may join later, and the metrics are computed anew from the
+lines in every run. A folder without a whole line binds nobody: a first start that failed leaves it to the corrected
+one.
 """
 
 from __future__ import annotations
@@ -30,12 +32,12 @@ if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
 
 RUN_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
-SCHEMA = 1  # of run.json and predictions.jsonl
+SCHEMA = 2  # of run.json and predictions.jsonl
 KIND = "unigendet evaluate detection"
 UNDISTURBED = "undisturbed"
 VERDICT_TOKENS = 32  # enough for the verdict's sentence in any vocabulary, for a model whose verdict is its text
 ODD_NAMES = "backslashreplace"  # file names that are no text; what this makes of them, JSON reads back
-JUDGED = ("verdict", "probability", "explanation", "error")  # fields of a row, as of an outcome
+JUDGED = ("verdict", "probability", "logit", "explanation", "error")  # fields of a row, as of an outcome
 ROW = ("condition", "index", "image", *JUDGED)  # what a row must have to be read
 
 
@@ -119,6 +121,8 @@ class Predictions:
         records: what is evaluated, in order.
         root: what image names are relative to.
 
+    Images that could not be judged when the folder was left are missing again.
+
     Raises:
         ValueError: a line of ``predictions.jsonl`` is no prediction for these records; names it. A last line that was
             cut off when the run was stopped is dropped.
@@ -137,6 +141,9 @@ class Predictions:
         if len(whole) < len(content):
             with self._file.open("r+b") as file:
                 file.truncate(len(whole))
+        for known in self._known.values():
+            for index in [index for index, outcome in known.items() if outcome.error is not None]:
+                del known[index]
 
     def _read(self, row: Any) -> None:
         if not isinstance(row, dict):

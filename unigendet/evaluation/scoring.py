@@ -26,6 +26,7 @@ class Verdict(Protocol):
 
     real: bool | None
     probability: float | None
+    logit: float | None
     explanation: str
     error: str | None
 
@@ -126,6 +127,7 @@ def _outcome(name: str, record: DetectionRecord, verdict: Verdict, reference: st
         label=record.label,
         verdict=None if verdict.real is None else int(verdict.real),
         probability=verdict.probability,
+        logit=verdict.logit,
         explanation=verdict.explanation,
         reference=reference,
         error=verdict.error,
