@@ -61,7 +61,7 @@ def add(commands: Commands) -> None:
     group.add_argument("--robustness", action="store_true", help="under all three kinds, at the usual levels")
     for kind, (convert, metavar, what) in DISTURBANCES.items():
         group.add_argument(f"--{kind}", type=convert, nargs="*", metavar=metavar,
-                           help=f"{what}; without --robustness, only under these")  # fmt: skip
+                           help=f"{what}; none = the usual ones; without --robustness, only this kind")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -83,6 +83,7 @@ def run(options: argparse.Namespace) -> int:
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
+    print("reading model and data", file=sys.stderr, flush=True)
     identity = {
         "settings": _identifying(options, settings, dtype),
         "model": model_hash(options.model, options.autoencoder),
@@ -147,9 +148,9 @@ def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
 
     for kind in DISTURBANCES:
         levels = getattr(options, kind)
-        if levels is None:
-            levels = LEVELS[kind] if options.robustness else ()
-        for level in dict.fromkeys(levels):
+        if levels is None and not options.robustness:
+            continue
+        for level in dict.fromkeys(levels or LEVELS[kind]):
             try:
                 yield Disturbance(kind, level)
             except ValueError as error:

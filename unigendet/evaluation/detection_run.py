@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.hashes import file_hash
+from unigendet.data.transforms import check_file
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
@@ -48,8 +49,12 @@ def data_hash(records: Sequence[DetectionRecord], root: Path) -> str:
         note = [r.image.relative_to(root).as_posix(), r.label, r.category, r.question, r.answer]
         total.update(json.dumps(note).encode())
         try:
+            check_file(r.image)
             total.update(file_hash(r.image))
-        except OSError as error:  # an image that cannot be read gets a row that says so; it is no reason to stop
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # it gets a row that says so; it is no reason to stop
             total.update(type(error).__name__.encode())
     return total.hexdigest()
 
