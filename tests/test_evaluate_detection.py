@@ -146,6 +146,31 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
         assert len(err.removeprefix(READING).splitlines()) == 1
 
 
+def test_a_continued_run_has_the_same_longest_answer(evaluate, annotations, tmp_path, monkeypatch):
+    entries = json.loads(annotations.read_text())
+    entries[1]["conversations"][0]["value"] = "<image>" + "Is it? " * 14  # of the model's 128 positions
+    annotations.write_text(json.dumps(entries[:4]))
+    lengths, detect = [], Pipeline.detect
+
+    def recorded(self, images, **options):
+        lengths.append((len(images), options["max_new_tokens"]))
+        return detect(self, images, **options)
+
+    monkeypatch.setattr(Pipeline, "detect", recorded)
+    assert evaluate()[0] == 0
+    file = tmp_path / "out" / "predictions.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert evaluate()[0] == 0
+    (_, first), (left, second) = lengths
+    assert (left, second) == (2, first)
+    assert 0 < first < 60
+    explanations = [
+        [json.loads(line)["explanation"] for line in text.splitlines()] for text in (whole, file.read_text())
+    ]
+    assert explanations[0] == explanations[1]
+
+
 def test_a_failed_first_start_does_not_block_its_folder(evaluate, tmp_path):
     code, _, err = evaluate("--max-tokens", 5000)
     assert (code, "max_new_tokens (--max-tokens) is 5000" in err) == (1, True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from unigendet.commands.detect import quiet_pillow
 from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
+    from unigendet.data.datasets import DetectionRecord
     from unigendet.evaluation.detection_run import RunSettings
     from unigendet.evaluation.robustness import Disturbance
+    from unigendet.inference.pipeline import Pipeline
 
 DISTURBANCES = {
     "jpeg": (int, "Q", "JPEG qualities"),
@@ -97,7 +99,13 @@ def run(options: argparse.Namespace) -> int:
     quiet_pillow()
     with Progress("unigendet evaluate detection", left, "verdicts") as bar:
         folders.complete(
-            predictions, records, settings, lambda: load_pipeline(options), root=root, progress=bar.advance
+            predictions,
+            records,
+            settings,
+            lambda: load_pipeline(options),
+            root=root,
+            progress=bar.advance,
+            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
         )
     shown = {
         "model": {"folder": str(options.model), "sha256": identity["model"]},
@@ -123,6 +131,20 @@ def run(options: argparse.Namespace) -> int:
     console.print(format_detection(report))
     console.print(f"The report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _answer_length(pipeline: Pipeline, records: Sequence[DetectionRecord], settings: RunSettings) -> int | None:
+    """The longest answer by default, in tokens: what there is room for after the longest question of all records. None
+    where a question leaves no room: the pipeline says so.
+    """
+    from unigendet.inference.detect import answer_room
+    from unigendet.inference.pipeline import DEFAULT_ANSWER
+
+    asked = {record.question or pipeline.data.question for record in records}
+    texts = map(pipeline.builder.text, asked if settings.question is None else {settings.question})
+    config, latent = pipeline.model.config, settings.with_latent
+    room = min(answer_room(config, text, with_latent=latent) for text in texts)
+    return min(DEFAULT_ANSWER, room) if room > 0 else None
 
 
 def _settings(options: argparse.Namespace) -> RunSettings:

@@ -225,6 +225,7 @@ def complete(
     *,
     root: Path,
     progress: Callable[[], None] = lambda: None,
+    answer_length: Callable[[Any], int | None] = lambda detector: None,
 ) -> None:
     """Judge what ``predictions`` lack.
 
@@ -235,6 +236,8 @@ def complete(
         load: makes the detector; called only if anything is missing.
         root: what image names are relative to.
         progress: called after every outcome.
+        answer_length: what ``max_new_tokens`` None stands for, given the detector. A detector left to itself may go by
+            the questions that it is given at once, which are fewer when a run is continued.
 
     Raises:
         ValueError: a setting that the detector cannot do.
@@ -245,6 +248,7 @@ def complete(
     detector = load()
     need = "positive: without a real/fake head, the verdict is in the text"
     check(detector.has_head or settings.with_text, "max_new_tokens", settings.max_new_tokens, need)
+    longest = answer_length(detector) if settings.max_new_tokens is None else settings.max_new_tokens
     verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
     for name, places in todo.items():
         disturbance = settings.conditions[name]
@@ -255,7 +259,7 @@ def complete(
             question=settings.question,
             transform=disturbance,
             with_latent=settings.with_latent,
-            max_new_tokens=settings.max_new_tokens if disturbance is None else verdict_only,
+            max_new_tokens=longest if disturbance is None else verdict_only,
             batch_size=settings.batch_size,
             calibration=settings.calibration,
         )
