@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 
 import numpy as np
@@ -18,6 +19,7 @@ from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import PixelAutoencoder
 
 ANSWERS = ("This is a fake image. It is pale.", "This is a real image. It is dark.")
+READING = "reading model and data\n"  # before the hashes, which may take minutes
 VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
 
 
@@ -71,8 +73,8 @@ def results(folder):
 
 
 def test_what_it_leaves(evaluate, tmp_path, model):
-    code, out, err = evaluate("--max-tokens", 4, "--robustness", "--blur", "1.5", "--resize")
-    assert (code, err) == (0, "")
+    code, out, err = evaluate("--max-tokens", 4, "--robustness", "--blur", "1.5")
+    assert (code, err) == (0, READING)
     assert "overall" in out
     assert f"The report: {tmp_path / 'out' / 'evaluation.html'}" in out
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -82,17 +84,30 @@ def test_what_it_leaves(evaluate, tmp_path, model):
     assert data["detection"]["overall"]["count"] == 12
     assert [(g["group"], g["real"], g["fake"]) for g in data["detection"]["groups"]] == [("a", 3, 3), ("b", 3, 3)]
     assert {kind: [p["level"] for p in points] for kind, points in data["robustness"].items()} == {
-        "jpeg": [None, 95, 85, 75, 50, 30], "blur": [None, 1.5],
+        "jpeg": [None, 95, 85, 75, 50, 30], "resize": [None, 0.75, 0.5, 0.25], "blur": [None, 1.5],
     }  # fmt: skip
     settings = data["settings"]
     assert (settings["max_tokens"], settings["latent_view"], settings["limit"]) == (4, True, None)
     assert settings["model"]["folder"] == str(model)
     assert data["environment"]["versions"]["torch"]
     rows = [json.loads(line) for line in (tmp_path / "out" / "predictions.jsonl").read_text().splitlines()]
-    assert len(rows) == 12 * 7
+    assert len(rows) == 12 * 10
     # The JPEG files differ from the images, and so do the probabilities.
     by_condition = {row["condition"]: row["probability"] for row in rows if row["index"] == 3}
-    assert len(set(by_condition.values())) == 7
+    assert len(set(by_condition.values())) == 10
+
+
+def test_a_kind_without_levels_means_its_usual_ones(evaluate, tmp_path):
+    assert evaluate("--max-tokens", 0, "--resize", "--jpeg", "80")[0] == 0
+    levels = {kind: [p["level"] for p in points] for kind, points in results(tmp_path / "out")["robustness"].items()}
+    assert levels == {"jpeg": [None, 80], "resize": [None, 0.75, 0.5, 0.25]}
+
+
+def test_a_pipe_among_the_images_is_not_waited_for(evaluate, annotations, tmp_path):
+    (annotations.parent / "3.png").unlink()
+    os.mkfifo(annotations.parent / "3.png")
+    assert evaluate("--max-tokens", 0)[0] == 0
+    assert "is a pipe or a device" in results(tmp_path / "out")["unreadable"][0]["error"]
 
 
 def test_verdicts_are_those_of_the_pipeline(evaluate, annotations, tmp_path, model):
@@ -128,7 +143,41 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
         code, out, err = evaluate(*arguments)
         assert (code, out) == (1, "")
         assert message in err
-        assert len(err.splitlines()) == 1
+        assert len(err.removeprefix(READING).splitlines()) == 1
+
+
+def test_a_continued_run_has_the_same_longest_answer(evaluate, annotations, tmp_path, monkeypatch):
+    entries = json.loads(annotations.read_text())
+    entries[1]["conversations"][0]["value"] = "<image>" + "Is it? " * 14  # of the model's 128 positions
+    annotations.write_text(json.dumps(entries[:4]))
+    lengths, detect = [], Pipeline.detect
+
+    def recorded(self, images, **options):
+        lengths.append((len(images), options["max_new_tokens"]))
+        return detect(self, images, **options)
+
+    monkeypatch.setattr(Pipeline, "detect", recorded)
+    assert evaluate()[0] == 0
+    file = tmp_path / "out" / "predictions.jsonl"
+    whole = file.read_text()
+    file.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert evaluate()[0] == 0
+    (_, first), (left, second) = lengths
+    assert (left, second) == (2, first)
+    assert 0 < first < 60
+    explanations = [
+        [json.loads(line)["explanation"] for line in text.splitlines()] for text in (whole, file.read_text())
+    ]
+    assert explanations[0] == explanations[1]
+
+
+def test_a_failed_first_start_does_not_block_its_folder(evaluate, tmp_path):
+    code, _, err = evaluate("--max-tokens", 5000)
+    assert (code, "max_new_tokens (--max-tokens) is 5000" in err) == (1, True)
+    code, _, err = evaluate("--max-tokens", 2)
+    assert (code, err) == (0, READING)
+    assert results(tmp_path / "out")["settings"]["max_tokens"] == 2
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["max_tokens"] == 2
 
 
 def test_a_changed_model_or_image_is_another_evaluation(evaluate, annotations, model, tmp_path):
@@ -165,15 +214,33 @@ def test_one_class_only(evaluate, tmp_path, annotations):
 
 def test_unreadable_images_are_wrong_and_no_error(evaluate, annotations, tmp_path):
     (annotations.parent / "3.png").write_bytes(b"no image")
-    (annotations.parent / "4.png").unlink()
+    (annotations.parent / "4.png").write_bytes(b"")
     code, out, err = evaluate("--max-tokens", 0, "--jpeg", 50)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, READING)
     assert "Images that could not be judged: 2." in out
     data = results(tmp_path / "out")
     overall = data["detection"]["overall"]
     assert (overall["count"], overall["unparsed"], overall["unreadable"]) == (12, 2, 2)
     assert data["robustness"]["jpeg"][1]["unparsed"] == 2
     assert "3.png" in data["unreadable"][0]["error"]
+
+
+def test_missing_images_are_an_error_before_the_model_loads(evaluate, annotations, tmp_path, monkeypatch):
+    monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
+    (tmp_path / "elsewhere").mkdir()
+    for arguments, message in (
+        (
+            ["--image-root", tmp_path / "elsewhere"],
+            f"12 of 12 images do not exist, the first is {tmp_path}/elsewhere/0",
+        ),
+        ([], f"1 of 12 images do not exist, the first is {annotations.parent}/4.png; --image-root says what paths are"),
+    ):
+        (annotations.parent / "4.png").unlink(missing_ok=True)
+        code, out, err = evaluate("--max-tokens", 0, *arguments)
+        assert (code, out) == (1, "")
+        assert message in err
+        assert len(err.removeprefix(READING).splitlines()) == 1
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_model_without_a_head(evaluate, tmp_path):
@@ -183,7 +250,7 @@ def test_a_model_without_a_head(evaluate, tmp_path):
     assert "max_new_tokens is 0; it must be positive: without a real/fake head" in err
     code, out, _ = evaluate("--max-tokens", 3, "--jpeg", 50, model=headless, out=tmp_path / "words")
     assert code == 0
-    assert "There are no probabilities" in out
+    assert "The model has no real/fake head" in out
     data = results(tmp_path / "words")
     assert data["detection"]["overall"]["unparsed"] == 12  # three tokens of a model that says nothing
     assert (data["roc"], data["reliability"], data["detection"]["overall"]["roc_auc"]) == (None, None, None)
@@ -217,7 +284,7 @@ def test_a_sentence_encoder(evaluate, tmp_path):
     folder = tmp_path / "encoder"
     write_encoder(folder)
     code, _, err = evaluate("--max-tokens", 4, "--sentence-encoder", folder)
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, READING)
     data = results(tmp_path / "out")
     assert data["explanation_measures"]["css"]["name"] == "encoder"
     assert -1 <= data["detection"]["overall"]["css"] <= 1
@@ -242,7 +309,7 @@ def test_bad_annotations(evaluate, annotations, content, message, tmp_path):
     code, out, err = evaluate()
     assert (code, out) == (1, "")
     assert message in err
-    assert len(err.splitlines()) == 1
+    assert len(err.removeprefix(READING).splitlines()) == 1
     assert not (tmp_path / "out").exists()
 
 
@@ -272,9 +339,9 @@ def test_mistakes(evaluate, annotations, tmp_path):
     for i, (arguments, changes, message) in enumerate(cases):
         code, out, err = evaluate(*arguments, **{"out": tmp_path / f"out{i}", **changes})
         assert (code, out) == (1, ""), message
-        assert err.startswith("unigendet evaluate: ")
+        assert err.removeprefix(READING).startswith("unigendet evaluate: ")
         assert message in err
-        assert len(err.splitlines()) == 1
+        assert len(err.removeprefix(READING).splitlines()) == 1
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,7 @@ from unigendet.data.quickstart import (
     write_detection_images,
 )
 from unigendet.data.tokenizer import Tokenizer
+from unigendet.evaluation import scoring
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.generation import DigitJudge
 from unigendet.evaluation.report import format_table, write_report
@@ -192,20 +193,10 @@ def sample_digits(pipeline: Pipeline, labels: np.ndarray, *, seed: int, batch_si
 def detect_records(
     pipeline: Pipeline, records: Sequence[DetectionRecord], folder: Path, **options: Any
 ) -> list[DetectionOutcome]:
-    """What the model says about annotated images below ``folder``; ``options``: of ``Pipeline.detect``."""
-    verdicts = pipeline.detect([r.image for r in records], **options)
-    return [
-        DetectionOutcome(
-            name=str(record.image.relative_to(folder)),
-            group=record.category,
-            label=record.label,
-            verdict=None if verdict.real is None else int(verdict.real),
-            probability=verdict.probability,
-            explanation=verdict.explanation,
-            reference=record.answer,
-        )
-        for record, verdict in zip(records, verdicts, strict=True)
-    ]
+    """What the model says about annotated images below ``folder``, asked its own question, as in training; ``options``:
+    of ``scoring.judge``.
+    """
+    return list(scoring.judge(pipeline, records, root=folder, question=pipeline.data.question, **options))
 
 
 def run(

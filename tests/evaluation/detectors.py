@@ -17,6 +17,7 @@ class Said:
     probability: float | None
     explanation: str
     error: str | None = None
+    logit: float | None = None
 
 
 @dataclass

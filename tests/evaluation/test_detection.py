@@ -110,6 +110,39 @@ def test_a_missing_probability_ranks_worst(label):
     assert evaluate_detection(missing).overall.roc_auc == evaluate_detection(surest_wrong).overall.roc_auc == 0.5
 
 
+@pytest.mark.parametrize("missing", [0, 1])
+def test_a_temperature_moves_no_rank(missing):
+    logits, labels = [60.0, 50.0, 45.0, 41.0, 3.0, -2.0], [1, 0, 1, 0, 1, 0]  # from 37 on, the sigmoid is exactly 1
+
+    def metrics(temperature, by_logit=True):
+        made = [
+            outcome("g", label, 1, 1 / (1 + math.exp(-logit / temperature)), logit=logit if by_logit else None)
+            for logit, label in zip(logits, labels, strict=True)
+        ]
+        overall = evaluate_detection([*made, *[outcome("g", 0, None)] * missing]).overall
+        return overall.roc_auc, overall.average_precision
+
+    assert metrics(1.0) == metrics(50.0) == metrics(50.0, by_logit=False)
+    assert metrics(1.0)[0] == pytest.approx((1 + 2 + 3) / 9 if not missing else 6 / 12)
+    assert metrics(1.0, by_logit=False) != metrics(1.0)  # which is why the logits are kept
+
+
+def test_accuracy_and_agreement_of_the_decided():
+    real, fake = "This is a real image.", "This is a fake image."
+    made = [
+        outcome("a", 1, 1, 0.9, explanation=real),
+        outcome("a", 0, 1, 0.8, explanation=fake),
+        outcome("a", 0, 0, 0.1, explanation=fake),
+        outcome("a", 1, None, 0.5, explanation=real),  # unsure
+        outcome("b", 0, None, error="damaged"),
+    ]
+    summary = evaluate_detection(made)
+    overall, (_, unjudged) = summary.overall, summary.groups
+    assert (overall.count, overall.decided, overall.accuracy) == (5, 3, 2 / 5)
+    assert (overall.decided_accuracy, overall.agreement) == (2 / 3, 2 / 3)
+    assert (unjudged.decided, unjudged.decided_accuracy, unjudged.agreement) == (0, None, None)
+
+
 def test_rouge_l():
     assert rouge_l("the edges are soft", "the edges are soft") == 1.0
     assert rouge_l("the soft edges", "the edges are soft") == pytest.approx(2 * (2 / 3) * (2 / 4) / (2 / 3 + 2 / 4))
@@ -143,7 +176,8 @@ def test_json_has_no_nan():
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("label", 2), ("verdict", -1), ("probability", 1.5), ("probability", math.nan)]
+    ("field", "value"),
+    [("label", 2), ("verdict", -1), ("probability", 1.5), ("probability", math.nan), ("logit", math.inf)],
 )
 def test_bad_outcomes_name_the_field(field, value):
     with pytest.raises(ValueError, match=f"{field} is"):

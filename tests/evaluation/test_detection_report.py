@@ -87,8 +87,10 @@ def test_curves_are_scikit_learn_s():
     precision, recall, _ = precision_recall_curve(is_fake, rank)
     found = curves["precision_recall"]
     assert set(zip(found.x, found.y, strict=True)) <= set(zip(recall, precision, strict=True))
-    steps = np.diff(found.x) @ np.array(found.y)[1:]
-    assert steps == pytest.approx(average_precision_score(is_fake, rank), abs=0.01)
+    average = average_precision_score(is_fake, rank)
+    steps = np.diff(found.x)
+    assert steps @ np.array(found.y)[1:] == pytest.approx(average, abs=1e-12)  # as the chart draws them
+    assert steps @ np.array(found.y)[:-1] != pytest.approx(average, abs=1e-3)
 
 
 def test_long_curves_are_thinned_with_their_ends():
@@ -196,11 +198,16 @@ def test_verdicts_without_probabilities(tmp_path):
         DetectionOutcome(str(i), "g", i % 2, 1, None, "This is a real image.", "This is a fake image.")
         for i in range(4)
     ]
-    report = report_of(made)
+    report = report_of(made, has_head=False)
     page = Page(write_detection_report(tmp_path, report).read_text(encoding="utf-8"))
-    assert "There are no probabilities" in page.text
+    assert "The model has no real/fake head: there are no probabilities" in page.text
     assert "Reliability" not in page.text
     assert json.loads((tmp_path / "evaluation.json").read_text())["reliability"] is None
+
+
+def test_unreadable_images_say_nothing_of_the_model():
+    made = [DetectionOutcome(str(i), "g", i % 2, None, error="damaged") for i in range(4)]
+    assert report_of(made).to_dict()["notes"] == ["Images that could not be judged: 4. They count as wrong."]
 
 
 def test_unsure_verdicts_are_told(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 from detectors import BrightnessDetector, write_images
 
 from unigendet.data.hashes import model_hash
+from unigendet.data.transforms import read_image
 from unigendet.evaluation.detection_run import (
     UNDISTURBED,
     VERDICT_TOKENS,
@@ -60,7 +61,7 @@ def test_predictions_are_those_of_the_detector(folder, records, root):
     assert predictions.outcomes("blur 1", with_references=False) == blurred
     assert rows(folder)[4] == {
         "condition": "undisturbed", "index": 4, "image": "gan/0.png", "group": "gan", "label": 0, "verdict": 0,
-        "probability": 20 / 255, "explanation": "This is a fake image. It is bright.", "error": None,
+        "probability": 20 / 255, "logit": None, "explanation": "This is a fake image. It is bright.", "error": None,
     }  # fmt: skip
     assert len(rows(folder)) == 27
 
@@ -89,6 +90,25 @@ def test_a_finished_run_loads_no_model_and_more_conditions_judge_only_themselves
     assert [(call["transform"], call["max_new_tokens"]) for call in more.calls] == [
         (disturbance, 0) for disturbance in DISTURBED.disturbances
     ]
+
+
+def test_an_image_that_could_not_be_read_is_judged_again(folder, records, root, monkeypatch):
+    def failing(path):
+        if path in (records[2].image, records[5].image):
+            raise OSError(f"image {path} cannot be read: stale file handle")
+        return read_image(path)
+
+    monkeypatch.setattr("detectors.read_image", failing)
+    first, _ = finish(folder, records, root, RunSettings())
+    assert "stale file handle" in first.outcomes(UNDISTURBED, with_references=False)[2].error
+    monkeypatch.undo()
+    again = BrightnessDetector()
+    predictions, _ = finish(folder, records, root, RunSettings(), again)
+    assert [call["images"] for call in again.calls] == [2]
+    expected = list(judge(BrightnessDetector(), records, root=root))
+    assert predictions.outcomes(UNDISTURBED, with_references=True) == expected
+    assert finish(folder, records, root, RunSettings())[1] == []
+    assert len(rows(folder)) == 11
 
 
 def test_without_a_head_a_verdict_needs_words(folder, records, root):
@@ -121,7 +141,10 @@ def test_a_line_that_was_cut_off_is_judged_again(folder, records, root, cut):
     [
         ("no JSON", "Expecting value"),
         ("[]", "it is no object"),
-        ('{"index": 1, "image": "real/1.png", "verdict": 1, "error": null}', "it lacks condition, probability, expl"),
+        (
+            '{"index": 1, "image": "real/1.png", "verdict": 1, "error": null}',
+            "it lacks condition, probability, logit, expl",
+        ),
         ({"index": 99}, "index is 99; it must be from 0 to 8"),
         ({"index": "1"}, "index is '1'"),
         ({"index": -1}, "index is -1"),
@@ -178,8 +201,15 @@ def test_the_same_evaluation_may_go_on(folder):
     ],
 )
 def test_another_evaluation_is_refused(folder, changes, message):
+    other = {**IDENTITY, **changes}
+    (folder / "predictions.jsonl").write_text('{"half": ')  # a first start that got no further binds nobody
+    prepare_folder(folder, other)
+    stored = json.loads((folder / "run.json").read_text())
+    assert {name: stored[name] for name in other} == other
+    prepare_folder(folder, IDENTITY)
+    (folder / "predictions.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match=message):
-        prepare_folder(folder, {**IDENTITY, **changes})
+        prepare_folder(folder, other)
 
 
 def test_a_run_that_was_killed_at_its_first_file_begins_again(tmp_path):
@@ -192,7 +222,8 @@ def test_a_run_that_was_killed_at_its_first_file_begins_again(tmp_path):
 def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
     other = tmp_path / "other"
     other.mkdir()
-    assert prepare_folder(other, IDENTITY) == other  # empty ones are welcome
+    (other / ".run.json.partial").write_text("{")
+    assert prepare_folder(other, IDENTITY) == other  # empty ones are welcome, and those with halves of files
     (other / "run.json").write_text(content)
     with pytest.raises(ValueError, match="does not say what was evaluated"):
         prepare_folder(other, IDENTITY)

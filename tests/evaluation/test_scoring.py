@@ -7,9 +7,11 @@ import pytest
 from detectors import BrightnessDetector, Said, write_images
 from tiny_encoder import write_encoder
 
+from unigendet.config import DataConfig
 from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.explanations import SentenceEncoder
-from unigendet.evaluation.scoring import judge, limit_evenly, score_detection
+from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.quickstart import detect_records
 
 
 @pytest.fixture(scope="module")
@@ -21,9 +23,13 @@ def record(i, label, category):
     return DetectionRecord(Path(f"{i}.png"), label, category, "", "")
 
 
+def scored(detector, records, encoder=None, **options):
+    return summarise(list(judge(detector, records, **options)), encoder)
+
+
 def test_summary_of_a_detector(records):
     """Nine images, two of them wrong (levels 100 and 150); the answers are told by the levels."""
-    summary = score_detection(BrightnessDetector(), records)
+    summary = scored(BrightnessDetector(), records)
     overall = summary.overall
     assert (overall.count, overall.real, overall.fake, overall.unparsed) == (9, 4, 5, 0)
     assert overall.accuracy == pytest.approx(7 / 9)
@@ -40,18 +46,18 @@ def test_summary_of_a_detector(records):
 
 def test_options_reach_the_detector(records):
     detector = BrightnessDetector()
-    score_detection(detector, records, with_latent=False, max_new_tokens=9, batch_size=3)
+    scored(detector, records, with_latent=False, max_new_tokens=9, batch_size=3)
     assert detector.calls == [
         {"question": [r.question for r in records], "transform": None, "with_latent": False, "max_new_tokens": 9,
          "batch_size": 3, "images": 9},
     ]  # fmt: skip
-    score_detection(detector, records, question="Well?", limit=4)
+    scored(detector, limit_evenly(records, 4), question="Well?")
     assert (detector.calls[1]["question"], detector.calls[1]["images"]) == ("Well?", 4)
 
 
 def test_a_record_without_a_question_leaves_it_to_the_detector(records):
     detector = BrightnessDetector()
-    score_detection(detector, [record(records[0].image, 1, "real")])
+    scored(detector, [record(records[0].image, 1, "real")])
     assert detector.calls[0]["question"] == [None]
 
 
@@ -61,7 +67,7 @@ def test_transform_comes_before_the_detector(records):
 
 
 def test_no_explanations_asked_for(records):
-    overall = score_detection(BrightnessDetector(), records, max_new_tokens=0).overall
+    overall = scored(BrightnessDetector(), records, max_new_tokens=0).overall
     assert overall.accuracy == pytest.approx(7 / 9)
     assert (overall.explained, overall.rouge_l, overall.tfidf_cosine) == (0, None, None)
     assert (overall.agreement, overall.text_accuracy) == (None, None)
@@ -75,22 +81,22 @@ def test_unreadable_images_are_wrong_everywhere(records, tmp_path):
         DetectionRecord(broken, 1, "real", "", "This is a real image."),
         record(tmp_path / "no", 0, "gan"),
     ]
-    overall = score_detection(BrightnessDetector(), more).overall
+    overall = scored(BrightnessDetector(), more).overall
     assert (overall.count, overall.unparsed, overall.unreadable, overall.explained) == (11, 2, 2, 10)
     assert overall.accuracy == pytest.approx(7 / 11)
     assert overall.balanced_accuracy == pytest.approx((3 / 5 + 4 / 6) / 2)
-    assert (overall.agreement, overall.text_accuracy) == (pytest.approx(9 / 11), pytest.approx(7 / 11))
-    before = score_detection(BrightnessDetector(), records).overall
+    assert (overall.agreement, overall.text_accuracy) == (1.0, pytest.approx(7 / 11))
+    before = scored(BrightnessDetector(), records).overall
     assert overall.brier == pytest.approx((9 * before.brier + 2) / 11)  # surely wrong
     assert overall.rouge_l == pytest.approx(9 * before.rouge_l / 10)
 
 
 def test_answers_without_a_verdict_are_wrong_without_a_head(records):
     detector = BrightnessDetector(has_head=False)
-    overall = score_detection(detector, records).overall
+    overall = scored(detector, records).overall
     assert (overall.accuracy, overall.unparsed) == (pytest.approx(7 / 9), 0)
     assert (overall.roc_auc, overall.calibration_error, overall.brier, overall.agreement) == (None,) * 4
-    overall = score_detection(detector, records, max_new_tokens=2).overall  # "This is a real i"
+    overall = scored(detector, records, max_new_tokens=2).overall  # "This is a real i"
     assert (overall.accuracy, overall.unparsed, overall.text_accuracy) == (0.0, 9, 0.0)
 
 
@@ -99,7 +105,7 @@ def test_images_in_an_unsure_band_are_wrong_and_counted(records):
         def detect(self, images, **options):
             return (Said(None, 0.55, "This is a real image.") for _ in images)
 
-    overall = score_detection(Unsure(), records).overall
+    overall = scored(Unsure(), records).overall
     assert (overall.accuracy, overall.unparsed, overall.unsure, overall.unreadable) == (0.0, 9, 9, 0)
     assert overall.calibration_error == pytest.approx(abs(0.55 - 4 / 9))  # the probability is judged all the same
 
@@ -110,7 +116,7 @@ def test_text_that_disagrees_with_the_head(records):
             answers = ("This is a real image.", "This is a fake image.", "Who knows?")
             return (Said(True, 0.75, answers[i % 3]) for i, _ in enumerate(images))
 
-    overall = score_detection(TwoTongued(), records).overall
+    overall = scored(TwoTongued(), records).overall
     assert overall.accuracy == pytest.approx(4 / 9)
     assert overall.agreement == pytest.approx(3 / 9)
     # The texts: real, fake, none, real | fake, none, real | fake, none. Right: 2 of the reals, 2 of the fakes.
@@ -126,7 +132,7 @@ def test_names_are_relative_to_the_root(records):
 def test_css_comes_from_the_encoder(records, tmp_path):
     write_encoder(tmp_path / "tiny")
     encoder = SentenceEncoder(tmp_path / "tiny")
-    summary = score_detection(BrightnessDetector(), records, encoder=encoder)
+    summary = scored(BrightnessDetector(), records, encoder=encoder)
     outcomes = list(judge(BrightnessDetector(), records))
     expected = encoder.cosines([o.explanation for o in outcomes], [o.reference for o in outcomes])
     assert summary.overall.css == pytest.approx(sum(expected) / 9)
@@ -161,4 +167,20 @@ def test_limit_spreads_over_a_group_and_fills_up():
 
 def test_nothing_to_score():
     with pytest.raises(ValueError, match="at least one outcome"):
-        score_detection(BrightnessDetector(), [])
+        scored(BrightnessDetector(), [])
+
+
+def test_a_run_s_own_records_are_judged_the_same_way(records, tmp_path):
+    root = records[0].image.parents[1]
+    detector = BrightnessDetector()
+    detector.data = DataConfig(question="Well?")
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    outcomes = detect_records(detector, records, root, with_latent=False, max_new_tokens=9, batch_size=3)
+    expected = judge(
+        BrightnessDetector(), records, root=root, question="Well?", with_latent=False, max_new_tokens=9, batch_size=3
+    )
+    assert outcomes == list(expected)
+    assert detector.calls[0]["question"] == "Well?"
+    (unread,) = detect_records(detector, [DetectionRecord(broken, 1, "real", "", "")], tmp_path, batch_size=3)
+    assert (unread.verdict, "broken.png" in unread.error) == (None, True)

@@ -82,7 +82,7 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
         (["watch.detection={folder}"], "watch.detection: folder {folder} holds"),
         (["watch.detection={folder}/empty.txt"], "watch.detection: annotation file"),
         (["watch.detection={folder}/label.json"], "watch.detection: {folder}/label.json, entry 0, field 'label' is 2"),
-        (["watch.image_root={folder}"], "4 of 4 images that would be judged do not exist, the first is {folder}/0.png"),
+        (["watch.image_root={folder}"], "4 of 4 images do not exist, the first is {folder}/0.png"),
         (["watch.detection=null", "watch.image_root=x"], "watch.image_root is 'x'; it must be null without"),
         (["watch.prompts=[]", "watch.detection=null"], "watch.every is 2; it must be 0 without watch.prompts"),
         (["output=null"], "output is None; it must be a folder for watch.every to write to"),

@@ -47,10 +47,11 @@ def add(commands: Commands) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
-    from unigendet.data.labelled import read_labelled
+    from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation.calibration import check_request, fit_calibration
 
     records = read_labelled(options.data, image_root=options.image_root)
+    check_present(records)
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)
     check_out(options.out, options.overwrite)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +14,10 @@ from unigendet.commands.detect import quiet_pillow
 from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
+    from unigendet.data.datasets import DetectionRecord
     from unigendet.evaluation.detection_run import RunSettings
     from unigendet.evaluation.robustness import Disturbance
+    from unigendet.inference.pipeline import Pipeline
 
 DISTURBANCES = {
     "jpeg": (int, "Q", "JPEG qualities"),
@@ -29,8 +31,8 @@ def add(commands: Commands) -> None:
     """Describe the command."""
     command = commands.add(
         "detection", run, "Score a model's verdicts and explanations on labelled images.", model_options(),
-        epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that cannot be "
-               "read count as wrong verdicts.",
+        epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that are "
+               "there but cannot be read count as wrong verdicts.",
     )  # fmt: skip
     command.add_argument("--data", type=Path, required=True, metavar="PATH",
                          help="FakeClue annotation file; or folder with real/ and fake/, whose sub-folders are "
@@ -61,7 +63,7 @@ def add(commands: Commands) -> None:
     group.add_argument("--robustness", action="store_true", help="under all three kinds, at the usual levels")
     for kind, (convert, metavar, what) in DISTURBANCES.items():
         group.add_argument(f"--{kind}", type=convert, nargs="*", metavar=metavar,
-                           help=f"{what}; without --robustness, only under these")  # fmt: skip
+                           help=f"{what}; none = the usual ones; without --robustness, only this kind")  # fmt: skip
 
 
 def run(options: argparse.Namespace) -> int:
@@ -69,19 +71,22 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from unigendet.data.hashes import model_hash
-    from unigendet.data.labelled import read_labelled
+    from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
     from unigendet.evaluation.explanations import SentenceEncoder
     from unigendet.evaluation.scoring import limit_evenly
+    from unigendet.model.checkpoint import stored_config
 
     settings = _settings(options)
     everything = read_labelled(options.data, image_root=options.image_root)
     records = limit_evenly(everything, options.limit)
+    check_present(records)
     _check_questions(settings, {record.question for record in records})
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
+    print("reading model and data", file=sys.stderr, flush=True)
     identity = {
         "settings": _identifying(options, settings, dtype),
         "model": model_hash(options.model, options.autoencoder),
@@ -95,7 +100,13 @@ def run(options: argparse.Namespace) -> int:
     quiet_pillow()
     with Progress("unigendet evaluate detection", left, "verdicts") as bar:
         folders.complete(
-            predictions, records, settings, lambda: load_pipeline(options), root=root, progress=bar.advance
+            predictions,
+            records,
+            settings,
+            lambda: load_pipeline(options),
+            root=root,
+            progress=bar.advance,
+            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
         )
     shown = {
         "model": {"folder": str(options.model), "sha256": identity["model"]},
@@ -107,13 +118,34 @@ def run(options: argparse.Namespace) -> int:
     }
     title = f"Detection by {options.model.resolve().name}"
     report = make_report(
-        predictions, records, settings, encoder, title=title, available=len(everything), settings=shown
+        predictions,
+        records,
+        settings,
+        encoder,
+        title=title,
+        available=len(everything),
+        has_head=stored_config(options.model).class_head,
+        settings=shown,
     )
     page = write_detection_report(options.out, report)
     console = Console()
     console.print(format_detection(report))
     console.print(f"The report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _answer_length(pipeline: Pipeline, records: Sequence[DetectionRecord], settings: RunSettings) -> int | None:
+    """The longest answer by default, in tokens: what there is room for after the longest question of all records. None
+    where a question leaves no room: the pipeline says so.
+    """
+    from unigendet.inference.detect import answer_room
+    from unigendet.inference.pipeline import DEFAULT_ANSWER
+
+    asked = {record.question or pipeline.data.question for record in records}
+    texts = map(pipeline.builder.text, asked if settings.question is None else {settings.question})
+    config, latent = pipeline.model.config, settings.with_latent
+    room = min(answer_room(config, text, with_latent=latent) for text in texts)
+    return min(DEFAULT_ANSWER, room) if room > 0 else None
 
 
 def _settings(options: argparse.Namespace) -> RunSettings:
@@ -146,9 +178,9 @@ def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
 
     for kind in DISTURBANCES:
         levels = getattr(options, kind)
-        if levels is None:
-            levels = LEVELS[kind] if options.robustness else ()
-        for level in dict.fromkeys(levels):
+        if levels is None and not options.robustness:
+            continue
+        for level in dict.fromkeys(levels or LEVELS[kind]):
             try:
                 yield Disturbance(kind, level)
             except ValueError as error:

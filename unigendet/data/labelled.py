@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from unigendet.data.datasets import DetectionRecord, read_detection
@@ -45,6 +46,19 @@ def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> 
         raise ValueError(f"folder {path} holds {', '.join(others) or 'no sub-folders'}; {_FORM}")
     records = _records(path / REAL, 1, REAL) if REAL in folders else []
     return records + (_fakes(path / FAKE) if FAKE in folders else [])
+
+
+def check_present(records: Sequence[DetectionRecord], root_option: str = "--image-root") -> None:
+    """Raise FileNotFoundError if any image does not exist: paths are then relative to something else, or the data set
+    is not all there, and no score of it would mean anything. Says how many and which is the first; ``root_option``: the
+    setting that says what paths are relative to. What is there and cannot be read is no matter here.
+    """
+    lost = [str(record.image) for record in records if not record.image.exists()]
+    if lost:
+        raise FileNotFoundError(
+            f"{len(lost)} of {len(records)} images do not exist, the first is {lost[0]}; {root_option} says what paths "
+            "are relative to"
+        )
 
 
 def _fakes(folder: Path) -> list[DetectionRecord]:

@@ -29,7 +29,7 @@ def read_image(path: str | Path) -> Image.Image:
             refuses it. The message names the file and what to do.
     """
     try:
-        _check_file(path)
+        check_file(path)
         with Image.open(path) as image:
             return to_rgb(image)
     except FileNotFoundError as error:
@@ -45,7 +45,10 @@ class _Refused(ValueError):
         return f"the image {self.args[0]}"
 
 
-def _check_file(path: str | Path) -> None:
+def check_file(path: str | Path) -> None:
+    """Raise ValueError, to be completed by the file's name, unless ``path`` is a regular file that is not empty;
+    OSError if it cannot be looked at. Nothing is opened: opening a pipe may wait without end.
+    """
     status = os.stat(path)
     if stat.S_ISDIR(status.st_mode):
         raise _Refused("is a folder; name the images in it, or a folder that may be listed")

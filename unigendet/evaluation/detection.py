@@ -7,14 +7,19 @@ Conventions, each of which changes numbers, so each is stated once, here:
   F1 with real as the positive class (what a metric library computes from the raw labels); their mean is the macro F1.
 - An answer that could not be parsed, or a request that failed, is a wrong verdict: it stays in every denominator. One
   without a probability ranks as the worst possible one (a fake: the surest real; a real: the surest fake).
+- Images are ranked by their logits where all that have a probability have one: a probability is rounded to exactly 1
+  where logits still differ. A temperature, which moves every probability and no order, so leaves average precision and
+  ROC-AUC as they are.
+- ``decided_accuracy`` is the share of right verdicts among the images that have a verdict, ``decided`` of them: the
+  accuracy outside an unsure band. It leaves out what is hard, so it says nothing without ``decided``.
 - A group with images of both labels (a FakeClue category) is scored on its own images. A group with fakes only (a
   generator) is set against *all* real images for balanced accuracy, F1, average precision and ROC-AUC. Its accuracy
   and ROUGE-L always cover its own images only.
   (F1 and average precision depend on the ratio of fakes to reals; balanced accuracy and ROC-AUC do not.)
-- The verdict is the real/fake head's if the model has one; its answer says one too. ``agreement`` is the share of
-  images whose answer begins with the verdict's sentence, ``text_accuracy`` the accuracy of the answers' own verdicts;
-  an answer without such a sentence neither agrees nor is right. Both cover a group's own images; without a head there
-  is nothing to agree with, without answers there is neither.
+- The verdict is the real/fake head's if the model has one; its answer says one too. ``agreement`` is the share of the
+  images with a verdict whose answer begins with the verdict's sentence, ``text_accuracy`` the accuracy of the answers'
+  own verdicts; an answer without such a sentence neither agrees nor is right. Both cover a group's own images; without
+  a head there is nothing to agree with, without answers there is neither.
 - ``calibration_error`` and ``brier`` (module ``reliability``) cover a group's own images.
 - Explanations are compared with the annotations as wholes, by ROUGE-L, by the cosine of TF-IDF vectors and, if a
   sentence encoder has made them, by that of sentence embeddings (module ``explanations``). Silence scores 0.
@@ -49,8 +54,9 @@ class DetectionOutcome:
 
     ``name``: the image (a path or an id). ``group``: generator or category. ``label``: 1 real, 0 fake. ``verdict``: 1,
     0 or None (unparsed answer, failed request, or within an unsure band). ``probability`` of real in [0, 1], None if
-    there is none. ``explanation``: the answer's text; ``reference``: the annotation it is compared with, "" if there is
-    none. ``error``: why the image could not be judged.
+    there is none. ``logit``: the uncalibrated one of real, if it is known. ``explanation``: the answer's text;
+    ``reference``: the annotation it is compared with, "" if there is none. ``error``: why the image could not be
+    judged.
     """
 
     name: str
@@ -61,12 +67,14 @@ class DetectionOutcome:
     explanation: str = ""
     reference: str = ""
     error: str | None = None
+    logit: float | None = None
 
     def __post_init__(self) -> None:
         check(self.label in (REAL, FAKE), "label", self.label, "1 (real) or 0 (fake)")
         check(self.verdict in (REAL, FAKE, None), "verdict", self.verdict, "1 (real), 0 (fake) or None (unparsed)")
         p = self.probability
         check(p is None or (math.isfinite(p) and 0 <= p <= 1), "probability", p, "in [0, 1] or None")
+        check(self.logit is None or math.isfinite(self.logit), "logit", self.logit, "finite or None")
 
     @property
     def correct(self) -> bool:
@@ -79,9 +87,10 @@ class DetectionMetrics:
     """The metrics of one group, or of everything; the module's docstring says how they are defined.
 
     ``count`` = ``real`` + ``fake`` images of the group itself; ``unparsed``: without a verdict, of which ``unreadable``
-    could not be judged at all and ``unsure`` lie within a calibration's unsure band; ``borrowed_real``: real images of
-    other groups it was set against; ``accuracy_interval``: 95 % Wilson interval; ``explained``: images with a
-    reference, over which ``rouge_l`` (mean ROUGE-L F-measure), ``tfidf_cosine`` and ``css`` (mean cosines) run.
+    could not be judged at all and ``unsure`` lie within a calibration's unsure band; ``decided``: the others;
+    ``borrowed_real``: real images of other groups it was set against; ``accuracy_interval``: 95 % Wilson interval;
+    ``explained``: images with a reference, over which ``rouge_l`` (mean ROUGE-L F-measure), ``tfidf_cosine`` and
+    ``css`` (mean cosines) run.
     """
 
     group: str
@@ -93,6 +102,8 @@ class DetectionMetrics:
     unsure: int
     accuracy: float
     accuracy_interval: tuple[float, float]
+    decided: int
+    decided_accuracy: float | None
     borrowed_real: int
     balanced_accuracy: float | None
     f1: float | None
@@ -188,6 +199,7 @@ def _metrics(
     real = sum(outcomes[i].label for i in own)
     borrowed = reals if real == 0 else []
     correct = sum(outcomes[i].correct for i in own)
+    decided = sum(outcomes[i].verdict is not None for i in own)
     with_head = any(o.probability is not None for o in outcomes)
     p, label = probabilities([outcomes[i] for i in own]), [outcomes[i].label for i in own]
     texts = {name: [values[i] for i in own if values[i] is not None] for name, values in scores.items()}
@@ -196,11 +208,13 @@ def _metrics(
         count=len(own),
         real=real,
         fake=len(own) - real,
-        unparsed=sum(outcomes[i].verdict is None for i in own),
+        unparsed=len(own) - decided,
         unreadable=sum(outcomes[i].error is not None for i in own),
         unsure=sum(outcomes[i].verdict is None and outcomes[i].probability is not None for i in own),
         accuracy=correct / len(own),
         accuracy_interval=wilson_interval(correct, len(own)),
+        decided=decided,
+        decided_accuracy=correct / decided if decided else None,
         borrowed_real=len(borrowed),
         **_two_class_metrics([outcomes[i] for i in own + borrowed]),
         calibration_error=calibration_error(p, label) if with_head else None,
@@ -221,20 +235,25 @@ def _text_verdicts(outcomes: Sequence[DetectionOutcome], own: list[int], with_he
     if not any(o.explanation for o in outcomes):
         return {"agreement": None, "text_accuracy": None}
     said = [(parse_verdict(outcomes[i].explanation), outcomes[i]) for i in own]
-    agree = sum(verdict is not None and verdict == o.verdict for verdict, o in said) / len(own)
+    agreed = [verdict == o.verdict for verdict, o in said if o.verdict is not None]
     right = sum(verdict == o.label for verdict, o in said) / len(own)
-    return {"agreement": agree if with_head else None, "text_accuracy": right}
+    return {"agreement": sum(agreed) / len(agreed) if with_head and agreed else None, "text_accuracy": right}
 
 
 def fake_ranking(outcomes: Sequence[DetectionOutcome]) -> NDArray[np.float64] | None:
-    """How fake each image looks, [N]: one minus the probability of real; a missing one lies beyond all others, on the
-    wrong side. None if there is no probability at all.
+    """The images' places in the order from real to fake, [N], equal ones where they look equally fake: by logit where
+    all that have a probability have one, else by probability. One without lies beyond all others, on the wrong side.
+    None if there is no probability at all.
     """
-    if all(o.probability is None for o in outcomes):
+    judged = [o for o in outcomes if o.probability is not None]
+    if not judged:
         return None
-    p = probabilities(outcomes)
-    worst = np.array([2.0 if o.label == REAL else -1.0 for o in outcomes])
-    return np.where(np.isnan(p), worst, 1.0 - p)
+    by_logit = all(o.logit is not None for o in judged)
+    missing = np.array([o.probability is None for o in outcomes])
+    places = np.array([len(outcomes) if o.label == REAL else -1 for o in outcomes], np.float64)
+    fakeness = np.array([-o.logit if by_logit else -o.probability for o in judged])
+    places[~missing] = np.unique(fakeness, return_inverse=True)[1]
+    return places
 
 
 def _two_class_metrics(outcomes: list[DetectionOutcome]) -> dict[str, float | None]:

@@ -46,7 +46,8 @@ class DetectionReport:
     """Everything the report shows.
 
     ``outcomes`` of the images as they are, and their ``summary``; ``disturbed``: the summaries under disturbances.
-    ``available``: images in the data set, of which the outcomes are a part. ``encoder``: what
+    ``available``: images in the data set, of which the outcomes are a part. ``has_head``: whether the
+    model has a real/fake head. ``encoder``: what
     ``SentenceEncoder.describe`` returned, None if there was none. ``environment`` None calls the function of that name.
     """
 
@@ -54,6 +55,7 @@ class DetectionReport:
     outcomes: Sequence[DetectionOutcome]
     summary: DetectionSummary
     available: int
+    has_head: bool = True
     disturbed: Mapping[Disturbance, DetectionSummary] = field(default_factory=dict)
     examples: Sequence[Example] = ()
     encoder: Mapping[str, Any] | None = None
@@ -103,14 +105,13 @@ def _notes(report: DetectionReport) -> Iterator[str]:
             f"All images are {only}. Balanced accuracy, F1, AP and AUC need {missing} ones too, so they are not "
             "defined here."
         )
-    if overall.calibration_error is None:
-        yield "There are no probabilities, as from a model without a real/fake head: verdicts are the answers' own."
+    if not report.has_head:
+        yield "The model has no real/fake head: there are no probabilities, and verdicts are the answers' own."
     if overall.unsure:
         note = f"{overall.unsure:,} images lie within the calibration's unsure band and count as wrong."
-        decided = judged - overall.unparsed
-        if decided:
-            share = percent(overall.accuracy * judged / decided)
-            note += f" {share} of the {decided:,} others with a verdict were judged right."
+        if overall.decided:
+            share = percent(overall.decided_accuracy)
+            note += f" {share} of the {overall.decided:,} others with a verdict were judged right."
         yield note
     if overall.unreadable:
         yield f"Images that could not be judged: {overall.unreadable:,}. They count as wrong."

@@ -2,9 +2,12 @@
 
 ``run.json`` says what is being evaluated: SHA-256 hashes of the model's files and of the data, and the settings that
 verdicts depend on. ``predictions.jsonl`` has a line per image and condition (``undisturbed``, or a disturbance's name):
-``{"condition", "index", "image", "group", "label", "verdict", "probability", "explanation", "error"}``, with ``index``
-the image's place among those evaluated. A run on another model, other data or other settings is refused; further
-conditions may join later, and the metrics are computed anew from the lines in every run.
+``{"condition", "index", "image", "group", "label", "verdict", "probability", "logit", "explanation", "error"}``, with
+``index`` the image's place among those evaluated. The last line on an image counts. One with an error holds for its run
+alone: the next run judges the image again, for what kept it from being read may have passed. A run on another model,
+other data or other settings is refused; further conditions may join later, and the metrics are computed anew from the
+lines in every run. A folder without a whole line binds nobody: a first start that failed leaves it to the corrected
+one.
 """
 
 from __future__ import annotations
@@ -20,21 +23,22 @@ from typing import TYPE_CHECKING, Any
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.hashes import file_hash
+from unigendet.data.transforms import check_file
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.robustness import Disturbance
 from unigendet.evaluation.scoring import Detector, judge
-from unigendet.files import PARTIAL, beside, write_text
+from unigendet.files import PARTIAL, write_text
 
 if TYPE_CHECKING:
     from unigendet.inference.calibration import Calibration
 
 RUN_FILE, PREDICTIONS_FILE = "run.json", "predictions.jsonl"
-SCHEMA = 1  # of run.json and predictions.jsonl
+SCHEMA = 2  # of run.json and predictions.jsonl
 KIND = "unigendet evaluate detection"
 UNDISTURBED = "undisturbed"
 VERDICT_TOKENS = 32  # enough for the verdict's sentence in any vocabulary, for a model whose verdict is its text
 ODD_NAMES = "backslashreplace"  # file names that are no text; what this makes of them, JSON reads back
-JUDGED = ("verdict", "probability", "explanation", "error")  # fields of a row, as of an outcome
+JUDGED = ("verdict", "probability", "logit", "explanation", "error")  # fields of a row, as of an outcome
 ROW = ("condition", "index", "image", *JUDGED)  # what a row must have to be read
 
 
@@ -45,14 +49,20 @@ def data_hash(records: Sequence[DetectionRecord], root: Path) -> str:
         note = [r.image.relative_to(root).as_posix(), r.label, r.category, r.question, r.answer]
         total.update(json.dumps(note).encode())
         try:
+            check_file(r.image)
             total.update(file_hash(r.image))
-        except OSError as error:  # an image that cannot be read gets a row that says so; it is no reason to stop
+        except (
+            OSError,
+            ValueError,
+        ) as error:  # it gets a row that says so; it is no reason to stop
             total.update(type(error).__name__.encode())
     return total.hexdigest()
 
 
 def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     """Make an evaluation's folder, or find that it is one of the same ``identity``; returns it.
+
+    One of another identity that has no verdict yet becomes this one's.
 
     Args:
         folder: a new or empty one, or one that an earlier evaluation left.
@@ -64,19 +74,25 @@ def prepare_folder(folder: str | Path, identity: Mapping[str, Any]) -> Path:
     folder = Path(folder)
     need = f"a new folder, or one that {KIND!r} left"
     check(not folder.exists() or folder.is_dir(), "out", f"{folder}, a file", need)
-    run = folder / RUN_FILE
+    run, predictions = folder / RUN_FILE, folder / PREDICTIONS_FILE
     if run.is_file():
-        _compare(run, identity)
-        return folder
-    half = beside(run, PARTIAL)  # what a process that was killed right here leaves
-    present = sorted(path.name for path in folder.iterdir() if path != half) if folder.is_dir() else []
-    check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
+        if _compare(run, identity, binding=predictions.is_file() and b"\n" in predictions.read_bytes()):
+            return folder
+    else:
+        present = sorted(path.name for path in folder.iterdir() if not _partial(path)) if folder.is_dir() else []
+        check(not present, "out", f"{folder}, which holds {', '.join(present[:5])}", need)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(run, json.dumps({"schema": SCHEMA, "kind": KIND, **identity}, indent=1) + "\n")
     return folder
 
 
-def _compare(run: Path, identity: Mapping[str, Any]) -> None:
+def _partial(path: Path) -> bool:
+    """Whether a file is half of one, which a process that was killed while writing it leaves."""
+    return path.name.startswith(".") and path.name.endswith(f".{PARTIAL}")
+
+
+def _compare(run: Path, identity: Mapping[str, Any], *, binding: bool) -> bool:
+    """Whether ``run`` is an evaluation with this ``identity``; where it is ``binding``, another one is a ValueError."""
     try:
         found = json.loads(run.read_text(encoding="utf-8"))
         kind, settings = (found["schema"], found["kind"]), dict(found["settings"])
@@ -90,10 +106,11 @@ def _compare(run: Path, identity: Mapping[str, Any]) -> None:
     if not other:
         pairs = zip(("another model", "other data"), hashes, (identity["model"], identity["data"]), strict=True)
         other = [what for what, before, after in pairs if before != after]
-    if other:
+    if other and binding:
         raise ValueError(
             f"{run.parent} holds an evaluation with {'; '.join(other)}: it cannot be continued, choose another folder"
         )
+    return not other
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -108,6 +125,8 @@ class Predictions:
         folder: of the evaluation.
         records: what is evaluated, in order.
         root: what image names are relative to.
+
+    Images that could not be judged when the folder was left are missing again.
 
     Raises:
         ValueError: a line of ``predictions.jsonl`` is no prediction for these records; names it. A last line that was
@@ -127,6 +146,9 @@ class Predictions:
         if len(whole) < len(content):
             with self._file.open("r+b") as file:
                 file.truncate(len(whole))
+        for known in self._known.values():
+            for index in [index for index, outcome in known.items() if outcome.error is not None]:
+                del known[index]
 
     def _read(self, row: Any) -> None:
         if not isinstance(row, dict):
@@ -203,6 +225,7 @@ def complete(
     *,
     root: Path,
     progress: Callable[[], None] = lambda: None,
+    answer_length: Callable[[Any], int | None] = lambda detector: None,
 ) -> None:
     """Judge what ``predictions`` lack.
 
@@ -213,6 +236,8 @@ def complete(
         load: makes the detector; called only if anything is missing.
         root: what image names are relative to.
         progress: called after every outcome.
+        answer_length: what ``max_new_tokens`` None stands for, given the detector. A detector left to itself may go by
+            the questions that it is given at once, which are fewer when a run is continued.
 
     Raises:
         ValueError: a setting that the detector cannot do.
@@ -223,6 +248,7 @@ def complete(
     detector = load()
     need = "positive: without a real/fake head, the verdict is in the text"
     check(detector.has_head or settings.with_text, "max_new_tokens", settings.max_new_tokens, need)
+    longest = answer_length(detector) if settings.max_new_tokens is None else settings.max_new_tokens
     verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
     for name, places in todo.items():
         disturbance = settings.conditions[name]
@@ -233,7 +259,7 @@ def complete(
             question=settings.question,
             transform=disturbance,
             with_latent=settings.with_latent,
-            max_new_tokens=settings.max_new_tokens if disturbance is None else verdict_only,
+            max_new_tokens=longest if disturbance is None else verdict_only,
             batch_size=settings.batch_size,
             calibration=settings.calibration,
         )

@@ -240,14 +240,17 @@ def _aims_table(results: RunResults) -> Table:
 def _detection_table(results: RunResults) -> Table:
     rows = (*results.detection.groups, results.detection.overall)
     unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
-    table = compact_table("Detection", "images", "n", *unparsed, "accuracy", "balanced", "AUC", "ROUGE-L")
+    decided = ["of decided"] * len(unparsed)
+    table = compact_table("Detection", "images", "n", *unparsed, "accuracy", *decided, "balanced", "AUC", "ROUGE-L")
     for m in rows:
         role = results.roles.get(m.group)
         table.add_row(
             Text(f"{m.group} ({role})" if role and role != m.group else m.group),
             str(m.count),
             *[str(m.unparsed)] * len(unparsed),
-            *map(percent, (m.accuracy, m.balanced_accuracy, m.roc_auc, m.rouge_l)),
+            percent(m.accuracy),
+            *[percent(m.decided_accuracy) for _ in decided],
+            *map(percent, (m.balanced_accuracy, m.roc_auc, m.rouge_l)),
         )
     return table
 

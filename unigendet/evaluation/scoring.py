@@ -26,6 +26,7 @@ class Verdict(Protocol):
 
     real: bool | None
     probability: float | None
+    logit: float | None
     explanation: str
     error: str | None
 
@@ -126,6 +127,7 @@ def _outcome(name: str, record: DetectionRecord, verdict: Verdict, reference: st
         label=record.label,
         verdict=None if verdict.real is None else int(verdict.real),
         probability=verdict.probability,
+        logit=verdict.logit,
         explanation=verdict.explanation,
         reference=reference,
         error=verdict.error,
@@ -136,40 +138,3 @@ def summarise(outcomes: Sequence[DetectionOutcome], encoder: SentenceEncoder | N
     """All metrics of ``outcomes``, with ``css`` if there is an encoder."""
     texts = [o.explanation for o in outcomes], [o.reference for o in outcomes]
     return evaluate_detection(outcomes, css=None if encoder is None else encoder.cosines(*texts))
-
-
-def score_detection(
-    detector: Detector,
-    records: Sequence[DetectionRecord],
-    *,
-    limit: int | None = None,
-    question: str | None = None,
-    with_latent: bool = True,
-    max_new_tokens: int | None = None,
-    batch_size: int = 16,
-    calibration: Calibration | None = None,
-    encoder: SentenceEncoder | None = None,
-) -> DetectionSummary:
-    """Judge annotated images and score the verdicts and explanations.
-
-    Args:
-        detector: a ``Pipeline``, or what judges like one.
-        records: annotated images.
-        limit: judge at most so many, chosen by ``limit_evenly``.
-        question, with_latent, max_new_tokens, batch_size, calibration: as in ``judge``.
-        encoder: for ``css``.
-
-    Raises:
-        ValueError: there are no records, or an option is unfit.
-    """
-    chosen = limit_evenly(records, limit)
-    outcomes = judge(
-        detector,
-        chosen,
-        question=question,
-        with_latent=with_latent,
-        max_new_tokens=max_new_tokens,
-        batch_size=batch_size,
-        calibration=calibration,
-    )
-    return summarise(list(outcomes), encoder)

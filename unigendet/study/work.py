@@ -177,8 +177,6 @@ class SeedWork:
             max_new_tokens=ANSWER_TOKENS if explains else 0,
             batch_size=settings.batch_size,
         )
-        if not explains:
-            outcomes = [dataclasses.replace(outcome, reference="") for outcome in outcomes]
         summary = evaluate_detection(outcomes)
         groups: dict[str, DetectionMetrics] = {metrics.group: metrics for metrics in summary.groups}
         scores: dict[str, float | None] = {"rouge_l": summary.overall.rouge_l}

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
-from unigendet.data.labelled import read_labelled
+from unigendet.data.labelled import check_present, read_labelled
 from unigendet.data.prompts import read_prompts
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
@@ -98,12 +98,10 @@ def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
         records = limit_evenly(read_labelled(watch.detection, image_root=watch.image_root), watch.limit)
     except ValueError as error:
         raise ValueError(f"watch.detection: {error}") from error
-    lost = [str(record.image) for record in records if not record.image.is_file()]
-    if lost:
-        raise FileNotFoundError(
-            f"watch.detection is {watch.detection!r}; {len(lost)} of {len(records)} images that would be judged do not "
-            f"exist, the first is {lost[0]} (watch.image_root says what the file's paths are relative to)"
-        )
+    try:
+        check_present(records, "watch.image_root")
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; {error}") from error
     return tuple(records)
 
 
