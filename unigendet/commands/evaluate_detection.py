@@ -15,7 +15,7 @@ from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
-    from unigendet.evaluation.detection_run import RunSettings
+    from unigendet.evaluation.detection_run import Predictions, RunSettings
     from unigendet.evaluation.robustness import Disturbance
     from unigendet.inference.pipeline import Pipeline
 
@@ -93,21 +93,7 @@ def run(options: argparse.Namespace) -> int:
         "data": folders.data_hash(records, root),
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
-    left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
-    total = len(records) * len(settings.conditions)
-    if left < total:
-        print(f"{options.out} has {total - left} of {total} verdicts already", file=sys.stderr)
-    quiet_pillow()
-    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
-        folders.complete(
-            predictions,
-            records,
-            settings,
-            lambda: load_pipeline(options),
-            root=root,
-            progress=bar.advance,
-            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
-        )
+    _complete(options, predictions, records, settings, root)
     shown = {
         "model": {"folder": str(options.model), "sha256": identity["model"]},
         "data": {"path": str(options.data), "sha256": identity["data"], "images": len(everything)},
@@ -132,6 +118,33 @@ def run(options: argparse.Namespace) -> int:
     console.print(format_detection(report))
     console.print(f"The report: {page}", soft_wrap=True, highlight=False, markup=False)
     return 0
+
+
+def _complete(
+    options: argparse.Namespace,
+    predictions: Predictions,
+    records: Sequence[DetectionRecord],
+    settings: RunSettings,
+    root: Path,
+) -> None:
+    """Judge what is missing, and say how far it is."""
+    from unigendet.evaluation.detection_run import complete
+
+    left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
+    total = len(records) * len(settings.conditions)
+    if left < total:
+        print(f"{options.out} has {total - left} of {total} verdicts already", file=sys.stderr)
+    quiet_pillow()
+    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
+        complete(
+            predictions,
+            records,
+            settings,
+            lambda: load_pipeline(options),
+            root=root,
+            progress=bar.advance,
+            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
+        )
 
 
 def _answer_length(pipeline: Pipeline, records: Sequence[DetectionRecord], settings: RunSettings) -> int | None:
