@@ -1,5 +1,8 @@
 """Running commands in this process on a small model with random weights."""
 
+import csv
+import io
+import json
 import sys
 from pathlib import Path
 
@@ -63,11 +66,37 @@ def noise_picture(seed, width=9, height=12):
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
+COLUMNS = ["path", "verdict", "probability_real", "explanation", "error"]  # of detect's rows
+
+
+def read_rows(text, form):
+    """The rows as dicts of strings, numbers with four decimals; None and "" are the same."""
+    if form == "table":
+        return [dict(zip(COLUMNS, line.split("\t"), strict=True)) for line in text.splitlines()]
+    if form == "csv":
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
+    else:
+        rows = [json.loads(line) for line in text.split("\n")[:-1]]
+    assert all(list(row) == COLUMNS for row in rows)
+    for row in rows:
+        p = row["probability_real"]
+        row["probability_real"] = "" if p in (None, "") else f"{float(p):.4f}"
+        row["error"] = row["error"] or ""
+    return rows
+
+
+def write_pictures(folder):
+    """Three pictures, one of them in a folder below, and a file that is none; returns ``folder``."""
+    (folder / "more").mkdir(parents=True)
+    for i, name in enumerate(("b.png", "a.JPG", "more/c.webp")):
+        noise_picture(i).save(folder / name)
+    (folder / "notes.txt").write_text("no picture")
+    return folder
+
+
 class StandardInput:
     """Stands for ``sys.stdin`` with bytes to read."""
 
     def __init__(self, monkeypatch, content):
-        import io
-
         self.buffer = io.BytesIO(content)
         monkeypatch.setattr(sys, "stdin", self)

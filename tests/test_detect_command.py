@@ -1,26 +1,20 @@
 """``unigendet detect``: a row per picture, whatever the picture; formats, thresholds, and what can go wrong."""
 
-import csv
 import io
 import json
 import os
-import subprocess
 import sys
 import warnings
 from pathlib import Path
 
 import pytest
-import torch
-from command_runs import noise_picture, run_command, tiny_pipeline
+from command_runs import noise_picture, read_rows, run_command, tiny_pipeline, write_pictures
 from image_zoo import BAD, GOOD
 from PIL import Image
 
 from unigendet.commands import detect as detect_command
 from unigendet.commands.rows import cell
-from unigendet.inference import pipeline as pipeline_module
 from unigendet.inference.calibration import Calibration
-
-COLUMNS = ["path", "verdict", "probability_real", "explanation", "error"]
 
 
 @pytest.fixture(scope="module")
@@ -32,13 +26,7 @@ def model_folder(tmp_path_factory):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """Three pictures, one of them in a folder below, and a file that is none."""
-    folder = tmp_path / "pictures"
-    (folder / "more").mkdir(parents=True)
-    for i, name in enumerate(("b.png", "a.JPG", "more/c.webp")):
-        noise_picture(i).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
-    return folder
+    return write_pictures(tmp_path / "pictures")
 
 
 @pytest.fixture
@@ -47,22 +35,6 @@ def detect(capsys, model_folder):
         return run_command(capsys, "detect", "--model", model, "--max-tokens", tokens, *arguments)
 
     return run
-
-
-def read_rows(text, form):
-    """The rows as dicts of strings, numbers with four decimals; None and "" are the same."""
-    if form == "table":
-        return [dict(zip(COLUMNS, line.split("\t"), strict=True)) for line in text.splitlines()]
-    if form == "csv":
-        rows = list(csv.DictReader(io.StringIO(text, newline="")))
-    else:
-        rows = [json.loads(line) for line in text.split("\n")[:-1]]
-    assert all(list(row) == COLUMNS for row in rows)
-    for row in rows:
-        p = row["probability_real"]
-        row["probability_real"] = "" if p in (None, "") else f"{float(p):.4f}"
-        row["error"] = row["error"] or ""
-    return rows
 
 
 def test_a_row_per_picture_in_order(detect, pictures):
@@ -355,67 +327,3 @@ def test_a_model_without_a_head(capsys, tmp_path, pictures):
     result = run_command(capsys, *base, "--threshold", 0.6)
     assert result.code == 1
     assert "the model has no real/fake head, only its words; there is no probability to calibrate" in result.err
-
-
-def broken_at(monkeypatch, call, error):
-    """The model fails in its ``call``-th batch."""
-    inner, calls = pipeline_module.detect_packed, []
-
-    def judge(*arguments, **options):
-        calls.append(1)
-        if len(calls) == call:
-            raise error
-        return inner(*arguments, **options)
-
-    monkeypatch.setattr(pipeline_module, "detect_packed", judge)
-
-
-def test_a_batch_that_fails_is_named(detect, pictures, monkeypatch):
-    broken_at(monkeypatch, 2, torch.OutOfMemoryError("CUDA out of memory"))
-    result = detect(pictures, "--batch-size", 2, "--format", "jsonl")
-    assert result.code == 1
-    assert [json.loads(line)["path"] for line in result.lines] == [str(pictures / n) for n in ("a.JPG", "b.png")]
-    assert result.err == (
-        "unigendet detect: 2 of 3 rows were written\n"
-        f"unigendet detect: OutOfMemoryError: CUDA out of memory (while judging {pictures / 'more/c.webp'}; "
-        "a smaller batch_size takes less memory)\n"
-    )
-
-
-def test_no_memory_at_all(detect, pictures, monkeypatch):
-    broken_at(monkeypatch, 1, MemoryError())
-    result = detect(pictures / "b.png")
-    assert (result.code, result.out) == (1, "")
-    assert result.err == (
-        f"unigendet detect: not enough memory (while judging {pictures / 'b.png'}; a smaller batch_size takes less "
-        "memory)\n"
-    )
-
-
-def test_an_interrupted_run_keeps_its_rows(detect, pictures, tmp_path, monkeypatch):
-    broken_at(monkeypatch, 2, KeyboardInterrupt())
-    out = tmp_path / "rows.csv"
-    result = detect(pictures, "--batch-size", 2, "--out", out)
-    assert result.code == 130
-    assert result.err == f"unigendet detect: 2 of 3 rows were written, in {out}\nunigendet: interrupted\n"
-    assert len(read_rows(out.read_text(), "csv")) == 2
-
-
-def test_logits_that_are_not_finite(capsys, tmp_path, pictures):
-    pipeline = tiny_pipeline()
-    torch.nn.init.constant_(pipeline.model.class_head[-1].bias, torch.inf)
-    pipeline.save(tmp_path / "m")
-    result = run_command(capsys, "detect", "--model", tmp_path / "m", pictures / "b.png", "--max-tokens", 0, "--format",
-                         "jsonl")  # fmt: skip
-    (row,) = read_rows(result.out, "jsonl")
-    assert (result.code, row["verdict"]) == (1, "error")
-    assert "b.png: the real/fake head's logits are not finite" in row["error"]
-
-
-def test_a_reader_that_has_seen_enough(model_folder, pictures):
-    command = [sys.executable, "-m", "unigendet", "detect", "--model", model_folder, pictures, "--max-tokens", "0",
-               "--batch-size", "1"]  # fmt: skip
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 1

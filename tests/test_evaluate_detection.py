@@ -277,7 +277,7 @@ def test_a_calibration_needs_its_question(evaluate, tmp_path):
     assert "the calibration was fitted with the question 'Real?'; give --question with it" in err
     assert not (tmp_path / "out").exists()
     code, _, err = evaluate("--max-tokens", 0, "--calibration", tmp_path / "c.json", "--question", "Real?")
-    assert (code, err) == (0, "")
+    assert (code, err) == (0, READING)
 
 
 def test_a_sentence_encoder(evaluate, tmp_path):

@@ -104,7 +104,10 @@ def _replacements(
 
 
 def _is_known(module: nn.Module, name: str, function: Callable[..., Any]) -> bool:
-    """Whether the instance's attribute is ``function``, or the class's own method: what pickle makes of ours."""
+    """Whether the instance's attribute is ``function``, or the class's own method.
+
+    The latter is what ours becomes when a whole model is saved and loaded.
+    """
     found = getattr(vars(module).get(name), "__func__", None)
     return found is not None and found in (function, getattr(type(module), name))
 
