@@ -1,5 +1,7 @@
 import os
+import signal
 import sys
+import threading
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -24,6 +26,10 @@ else:
         suppress_health_check=[HealthCheck.too_slow],
     )
     settings.load_profile("deterministic")
+
+# A shell's background job ignores SIGINT, and so would every process that the tests start, also those they interrupt.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 
