@@ -72,3 +72,32 @@ def pytest_collection_modifyitems(config, items):
     needs_gpu = [item for item in items if item.get_closest_marker("gpu")]
     config.hook.pytest_deselected(items=needs_gpu)
     items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory):
+    """The folder of a small model with random weights that sees pictures of 8×8 pixels."""
+    from command_runs import tiny_pipeline  # not on every GPU machine: it wants the command line's libraries
+
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    tiny_pipeline().save(folder)
+    return folder
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of three pictures, one of them in a folder below, and a file that is none."""
+    from command_runs import write_pictures
+
+    return write_pictures(tmp_path / "pictures")
+
+
+@pytest.fixture
+def detect(capsys, model_folder):
+    """Runs ``unigendet detect`` with arguments."""
+    from command_runs import run_command
+
+    def run(*arguments, model=model_folder, tokens=4):
+        return run_command(capsys, "detect", "--model", model, "--max-tokens", tokens, *arguments)
+
+    return run

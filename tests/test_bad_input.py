@@ -7,7 +7,7 @@ import json
 
 import pytest
 import yaml
-from run_data import write_run_data
+from run_data import write_run_data, write_run_settings
 
 from unigendet.cli import main
 
@@ -17,20 +17,7 @@ def folder(tmp_path_factory):
     """Six images of 8×8 pixels, annotated for both tasks, a tokenizer, and the settings of a run on them."""
     folder = tmp_path_factory.mktemp("run")
     write_run_data(folder)
-    view = {"min_size": 8, "max_size": 8, "stride": 2}
-    settings = {
-        "total_steps": 3,
-        "device": "cpu",
-        "output": None,
-        "model": {"preset": "quickstart", "tokenizer": str(folder / "tokenizer")},
-        "datasets": {
-            "detection": [{"file": str(folder / "detection.json")}],
-            "captions": [{"file": str(folder / "captions.json")}],
-            "views": {"latent_view": view, "vit_view": view},
-        },
-        "loader": {"max_tokens": 200, "max_sample_tokens": 150},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    write_run_settings(folder / "run.yaml", folder, output=None, total_steps=3)
     return folder
 
 

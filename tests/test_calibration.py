@@ -223,13 +223,6 @@ def test_files_that_are_none(tmp_path):
             Calibration.load(file)
 
 
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_pipeline().save(folder)
-    return folder
-
-
 @pytest.fixture
 def labelled(tmp_path):
     """Twelve of each label, real ones lighter but for one, fakes darker but for one; and a file that is no picture."""

@@ -7,9 +7,8 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from command_runs import VIEW, run_command, tiny_pipeline
+from command_runs import VIEW, run_command
 from PIL import Image
 from run_data import write_run_data
 
@@ -18,24 +17,6 @@ from unigendet.inference.pipeline import Pipeline
 from unigendet.training.state import checkpoints
 
 COMMANDS = ("quickstart", "train", "generate", "detect", "calibrate", "info")
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_pipeline().save(folder)
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """Three pictures, one of them in a folder below, and a file that is none."""
-    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
-    (folder / "more").mkdir(parents=True)
-    for name in ("b.png", "a.JPG", "more/c.webp"):
-        Image.fromarray(rng.integers(0, 256, (12, 9, 3), dtype=np.uint8)).save(folder / name)
-    (folder / "notes.txt").write_text("no picture")
-    return folder
 
 
 @pytest.fixture

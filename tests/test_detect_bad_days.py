@@ -4,31 +4,10 @@ import json
 import subprocess
 import sys
 
-import pytest
 import torch
-from command_runs import read_rows, run_command, tiny_pipeline, write_pictures
+from command_runs import read_rows, run_command, tiny_pipeline
 
 from unigendet.inference import pipeline as pipeline_module
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_pipeline().save(folder)
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures")
-
-
-@pytest.fixture
-def detect(capsys, model_folder):
-    def run(*arguments, model=model_folder, tokens=4):
-        return run_command(capsys, "detect", "--model", model, "--max-tokens", tokens, *arguments)
-
-    return run
 
 
 def broken_at(monkeypatch, call, error):

@@ -8,33 +8,13 @@ import warnings
 from pathlib import Path
 
 import pytest
-from command_runs import noise_picture, read_rows, run_command, tiny_pipeline, write_pictures
+from command_runs import noise_picture, read_rows, run_command, tiny_pipeline
 from image_zoo import BAD, GOOD
 from PIL import Image
 
 from unigendet.commands import detect as detect_command
 from unigendet.commands.rows import cell
 from unigendet.inference.calibration import Calibration
-
-
-@pytest.fixture(scope="module")
-def model_folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved") / "model"
-    tiny_pipeline().save(folder)
-    return folder
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    return write_pictures(tmp_path / "pictures")
-
-
-@pytest.fixture
-def detect(capsys, model_folder):
-    def run(*arguments, model=model_folder, tokens=4):
-        return run_command(capsys, "detect", "--model", model, "--max-tokens", tokens, *arguments)
-
-    return run
 
 
 def test_a_row_per_picture_in_order(detect, pictures):

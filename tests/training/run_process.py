@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import torch
-from run_data import write_run_data
+from run_data import write_run_data, write_run_settings
 from safetensors.torch import load_file
 
 import unigendet
@@ -16,31 +16,17 @@ from unigendet.training.metrics import TIMING
 
 PACKAGE = Path(unigendet.__file__).parent
 WRAPPER = Path(__file__).parent / "wrapped_run.py"
-VIEW = {"min_size": 8, "max_size": 8, "stride": 2}
 
 
 def write_run(folder, **settings):
     """Data and ``run.yaml`` in ``folder``; the output goes to ``folder/out``. Returns the YAML file."""
     write_run_data(folder)
-    values = {
+    defaults = {
         "total_steps": 6,
-        "align_layer": 2,
-        "teacher_layer": 3,
-        "output": str(folder / "out"),
-        "device": "cpu",
         "log_every": 1,
-        "model": {"preset": "quickstart", "tokenizer": str(folder / "tokenizer")},
-        "datasets": {
-            "detection": [{"file": str(folder / "detection.json")}],
-            "captions": [{"file": str(folder / "captions.json"), "weight": 2}],
-            "views": {"latent_view": VIEW, "vit_view": VIEW},
-        },
-        "loader": {"max_tokens": 200, "max_sample_tokens": 150},
         "optimizer": {"lr": 1e-3, "warmup_steps": 1, "schedule": "cosine"},
     }
-    file = folder / "run.yaml"
-    file.write_text(json.dumps(values | settings))  # JSON is YAML
-    return file
+    return write_run_settings(folder / "run.yaml", folder, folder / "out", **defaults | settings)
 
 
 def start(*arguments, wrapped=(), **options):

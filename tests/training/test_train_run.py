@@ -1,10 +1,8 @@
 """From annotation files and settings to checkpoints, as the command line runs it."""
 
-import json
-
 import pytest
 import torch
-from run_data import write_run_data
+from run_data import write_run_data, write_run_settings
 
 from unigendet.config_file import load_settings
 from unigendet.data.tokenizer import load_tokenizer
@@ -25,25 +23,10 @@ def data(tmp_path_factory):
 
 @pytest.fixture
 def configure(data, tmp_path):
-    view = {"min_size": 8, "max_size": 8, "stride": 2}
-    settings = {
-        "total_steps": 2,
-        "align_layer": 2,
-        "teacher_layer": 3,
-        "output": str(tmp_path / "gduf"),
-        "device": "cpu",
-        "model": {"preset": "quickstart", "tokenizer": str(data / "tokenizer")},
-        "datasets": {
-            "detection": [{"file": str(data / "detection.json")}],
-            "captions": [{"file": str(data / "captions.json"), "weight": 2}],
-            "views": {"latent_view": view, "vit_view": view},
-        },
-        "loader": {"max_tokens": 200, "max_sample_tokens": 150},
-    }
-    (tmp_path / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
+    file = write_run_settings(tmp_path / "run.yaml", data, tmp_path / "gduf")
 
     def make(*overrides):
-        return load_settings(TrainConfig, tmp_path / "run.yaml", overrides)
+        return load_settings(TrainConfig, file, overrides)
 
     return make
 

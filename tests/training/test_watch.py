@@ -19,7 +19,7 @@ from rich.console import Console
 from run_data import write_run_data
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer.record_writer import RecordWriter
-from watched_run import make_trainer, rows_of, write_data, write_settings
+from watched_run import make_trainer, rows_of, write_settings
 
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.training import trainer as trainer_module
@@ -32,16 +32,9 @@ from unigendet.training.watch import label_loss, sample_grid
 SCORES = ("accuracy", "balanced_accuracy", "f1", "auc", "average_precision", "label_loss", "calibration_error")
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
-
-
 @pytest.fixture
-def make(data, tmp_path):
-    return functools.partial(make_trainer, data, write_settings(data, tmp_path))
+def make(watched_data, tmp_path):
+    return functools.partial(make_trainer, watched_data, write_settings(watched_data, tmp_path))
 
 
 def events_of(folder):
@@ -295,7 +288,7 @@ def test_metrics_reach_the_disk_before_a_checkpoint(make, tmp_path, monkeypatch)
     assert seen == [[2], [2, 4]]
 
 
-def test_an_image_that_cannot_be_read_counts_as_wrong(make, data, tmp_path):
+def test_an_image_that_cannot_be_read_counts_as_wrong(make, watched_data, tmp_path):
     """And is named; the others are judged."""
     held_out = tmp_path / "copy"
     held_out.mkdir()
@@ -349,13 +342,13 @@ def test_progress_shows_the_last_look(make, tmp_path):
     assert "tokens/s  held out: accuracy" in fancy.getvalue()
 
 
-def test_a_folder_of_real_and_fake_images(make, data, tmp_path):
+def test_a_folder_of_real_and_fake_images(make, watched_data, tmp_path):
     """And they are chosen evenly."""
     folder = tmp_path / "sorted"
     for i in range(6):
         place = folder / ("real" if i % 2 else "fake/noise")
         place.mkdir(parents=True, exist_ok=True)
-        shutil.copy(data / "held_out" / f"{i}.png", place)
+        shutil.copy(watched_data / "held_out" / f"{i}.png", place)
     made = make(f"watch.detection={folder}", "watch.limit=4", "total_steps=1")
     names = [str(record.image.relative_to(folder)) for record in made._watch.watched.held_out]
     assert names == ["real/1.png", "real/3.png", "fake/noise/0.png", "fake/noise/2.png"]

@@ -6,7 +6,7 @@ import json
 import pytest
 from PIL import Image
 from training_fixtures import tiny_model
-from watched_run import make_trainer, write_data, write_settings
+from watched_run import make_trainer, write_settings
 
 from unigendet.cli import main
 from unigendet.config_file import load_settings
@@ -17,16 +17,9 @@ from unigendet.training.config import TrainConfig
 from unigendet.training.run import prepare_watcher
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
-
-
 @pytest.fixture
-def run_file(data, tmp_path):
-    return write_settings(data, tmp_path)
+def run_file(watched_data, tmp_path):
+    return write_settings(watched_data, tmp_path)
 
 
 @pytest.fixture
@@ -88,11 +81,11 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
         (["output=null"], "output is None; it must be a folder for watch.every to write to"),
     ],
 )
-def test_mistakes_show_before_anything_is_loaded(cli, data, tmp_path, overrides, message):
+def test_mistakes_show_before_anything_is_loaded(cli, watched_data, tmp_path, overrides, message):
     (tmp_path / "empty.txt").write_text("\n \n")
     (tmp_path / "seed.json").write_text('[{"prompt": "a", "seed": 3}]')
     (tmp_path / "odd.txt").write_bytes(b"\xff\xfe\xff")
-    entries = json.loads((data / "detection.json").read_text())
+    entries = json.loads((watched_data / "detection.json").read_text())
     (tmp_path / "label.json").write_text(json.dumps([{**entries[0], "label": 2}]))
     assert message.format(folder=tmp_path) in cli(*(o.format(folder=tmp_path) for o in overrides))
     assert not (tmp_path / "out").exists()
@@ -105,12 +98,12 @@ def test_prompts_come_from_a_file_too(run_file, tmp_path):
     assert Image.open(tmp_path / "out" / "watch" / "step-000001.png").size == (3 * 72 - 8, 2 * 72 - 8)
 
 
-def test_settings_that_do_not_suit_the_model(run_file, data):
-    make = functools.partial(make_trainer, data, run_file)
+def test_settings_that_do_not_suit_the_model(run_file, watched_data):
+    make = functools.partial(make_trainer, watched_data, run_file)
     with pytest.raises(ValueError, match=r"watch\.size is \(7, 8\); it must be .* multiples of 2 pixels"):
         make("watch.size=[7, 8]")
     config = load_settings(TrainConfig, run_file)
     model = tiny_model(vocab_size=280, class_head=False)
-    watcher, tokenizer = prepare_watcher(config), load_tokenizer(data / "tokenizer")
+    watcher, tokenizer = prepare_watcher(config), load_tokenizer(watched_data / "tokenizer")
     with pytest.raises(ValueError, match=r"watch\.max_tokens is 0; it must be positive: the model has no real/fake"):
         watcher(model, tokenizer, build_autoencoder(model.config.latent))

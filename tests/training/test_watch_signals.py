@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from watched_run import make_trainer, rows_of, write_data, write_settings
+from watched_run import make_trainer, rows_of, write_settings
 
 from unigendet.inference import pipeline as pipeline_module
 from unigendet.training import watch as watch_module
@@ -15,16 +15,9 @@ from unigendet.training.signals import StopSignals
 from unigendet.training.state import checkpoints
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    write_data(folder)
-    return folder
-
-
 @pytest.fixture
-def make(data, tmp_path):
-    return functools.partial(make_trainer, data, write_settings(data, tmp_path))
+def make(watched_data, tmp_path):
+    return functools.partial(make_trainer, watched_data, write_settings(watched_data, tmp_path))
 
 
 def note_while(monkeypatch, made, stop, where, at):

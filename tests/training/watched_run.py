@@ -3,7 +3,7 @@
 import json
 
 import torch
-from run_data import write_run_data
+from run_data import write_run_data, write_run_settings
 from training_fixtures import tiny_model
 
 from unigendet.config_file import load_settings
@@ -24,20 +24,9 @@ def write_data(folder):
 
 def write_settings(data, folder):
     """Settings of a run on ``data``, with looks, that writes to ``folder``/out; their file."""
-    view = {"min_size": 8, "max_size": 8, "stride": 2}
     settings = {
         "total_steps": 4,
         "log_every": 2,
-        "align_layer": 2,
-        "teacher_layer": 3,
-        "output": str(folder / "out"),
-        "device": "cpu",
-        "model": {"preset": "quickstart", "tokenizer": str(data / "tokenizer")},
-        "datasets": {
-            "detection": [{"file": str(data / "detection.json")}],
-            "captions": [{"file": str(data / "captions.json")}],
-            "views": {"latent_view": view, "vit_view": view},
-        },
         "loader": {"max_tokens": 800, "max_sample_tokens": 400},
         "optimizer": {"lr": 1e-2, "eps": 1e-8, "warmup_steps": 1},
         "watch": {
@@ -49,8 +38,7 @@ def write_settings(data, folder):
             "limit": 4,
         },
     }
-    (folder / "run.yaml").write_text(json.dumps(settings))  # JSON is YAML
-    return folder / "run.yaml"
+    return write_run_settings(folder / "run.yaml", data, folder / "out", **settings)
 
 
 def make_trainer(data, file, *overrides, console=None):
