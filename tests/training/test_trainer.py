@@ -118,7 +118,7 @@ def test_overfits_one_batch(stage):
 @pytest.mark.parametrize("stage", ["gduf", "diga"])
 def test_bf16_is_near_fp32(stage):
     exact = trainer(stage=stage).run().history
-    made = trainer(stage=stage, precision="bf16", recompute=True)
+    made = trainer(stage=stage, precision="bf16", recompute="full")
     history = made.run().history
     assert numbers(history) != numbers(exact)
     for row, expected in zip(history, exact, strict=True):
@@ -129,14 +129,14 @@ def test_bf16_is_near_fp32(stage):
 def test_recompute_changes_no_number():
     """Each layer runs twice a step, and the losses are the same."""
     histories, calls = [], []
-    for recompute in (False, True):
+    for recompute in ("none", "full", "selective"):
         made = trainer(recompute=recompute)
         count = []
         made.stage.model.decoder.layers[0].register_forward_pre_hook(lambda *_, count=count: count.append(1))
         histories.append(numbers(made.run().history))
         calls.append(len(count))
-    assert histories[0] == histories[1]
-    assert calls == [CONFIG.total_steps, 2 * CONFIG.total_steps]
+    assert histories[0] == histories[1] == histories[2]
+    assert calls == [CONFIG.total_steps, 2 * CONFIG.total_steps, 2 * CONFIG.total_steps]
 
 
 def test_clipping_bounds_the_gradient(monkeypatch):

@@ -11,6 +11,9 @@ from typing import Literal
 from unigendet.config import PRESETS, ConditionDropout, DataConfig, GuidanceConfig, LoaderConfig, check
 from unigendet.config_file import load_settings
 
+RECOMPUTE = ("none", "full", "selective")
+SKIPS = 10  # so many skipped steps in a row end a run
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -133,6 +136,26 @@ class DatasetsConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun starts divide the model (FSDP2); one process has it whole.
+
+    ``replicate`` groups of ``shard`` processes each hold all parameters, divided among the group; null: all processes
+    are one group, or as many as ``replicate`` leaves. ``cpu_offload`` keeps parameters, gradients and the optimizer's
+    state in host memory. ``timeout``: minutes after which a collective that others do not join fails.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    cpu_offload: bool = False
+    timeout: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "timeout"):
+            check(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "positive")
+        check(self.shard is None or self.shard > 0, "parallel.shard", self.shard, "positive, or null")
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """Looks at a run while it trains: sample images from fixed noise, and scores on images it does not train on.
 
@@ -180,9 +203,12 @@ class TrainConfig:
     ``align_layer``, ``teacher_layer``: the student's and the teacher's decoder layer in DIGA, numbered from 1.
     ``teacher_norm``: ``tokens`` standardises the teacher's features over the tokens of each image. ``shuffled_teacher``
     is a control, not a method: every image is aligned with the teacher's features of another image of its pack.
-    ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
-    activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.
-    ``output`` None writes nothing.
+    ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 computes in bfloat16 with float32 weights, by
+    autocast, or with copies of them where several processes divide the model. ``recompute``: activation checkpointing,
+    see ``unigendet.model.recompute``. ``compile``: compile every layer with torch.compile. ``accumulate``: packs per
+    step and process. ``on_nonfinite``: a step with a loss or gradient that is not finite stops the run, or is skipped
+    (``skip``), unless ``SKIPS`` follow one another. ``save_every`` 0 saves at the end only, and the last
+    ``keep_checkpoints`` are kept. ``output`` None writes nothing.
     """
 
     stage: Literal["gduf", "diga"] = "gduf"
@@ -194,7 +220,10 @@ class TrainConfig:
     shuffled_teacher: bool = False
     ema_decay: float | None = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: bool = False
+    recompute: Literal["none", "full", "selective"] = "none"
+    compile: bool = False
+    accumulate: int = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 0
     device: str = "auto"
     log_every: int = 10
@@ -207,12 +236,16 @@ class TrainConfig:
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossWeights = field(default_factory=LossWeights)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
 
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
         check(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
         check(self.teacher_norm in ("none", "tokens"), "teacher_norm", self.teacher_norm, "'none' or 'tokens'")
+        check(self.recompute in RECOMPUTE, "recompute", self.recompute, f"one of {RECOMPUTE}")
+        check(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "'stop' or 'skip'")
+        check(self.accumulate > 0, "accumulate", self.accumulate, "positive")
         for name in ("total_steps", "align_layer", "teacher_layer", "log_every", "keep_checkpoints", "timestep_shift"):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):

@@ -23,6 +23,7 @@ from unigendet.model.checkpoint import load_config, load_pretrained
 from unigendet.model.settings import require_whole
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
+from unigendet.training.parallel import Parallel, processes
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from unigendet.training.watch import Watcher
 
 Autoencoder = PixelAutoencoder | FluxAutoencoder
+Shard = Callable[[UniGenDet], UniGenDet]
 
 
 def train(
@@ -57,53 +59,76 @@ def train(
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
     """
-    trainer = build_trainer(config, resume=resume, console=console, quiet=quiet)
-    with StopSignals() if catch_signals else contextlib.nullcontext() as stop:
-        return trainer.run(stop=stop)
+    with processes(config) as parallel:
+        trainer = build_trainer(config, parallel, resume=resume, console=console, quiet=quiet)
+        with StopSignals() if catch_signals else contextlib.nullcontext() as stop:
+            return trainer.run(stop=stop)
 
 
 def build_trainer(
-    config: TrainConfig, *, resume: bool | str | Path = False, console: Console | None = None, quiet: bool = False
+    config: TrainConfig,
+    parallel: Parallel | None = None,
+    *,
+    resume: bool | str | Path = False,
+    console: Console | None = None,
+    quiet: bool = False,
 ) -> Trainer:
-    """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its."""
+    """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its.
+
+    ``parallel``: this process among those of the run; default: the only one.
+    """
+    if parallel is None:
+        parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
     make_watcher = prepare_watcher(config)
-    device = find_device(config.device)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
-    model = build_model(config, tokenizer, device, checkpoint)
-    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(device)
-    batches = build_loader(config, model, tokenizer, autoencoder)
+    shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
+    model = build_model(config, tokenizer, parallel.device, checkpoint, shard)
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(parallel.device)
+    batches = build_loader(config, model, tokenizer, autoencoder, parallel)
     watch = make_watcher and make_watcher(model, tokenizer, autoencoder)
-    stage = make_stage(model, config)
+    stage = make_stage(model, config, shard)
     beside = companions(tokenizer, config.datasets.views)
-    trainer = Trainer(stage, batches, config, companions=beside, watch=watch, console=console, quiet=quiet)
+    trainer = Trainer(
+        stage, batches, config, companions=beside, parallel=parallel, watch=watch, console=console, quiet=quiet
+    )
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
 
 
 def build_model(
-    config: TrainConfig, tokenizer: Tokenizer, device: torch.device | str, resume: Path | None = None
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    device: torch.device | str,
+    resume: Path | None = None,
+    shard: Shard | None = None,
 ) -> UniGenDet:
-    """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says."""
+    """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says.
+
+    ``shard``: divides the parameters among the processes of a run; of a checkpoint each then reads its own part only.
+    """
     source = config.model
     if resume is not None:
-        return load_pretrained(resume / MODEL, device=device)
+        return load_pretrained(resume / MODEL, device=device, shard=shard)
     projector = source.align_projector
     if source.checkpoint is not None:
-        config = None
+        sizes = None
         if projector is not None:
-            config = dataclasses.replace(load_config(source.checkpoint), align_projector=projector)
-        return load_pretrained(source.checkpoint, config=config, device=device, initialize=source.initialize)
+            sizes = dataclasses.replace(load_config(source.checkpoint), align_projector=projector)
+        options = {"config": sizes, "device": device, "initialize": source.initialize, "shard": shard}
+        return load_pretrained(source.checkpoint, **options)
     if source.preset is None:
         raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
     if source.preset == "quickstart":
         sizes = PRESETS[source.preset](tokenizer.vocab_size, tokenizer.special)
     else:
         sizes = PRESETS[source.preset]()
-    with torch.device(device):
-        return UniGenDet(sizes if projector is None else dataclasses.replace(sizes, align_projector=projector))
+    # New weights are drawn whole and on the host, so that every process draws the same ones.
+    with torch.device(device if shard is None else "cpu"):
+        model = UniGenDet(sizes if projector is None else dataclasses.replace(sizes, align_projector=projector))
+    return model if shard is None else shard(model)
 
 
 def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:
@@ -130,9 +155,13 @@ def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Auto
 
 
 def build_loader(
-    config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder | None = None
+    config: TrainConfig,
+    model: UniGenDet,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder | None = None,
+    parallel: Parallel | None = None,
 ) -> Loader:
-    """The endless stream of batches for ``config.stage``.
+    """The endless stream of batches for ``config.stage``, of them those of this process (``parallel``).
 
     A FLUX autoencoder encodes in this process, on its device; pixel latents are made by the data workers.
     ``autoencoder``: default: a new one, as ``config.model`` says, on the model's device.
@@ -150,6 +179,8 @@ def build_loader(
         model=model.config,
         dropout=config.dropout,
         encode=encode,
+        rank=0 if parallel is None else parallel.rank,
+        world_size=1 if parallel is None else parallel.world_size,
     )
 
 

@@ -29,21 +29,22 @@ from unigendet.files import OLD, naming, new_folder, remove_folder, settle
 from unigendet.model.checkpoint import load_weights, write_pretrained
 from unigendet.model.shards import CheckpointError, JsonObject, read_tensors, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
+from unigendet.training.parallel import local
 from unigendet.training.stages import Stage
 
 MODEL, EMA, STAGE, OPTIMIZER, RECORD = "model", "ema", "stage", "optimizer", "training.json"
-_FIELDS = {"step": int, "identity": dict, "trained": list, "generator": str, "position": dict | None}
+_FIELDS = {"step": int, "identity": dict, "trained": list, "generators": list, "position": dict | None}
 
 
 class ExponentialAverage:
     """Exponential moving average of the parameters that learn: a ← decay · a + (1 − decay) · p after every step.
 
-    Frozen parameters have no second copy.
+    Frozen parameters have no second copy, and of a parameter that several processes divide each averages its own part.
     """
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self.decay = decay
-        self._parameters = list(parameters.values())
+        self._parameters = [local(p) for p in parameters.values()]
         self.tensors = [p.detach().clone() for p in self._parameters]
 
     @torch.no_grad()
@@ -53,7 +54,7 @@ class ExponentialAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within it, the model has the averaged weights; they are exchanged, not copied. Do not train meanwhile."""
+        """Within it, the model has the averaged weights; they are exchanged. Do not train meanwhile."""
         self._exchange()
         try:
             yield
@@ -70,20 +71,23 @@ class ExponentialAverage:
         """Start the average anew at the model's weights."""
         torch._foreach_copy_(self.tensors, self._parameters)
 
+    @torch.no_grad()
     def _exchange(self) -> None:
-        for i, parameter in enumerate(self._parameters):
-            parameter.data, self.tensors[i] = self.tensors[i], parameter.data
+        for parameter, average in zip(self._parameters, self.tensors, strict=True):
+            was = parameter.clone()  # contents change places, since FSDP holds on to the parameters' memory
+            parameter.copy_(average)
+            average.copy_(was)
 
 
 @dataclass
 class TrainState:
-    """The moving parts of a run. ``step``: steps done."""
+    """The moving parts of a run. ``generators``: of noise, one per pack of a step. ``step``: steps done."""
 
     model: UniGenDet
     stage: Stage
     optimizer: torch.optim.Optimizer
     ema: ExponentialAverage | None
-    generator: torch.Generator
+    generators: list[torch.Generator]
     step: int = 0
 
     def save(
@@ -121,7 +125,7 @@ class TrainState:
                 "step": self.step,
                 "identity": self.stage.identity,
                 "trained": list(self.stage.trained),
-                "generator": bytes(self.generator.get_state().tolist()).hex(),
+                "generators": [bytes(g.get_state().tolist()).hex() for g in self.generators],
                 "position": position,
                 "settings": settings,
             }
@@ -157,15 +161,24 @@ class TrainState:
             load_weights(self.model, path / EMA)
             self.ema.copy_from_model()
         load_weights(self.model, path / MODEL)
-        try:
-            self.generator.set_state(torch.tensor(list(bytes.fromhex(record["generator"])), dtype=torch.uint8))
-        except (ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"{path / RECORD}: generator is not the state of a random generator on {self.generator.device}; resume "
-                "on the kind of device that the checkpoint was saved on"
-            ) from error
+        self._load_generators(record["generators"], path / RECORD)
         self.step = record["step"]
         return record["position"]
+
+    def _load_generators(self, saved: Sequence[str], file: Path) -> None:
+        if len(saved) != len(self.generators):
+            raise CheckpointError(
+                f"{file} is of a run with {len(saved)} packs per step, this one has {len(self.generators)}; resume it "
+                "with as many (accumulate)"
+            )
+        try:
+            for generator, state in zip(self.generators, saved, strict=True):
+                generator.set_state(torch.tensor(list(bytes.fromhex(state)), dtype=torch.uint8))
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{file}: generators are not states of random generators on {self.generators[0].device}; resume on the "
+                "kind of device that the checkpoint was saved on"
+            ) from error
 
     def _read_parts(self, path: Path) -> dict[str, dict[str, Tensor]]:
         """The tensors of optimizer and stage; an error if anything that this run needs is not there."""

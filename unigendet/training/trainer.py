@@ -1,32 +1,36 @@
 """The training loop: AdamW over what the stage trains, warm-up, clipping, averaged weights, metrics, checkpoints.
 
 Nothing is swallowed: an error in a batch stops the run, and so does a loss that is not finite, before it reaches the
-weights.
+weights. With several processes (``parallel.py``) each has batches of its own, and the losses and gradients are those of
+all of them together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
 from unigendet.model.losses import Counts
 from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import PackedBatch
-from unigendet.training.config import OptimizerConfig, TrainConfig
+from unigendet.training.config import SKIPS, OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.parallel import Parallel, stopping_signal, whole
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
 from unigendet.training.state import (
@@ -37,6 +41,8 @@ from unigendet.training.state import (
     clear_leftovers,
     remove_old,
 )
+
+logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
@@ -57,6 +63,8 @@ class TrainResult:
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
     ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
+    Losses and tokens are those of all processes. A skipped step's row has ``skipped`` 1, and no number that is not
+    finite.
     """
 
     model: UniGenDet
@@ -86,6 +94,7 @@ class Trainer:
             ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
         config: of the run. Its model, datasets and loader are not read here.
         companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
+        parallel: this process among those of the run; default: the only one, on the model's device.
         watch: called with the state before the first step and after each one, once its checkpoint is written; what it
             returns is recorded and shown. It must leave the state as it is. Its time counts for no step. Its second
             argument says whether a signal has come, upon which it should return None soon.
@@ -100,15 +109,19 @@ class Trainer:
         config: TrainConfig,
         *,
         companions: Sequence[Callable[[Path], None]] = (),
+        parallel: Parallel | None = None,
         watch: Callable[[TrainState, Callable[[], bool]], Look | None] | None = None,
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
         self.stage, self.batches, self.config, self._companions = stage, batches, config, companions
-        self._watch, self._console, self._quiet = watch, console, quiet
+        self.parallel = Parallel(device=stage.model.device) if parallel is None else parallel
+        self._watch, self._console, self._quiet = watch, console, quiet or not self.parallel.main
         model, optimizer = stage.model, config.optimizer
-        model.decoder.recompute = config.recompute
-        self.device = model.device
+        model.decoder.recompute = model.vision.recompute = config.recompute
+        if config.compile:
+            compile_layers(model)
+        self.device = self.parallel.device
         self._parameters = list(stage.trained.values())
         self.state = TrainState(
             model=model,
@@ -122,10 +135,22 @@ class Trainer:
                 fused=True,
             ),
             ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
-            generator=torch.Generator(self.device).manual_seed(config.seed),
+            generators=self._generators(),
         )
         self.history: list[Row] = []
         self._resumed: Path | None = None
+        self._skipped = 0  # steps in a row
+
+    def _generators(self) -> list[torch.Generator]:
+        """One per pack of this process in a step; what they draw depends on the pack's number among all processes'."""
+        count = self.config.accumulate
+        generators = []
+        for slot in range(self.parallel.rank * count, (self.parallel.rank + 1) * count):
+            seed = self.config.seed
+            if slot:
+                seed = int(np.random.SeedSequence([seed, slot]).generate_state(1, np.uint64)[0] >> np.uint64(1))
+            generators.append(torch.Generator(self.device).manual_seed(seed))
+        return generators
 
     @property
     def ema(self) -> ExponentialAverage | None:
@@ -148,7 +173,7 @@ class Trainer:
         if not self.state.step <= until <= total:
             raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
         with self._explained():
-            writer = MetricsWriter(self.config.output, self.history)
+            writer = MetricsWriter(self.config.output if self.parallel.main else None, self.history)
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
@@ -158,7 +183,9 @@ class Trainer:
             raise
         with self._explained():
             writer.close()
-        stopped_by = stop.received if stop is not None and self.state.step < until else None
+        stopped_by = None
+        if stop is not None and self.state.step < until:
+            stopped_by = stopping_signal(stop.received)
         return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint(), stopped_by)
 
     def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
@@ -166,12 +193,14 @@ class Trainer:
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
         self._look(writer, display, stop)
-        while self.state.step < until and stop.received is None:
+        stopping = self.parallel.any(stop.received is not None)
+        while self.state.step < until and not stopping:
             started = time.perf_counter()
-            batch = self._next(batches)
-            row = self.train_step(batch, waited=time.perf_counter() - started)
+            step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
+            row = self.train_step(*step_batches, waited=time.perf_counter() - started)
             display.advance(row["step"])
-            last = row["step"] == until or stop.received is not None
+            stopping = self.parallel.any(stop.received is not None)
+            last = row["step"] == until or stopping
             with self._explained():
                 writer.add(row)
             if last or row["step"] % self.config.log_every == 0:
@@ -183,15 +212,17 @@ class Trainer:
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
             self._look(writer, display, stop)
+            stopping = self.parallel.any(stop.received is not None)
         if saved != self.state.step:  # the signal came during the look, or after it
             self._checkpoint(writer)
 
     def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
+        alone = not self.parallel.sharded  # else all processes look at the same, to the end
         complete = self.state.step == self.config.total_steps
 
         def ends() -> bool:
-            return stop.received is not None and not complete
+            return alone and stop.received is not None and not complete
 
         if self._watch is None or ends():
             return
@@ -234,65 +265,96 @@ class Trainer:
                 f"the batches ended after step {self.state.step} of {self.config.total_steps}"
             ) from None
 
-    def train_step(self, batch: Any, waited: float = 0.0) -> Row:
-        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history.
+    def train_step(self, *batches: Any, waited: float = 0.0) -> Row:
+        """One step on ``config.accumulate`` batches of this process: forward, backward, update.
 
-        ``waited``: seconds that the batch took to come.
+        Returns the step's row, which also joins the history. ``waited``: seconds that the batches took to come.
         """
         state, config = self.state, self.config
         started = time.perf_counter()
-        pack = self.stage.student(batch)
+        packs = [self.stage.student(batch) for batch in batches]
         lr = learning_rate(state.step, config.optimizer, config.total_steps)
         self.stage.progress = state.step / config.total_steps
-        names, values = self._backward(batch, pack)
+        counts, tokens = self._agree(packs)
+        names, values, own = self._gradients(batches, packs, counts)
         row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
-        self._check_finite(row, pack)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
+        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+        if bad:
+            row = self._not_finite(row, bad, own, packs)
+        else:
+            self._skipped = 0
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
+        if state.ema is not None and not bad:
             state.ema.update()
         state.step += 1
         seconds = time.perf_counter() - started + waited
-        tokens = pack.layout.num_queries
         row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
         row["tokens_per_second"] = tokens / max(seconds, 1e-9)
         self.history.append(row)
         return row
 
-    def _backward(self, batch: Any, pack: PackedBatch) -> tuple[list[str], list[float]]:
-        """Gradients of the batch, clipped; names and values of the loss, its terms and the gradients' norm."""
-        low = self.config.precision == "bf16"
-        try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-                losses = self.stage.losses(self._move(batch), self.state.generator, self._counts(pack))
-            losses.total.backward()
-        except Exception as error:
-            error.add_note(f"in step {self.state.step + 1}, with the samples {list(pack.names)}")
-            raise
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.clip)
-        values: list[Tensor] = [losses.total.detach(), *losses.terms.values(), norm]
-        # One copy to the host is the step's only wait for the device.
-        return ["loss", *losses.terms, "grad_norm"], torch.stack([v.float() for v in values]).tolist()
+    def _agree(self, packs: Sequence[PackedBatch]) -> tuple[Counts, int]:
+        """What the losses' means divide by, and the step's tokens: of all packs of all processes."""
+        counts = Counts.of(*packs)
+        tokens = sum(pack.layout.num_queries for pack in packs)
+        if self.parallel.world_size == 1:
+            return counts, tokens
+        *numbers, tokens = self.parallel.sum([*counts.numbers(), tokens])
+        return Counts(*numbers), round(tokens)
 
-    def _counts(self, pack: PackedBatch) -> Counts:
-        """What the losses' means divide by; with several processes, the sums over all of them."""
-        return Counts.of(pack)
+    def _gradients(
+        self, batches: Sequence[Any], packs: Sequence[PackedBatch], counts: Counts
+    ) -> tuple[list[str], list[float], Tensor]:
+        """Gradients of the step, clipped; names and values of the loss, its terms and the gradients' norm; and of the
+        losses this process's part.
+        """
+        low = self.config.precision == "bf16" and not self.parallel.sharded
+        names, parts = [], []
+        for batch, pack, generator in zip(batches, packs, self.state.generators, strict=True):
+            try:
+                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
+                    losses = self.stage.losses(self._move(batch), generator, counts)
+                losses.total.backward()
+            except Exception as error:
+                error.add_note(f"in step {self.state.step + 1}, with the samples {list(pack.names)}")
+                raise
+            names = ["loss", *losses.terms]
+            parts.append(torch.stack([v.float() for v in (losses.total.detach(), *losses.terms.values())]))
+        norm = whole(nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.clip))
+        own = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+        total = self.parallel.total(own.clone())
+        # One copy to the host is the step's only wait for the device.
+        values = torch.cat([total, norm.float().reshape(1).to(total.device)]).tolist()
+        return [*names, "grad_norm"], values, own
 
     def _move(self, batch: Any) -> Any:
         if isinstance(batch, PackedBatch):
             return batch.to(self.device, non_blocking=True)
         return tuple(pack.to(self.device, non_blocking=True) for pack in batch)
 
-    def _check_finite(self, row: Row, pack: PackedBatch) -> None:
-        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-        if bad:
-            listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+    def _not_finite(self, row: Row, bad: Mapping[str, float], own: Tensor, packs: Sequence[PackedBatch]) -> Row:
+        """Stop the run, or skip the step: its row without what is not finite. Names the samples."""
+        names = [name or "(unnamed)" for pack in packs for name in pack.names]
+        parts = self.parallel.gather((bool(own.isfinite().all()), names))
+        blamed = [part for part in parts if not part[0]] or parts  # a gradient alone may be of any of them
+        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
+        samples = ", ".join(name for _, names in blamed for name in names)
+        what = f"step {row['step']} is not finite ({listed})"
+        self._skipped += 1
+        if self.config.on_nonfinite == "stop":
             raise TrainingError(
-                f"step {row['step']} is not finite ({listed}); the weights are those of step {self.state.step}. "
-                f"Samples of the batch: {', '.join(name or '(unnamed)' for name in pack.names)}"
+                f"{what}; the weights are those of step {self.state.step}. Samples of the batch: {samples}"
             )
+        if self._skipped >= SKIPS:
+            raise TrainingError(
+                f"{what}, like the {SKIPS - 1} before it, which were skipped. Samples of the batch: {samples}"
+            )
+        if self.parallel.main:
+            logger.warning("%s: skipped. Samples of the batch: %s", what, samples)
+        return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
 
     def save(self) -> Path | None:
         """Write a checkpoint of the present step and remove old ones; None without an output folder."""
@@ -335,3 +397,9 @@ class Trainer:
     def _last_checkpoint(self) -> Path | None:
         found = checkpoints(self.config.output) if self.config.output is not None else []
         return found[-1] if found else None
+
+
+def compile_layers(model: UniGenDet) -> None:
+    """Compile every layer's forward, for packs of any length; the first steps then take minutes."""
+    for layer in (*model.decoder.layers, *model.vision.layers):
+        layer.forward = torch.compile(layer.forward, dynamic=True)
