@@ -341,19 +341,15 @@ class Trainer:
         parts = self.parallel.gather((bool(own.isfinite().all()), names))
         blamed = [part for part in parts if not part[0]] or parts  # a gradient alone may be of any of them
         listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        samples = ", ".join(name for _, names in blamed for name in names)
+        samples = f"Samples of the batch: {', '.join(name for _, names in blamed for name in names)}"
         what = f"step {row['step']} is not finite ({listed})"
         self._skipped += 1
         if self.config.on_nonfinite == "stop":
-            raise TrainingError(
-                f"{what}; the weights are those of step {self.state.step}. Samples of the batch: {samples}"
-            )
+            raise TrainingError(f"{what}; the weights are those of step {self.state.step}. {samples}")
         if self._skipped >= SKIPS:
-            raise TrainingError(
-                f"{what}, like the {SKIPS - 1} before it, which were skipped. Samples of the batch: {samples}"
-            )
+            raise TrainingError(f"{what}, like the {SKIPS - 1} steps before it, which were skipped. {samples}")
         if self.parallel.main:
-            logger.warning("%s: skipped. Samples of the batch: %s", what, samples)
+            logger.warning("%s: skipped. %s", what, samples)
         return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
 
     def save(self) -> Path | None:
