@@ -206,6 +206,7 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
         yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel)
     except BaseException as error:
         watch.report(error)
+        error.add_note(f"in process {rank} of {world_size}")
         raise
     watch.stop()
     dist.destroy_process_group()
