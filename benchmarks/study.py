@@ -20,7 +20,7 @@ from unigendet.evaluation.study_report import STUDY_SCHEMA, study_view
 from unigendet.quickstart import default_config
 from unigendet.study.config import StudyConfig
 
-from .environment import RESULTS, ROOT, short_commit
+from .environment import RESULTS, ROOT, machine_line
 from .quickstart import changes
 from .report import with_section
 
@@ -138,12 +138,7 @@ def _how(study: Mapping[str, Any]) -> Iterator[str]:
         f"{len(study['runs'])} runs: {len(study['arms'])} arms, {len(view['seeds'])} seeds, {study['draws']} draws of "
         f"the test prompts each; {view['cost']['seconds']}, {view['cost']['cpu_seconds']} of processor time."
     ).replace("\u00a0", " ")
-    for place in study["environments"]:
-        versions = place["versions"]
-        yield (
-            f"{place['cpus']} CPUs ({place['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
-            f"commit {short_commit(place)})."
-        )
+    yield from (f"{machine_line(place)}." for place in study["environments"])
 
 
 def _differences(study: Mapping[str, Any], *, primary: bool) -> Iterator[str]:
