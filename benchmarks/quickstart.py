@@ -19,7 +19,8 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from unigendet.config_file import load_settings
-from unigendet.evaluation.report import aim_view, number, percent
+from unigendet.evaluation.pages import number, percent
+from unigendet.evaluation.quickstart_report import aim_view
 from unigendet.evaluation.results import SCHEMA, Aim, plain
 from unigendet.quickstart import QuickstartConfig, default_config
 

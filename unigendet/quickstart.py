@@ -46,7 +46,7 @@ from unigendet.data.tokenizer import Tokenizer
 from unigendet.evaluation import scoring
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.generation import DigitJudge
-from unigendet.evaluation.report import format_table, write_report
+from unigendet.evaluation.quickstart_report import format_table, write_report
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples
 from unigendet.files import claim_folder
 from unigendet.inference.pipeline import Pipeline

@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from unigendet.evaluation.comparisons import METRICS, Metric
 from unigendet.evaluation.figures import ForestRow, forest_plot
-from unigendet.evaluation.report import jinja_environment, number, percent, seconds
+from unigendet.evaluation.pages import jinja_environment, number, percent, seconds
 
 STUDY_SCHEMA = 1  # of study.json; rises when a key changes its meaning or goes
 _METRICS = {metric.name: metric for metric in METRICS}

@@ -15,7 +15,7 @@ from rich.console import Console
 from unigendet.config import check
 from unigendet.config_file import load_settings
 from unigendet.evaluation.comparisons import METRICS, summarise
-from unigendet.evaluation.report import seconds as duration
+from unigendet.evaluation.pages import seconds as duration
 from unigendet.evaluation.results import environment, plain
 from unigendet.evaluation.study_report import write_study
 from unigendet.files import claim_folder, make_folder, write_text
