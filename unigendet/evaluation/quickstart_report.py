@@ -30,6 +30,7 @@ from unigendet.evaluation.pages import (
     seconds,
 )
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, plain
+from unigendet.files import write_text
 
 
 def write_report(folder: str | Path, results: RunResults) -> Path:
@@ -48,20 +49,20 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
       ``agreement`` {what: fields of ``Agreement``}; ``frechet`` {what: distance};
       ``reference`` null or fields of ``JudgeReference``; ``grids`` [{title, rows}].
 
-    The same results give the same bytes: no time stamps, no random ids.
+    Each text is written whole or not at all. The same results give the same bytes: no time stamps, no random ids.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = results.to_dict()
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "report.json", text + "\n")
     for i, grid in enumerate(results.grids):
         slug = re.sub(r"[^a-z0-9]+", "-", grid.title.lower()).strip("-")
         images, (_, columns, height) = grid.images.reshape(-1, *grid.images.shape[2:]), grid.images.shape[:3]
         path = folder / "grids" / f"{i:02d}-{slug}.png"
         save_image_grid(images, path, columns=columns, scale=max(1, 64 // height), high=grid.high)
     page = folder / "report.html"
-    page.write_text(_render(results, data), encoding="utf-8")
+    write_text(page, _render(results, data))
     return page
 
 

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from unigendet.evaluation.comparisons import METRICS, Metric
 from unigendet.evaluation.figures import ForestRow, forest_plot
 from unigendet.evaluation.pages import jinja_environment, number, percent, seconds
+from unigendet.files import write_text
 
 STUDY_SCHEMA = 1  # of study.json; rises when a key changes its meaning or goes
 _METRICS = {metric.name: metric for metric in METRICS}
@@ -32,16 +33,14 @@ def write_study(folder: str | Path, study: dict[str, Any]) -> dict[str, Any]:
       seconds, cpu_seconds {what: seconds}}];
     - ``environments``: those of the runs, each once; null where a number does not exist.
 
-    The same study gives the same bytes.
+    Each is written whole or not at all. The same study gives the same bytes.
     """
     study = {"schema": STUDY_SCHEMA, **study}
     text = json.dumps(study, indent=1, ensure_ascii=False, allow_nan=False)
-    (Path(folder) / "study.json").write_text(text + "\n", encoding="utf-8")
+    write_text(Path(folder) / "study.json", text + "\n")
     forests = [{"title": metric.title, "svg": Markup(svg)} for metric, svg in _forests(study)]
-    template = jinja_environment().get_template("study.html")
-    (Path(folder) / "report.html").write_text(
-        template.render(study=study, forests=forests, **study_texts(study)), encoding="utf-8"
-    )
+    page = jinja_environment().get_template("study.html").render(study=study, forests=forests, **study_texts(study))
+    write_text(Path(folder) / "report.html", page)
     return study
 
 
