@@ -91,7 +91,8 @@ def test_without_the_training_extra():
     """``info`` and ``--help`` need no more than the package itself; other commands say what to install."""
     code = (
         "import sys\n"
-        "for name in ('PIL', 'tokenizers', 'safetensors', 'jsonargparse', 'rich', 'transformers', 'diffusers'):\n"
+        "for name in ('PIL', 'tokenizers', 'safetensors', 'jsonargparse', 'rich', 'transformers', 'diffusers',"
+        "             'scipy', 'sklearn', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "from unigendet.cli import main\n"
         "print(main(['info']), main(['detect', '--model', 'm', '.']), main(['quickstart']), main(['train', '--config', "

@@ -18,7 +18,6 @@ from unigendet.data.datasets import DetectionRecord
 from unigendet.data.transforms import read_image
 from unigendet.evaluation.detection import REAL, DetectionMetrics, DetectionOutcome, DetectionSummary, probabilities
 from unigendet.evaluation.detection_curves import (
-    LABELS,
     detector_curves,
     precision_recall_chart,
     reliability_chart,
@@ -31,14 +30,13 @@ from unigendet.evaluation.figures import data_uri
 from unigendet.evaluation.pages import compact_table, detection_table, jinja_environment, number, percent
 from unigendet.evaluation.reliability import reliability_bins
 from unigendet.evaluation.results import Example, environment, first_examples, plain
-from unigendet.evaluation.robustness import Disturbance, robustness_curves
+from unigendet.evaluation.robustness import KINDS, Disturbance, robustness_curves
 from unigendet.evaluation.scoring import summarise
 
 SCHEMA = 1  # of evaluation.json; rises when a key changes its meaning or goes
 REPORT_FILES = ("evaluation.json", "evaluation.html")
 THUMBNAIL = 192  # pixels of height, at most
 SHOWN = 2  # right and wrong examples of a group
-_TITLES = {"jpeg": "JPEG compression", "resize": "Smaller images", "blur": "Blurred images"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +137,7 @@ def write_detection_report(folder: str | Path, report: DetectionReport) -> Path:
         "tiles": list(_tiles(overall, report.encoder is not None)),
         "charts": list(_charts(report)),
         "robustness": list(_robustness_charts(report)),
+        "kinds": KINDS.values(),
         "answered": overall.explained > 0 or overall.text_accuracy is not None,
         "encoder": report.encoder,
         "examples": [
@@ -227,8 +226,9 @@ def _charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
 
 def _robustness_charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
     for kind, points in robustness_curves(report.summary, report.disturbed).items():
-        svg = robustness_chart(kind, points, name=f"Accuracy, balanced accuracy and AUC by {LABELS[kind]}")
-        yield {"title": _TITLES[kind], "value": "", "axis": LABELS[kind], "svg": Markup(svg), "points": points}
+        title, axis = KINDS[kind].title, KINDS[kind].axis
+        svg = robustness_chart(kind, points, name=f"Accuracy, balanced accuracy and AUC by {axis}")
+        yield {"title": title, "value": "", "axis": axis, "svg": Markup(svg), "points": points}
 
 
 def format_detection(report: DetectionReport) -> Group:
