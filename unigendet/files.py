@@ -44,7 +44,7 @@ def naming(file: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def telling(file: str | Path) -> Iterator[None]:
+def rust_errors(file: str | Path) -> Iterator[None]:
     """Within it, an error that a library written in Rust tells as text (``… (os error 28)``) becomes an OSError."""
     try:
         yield

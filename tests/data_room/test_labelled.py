@@ -6,7 +6,7 @@ import os
 import pytest
 
 from unigendet.data import files
-from unigendet.data.files import list_images
+from unigendet.data.image_files import list_images
 from unigendet.data.labelled import read_labelled
 
 
