@@ -223,7 +223,7 @@ def test_a_study_that_was_killed_at_its_first_file_begins_again(settings, tmp_pa
 def test_refuses_a_folder_that_is_not_its_own(settings, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["study", "--out", str(tmp_path), "--config", str(settings)]) == 1
-    assert "holds thesis.txt; it must be a new folder, or a study's" in capsys.readouterr().err
+    assert "holds thesis.txt; it must be a new folder, or one that a study left" in capsys.readouterr().err
     assert main(["study", "--out", str(tmp_path / "new"), "--config", str(settings), "--arms", "dogs"]) == 1
     assert "arms is 'dogs'; it must be some of ['latents'" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]

@@ -11,8 +11,6 @@ if TYPE_CHECKING:
 
     from unigendet.inference.pipeline import Pipeline
 
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures to be written
-
 
 class UserError(Exception):
     """Something the user can put right; its text is the whole message."""

@@ -12,18 +12,13 @@ from unigendet import __version__
 from unigendet.commands.common import Commands, UserError, device_and_dtype, load_pipeline, model_options
 from unigendet.commands.detect import quiet_pillow
 from unigendet.commands.progress import Progress
+from unigendet.evaluation.robustness import KINDS, Disturbance
 
 if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
     from unigendet.evaluation.detection_run import Predictions, RunSettings
-    from unigendet.evaluation.robustness import Disturbance
     from unigendet.inference.pipeline import Pipeline
 
-DISTURBANCES = {
-    "jpeg": (int, "Q", "JPEG qualities"),
-    "resize": (float, "F", "factors, below 1, that both edges are scaled by"),
-    "blur": (float, "S", "standard deviations of a Gaussian blur, in pixels"),
-}
 CALIBRATION = ("temperature", "threshold", "unsure")  # what of one moves verdicts
 
 
@@ -61,9 +56,9 @@ def add(commands: Commands) -> None:
                               "without it, only words are compared")  # fmt: skip
     group = command.add_argument_group("disturbed images", "Verdicts again on images that were disturbed first.")
     group.add_argument("--robustness", action="store_true", help="under all three kinds, at the usual levels")
-    for kind, (convert, metavar, what) in DISTURBANCES.items():
-        group.add_argument(f"--{kind}", type=convert, nargs="*", metavar=metavar,
-                           help=f"{what}; none = the usual ones; without --robustness, only this kind")  # fmt: skip
+    for name, kind in KINDS.items():
+        which = f"{kind.option}; none = the usual ones; without --robustness, only this kind"
+        group.add_argument(f"--{name}", type=kind.parse, nargs="*", metavar=kind.metavar, help=which)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -187,17 +182,15 @@ def _check_questions(settings: RunSettings, asked: set[str]) -> None:
 
 
 def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
-    from unigendet.evaluation.robustness import LEVELS, Disturbance
-
-    for kind in DISTURBANCES:
-        levels = getattr(options, kind)
+    for name, kind in KINDS.items():
+        levels = getattr(options, name)
         if levels is None and not options.robustness:
             continue
-        for level in dict.fromkeys(levels or LEVELS[kind]):
+        for level in dict.fromkeys(levels or kind.levels):
             try:
-                yield Disturbance(kind, level)
+                yield Disturbance(name, level)
             except ValueError as error:
-                raise UserError(f"--{kind}: {error}") from error
+                raise UserError(f"--{name}: {error}") from error
 
 
 def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: object) -> dict[str, Any]:

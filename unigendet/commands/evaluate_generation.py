@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
-from unigendet.commands.generation import (
+from unigendet.commands.inputs import find_pictures
+from unigendet.commands.progress import Progress
+from unigendet.commands.sampling import (
     GUIDANCE_NOTE,
     check_grid,
     entries_of,
@@ -20,8 +22,6 @@ from unigendet.commands.generation import (
     sampling_options,
     save_grid,
 )
-from unigendet.commands.inputs import find_pictures
-from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
     from unigendet.data.prompts import PromptRecord
