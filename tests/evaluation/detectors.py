@@ -24,12 +24,17 @@ class Said:
 class BrightnessDetector:
     """Calls bright images real: its probability of real is the mean grey level, over 255.
 
-    ``calls``: the options of every call of ``detect``; ``stop_after``: images after which it is interrupted.
+    ``calls``: the options of every call of ``detect``; ``stop_after``: images after which it is interrupted; ``room``:
+    characters of the longest question and its answer's tokens together.
     """
 
     has_head: bool = True
     stop_after: int | None = None
+    room: int = 50
     calls: list = field(default_factory=list)
+
+    def default_answer(self, questions, *, with_latent=True):
+        return self.room - max(len(question or "") for question in questions)
 
     def detect(self, images, *, question, transform, with_latent, max_new_tokens, batch_size, calibration, on_error):
         images = list(images)

@@ -114,7 +114,7 @@ def test_an_image_that_could_not_be_read_is_judged_again(folder, records, root, 
 def test_without_a_head_a_verdict_needs_words(folder, records, root):
     detector = BrightnessDetector(has_head=False)
     finish(folder, records, root, DISTURBED, detector)
-    assert [call["max_new_tokens"] for call in detector.calls] == [None, VERDICT_TOKENS, VERDICT_TOKENS]
+    assert [call["max_new_tokens"] for call in detector.calls] == [35, VERDICT_TOKENS, VERDICT_TOKENS]
     short = prepare_folder(folder.parent / "short", IDENTITY)
     detector = BrightnessDetector(has_head=False)
     finish(short, records, root, dataclasses.replace(DISTURBED, max_new_tokens=3), detector)

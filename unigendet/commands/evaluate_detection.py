@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
     from unigendet.evaluation.detection_run import Predictions, RunSettings
     from unigendet.evaluation.robustness import Disturbance
-    from unigendet.inference.pipeline import Pipeline
 
 DISTURBANCES = {
     "jpeg": (int, "Q", "JPEG qualities"),
@@ -143,22 +142,7 @@ def _complete(
             lambda: load_pipeline(options),
             root=root,
             progress=bar.advance,
-            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
         )
-
-
-def _answer_length(pipeline: Pipeline, records: Sequence[DetectionRecord], settings: RunSettings) -> int | None:
-    """The longest answer by default, in tokens: what there is room for after the longest question of all records. None
-    where a question leaves no room: the pipeline says so.
-    """
-    from unigendet.inference.detect import answer_room
-    from unigendet.inference.pipeline import DEFAULT_ANSWER
-
-    asked = {record.question or pipeline.data.question for record in records}
-    texts = map(pipeline.builder.text, asked if settings.question is None else {settings.question})
-    config, latent = pipeline.model.config, settings.with_latent
-    room = min(answer_room(config, text, with_latent=latent) for text in texts)
-    return min(DEFAULT_ANSWER, room) if room > 0 else None
 
 
 def _settings(options: argparse.Namespace) -> RunSettings:

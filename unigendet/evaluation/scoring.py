@@ -39,6 +39,10 @@ class Detector(Protocol):
         """Whether verdicts come from a real/fake head, so that no text is needed for them."""
         ...
 
+    def default_answer(self, questions: Iterable[str | None], *, with_latent: bool = True) -> int:
+        """The longest answer, in tokens, where ``max_new_tokens`` is None and these are asked; None: its own."""
+        ...
+
     def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
         """Judge images; ``options`` are ``question``, ``transform``, ``with_latent``, ``max_new_tokens``,
         ``batch_size``, ``calibration``, ``on_error``.

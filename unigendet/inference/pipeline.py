@@ -157,7 +157,7 @@ class Pipeline:
             question: what the model is asked, of every image or one per image; None: the question it was trained with.
             transform: applied, in those threads, to every original image, before the model's views of it are made.
             with_latent: show the model the latent view too (symbiotic attention).
-            max_new_tokens: longest answer; 0 skips the explanation; default: 256, or what the model has room for.
+            max_new_tokens: longest answer; 0 skips the explanation; default: ``default_answer`` of the questions.
             temperature: 0 = greedy.
             seed: of sampled answers.
             batch_size: images decoded together; up to as many more are read ahead.
@@ -180,14 +180,21 @@ class Pipeline:
         for one in set(asked if calibration is not None else ()):
             calibration.check_use(self.model, self.data, one, with_latent)
         texts = [self.builder.text(one) for one in asked]
-        longest = max(texts, key=lambda text: len(text.ids), default=Text(()))
         options = {
-            "max_new_tokens": self._answer_length(longest, with_latent, max_new_tokens),
+            "max_new_tokens": self._answer_length(texts, with_latent, max_new_tokens),
             "temperature": temperature,
             "generator": torch.Generator(self.model.device).manual_seed(seed),
         }
         call = _Call(transform, with_latent, batch_size, calibration or Calibration(), on_error, options)
         return self._judge_all(_paired(images, texts[0] if for_all else texts), call)
+
+    def default_answer(self, questions: Iterable[str | None], *, with_latent: bool = True) -> int:
+        """The longest answer of ``detect`` by default, in tokens: 256, or what the longest question leaves room for.
+
+        Arguments and errors as ``detect``'s; ``questions``: one or more.
+        """
+        asked = {self.data.question if one is None else one for one in questions}
+        return self._answer_length([self.builder.text(one) for one in asked], with_latent, None)
 
     def _judge_all(self, pairs: Iterable[tuple[str | Path | Image, Text]], call: _Call) -> Iterator[Detection]:
         prepare, threads = functools.partial(self._prepare, call=call), min(4, os.cpu_count() or 1)
@@ -211,9 +218,10 @@ class Pipeline:
                     raise ValueError(result.error)
             yield result
 
-    def _answer_length(self, question: Text, with_latent: bool, max_new_tokens: int | None) -> int:
-        """``max_new_tokens`` or its default; ValueError if the question, or the answer after it, is too long."""
-        room, tokens = answer_room(self.model.config, question, with_latent=with_latent), len(question.ids)
+    def _answer_length(self, questions: Sequence[Text], with_latent: bool, max_new_tokens: int | None) -> int:
+        """``max_new_tokens`` or its default; ValueError if a question, or the answer after it, is too long."""
+        longest = max(questions, key=lambda text: len(text.ids), default=Text(()))
+        room, tokens = answer_room(self.model.config, longest, with_latent=with_latent), len(longest.ids)
         if room < 1:
             most = f"at most {tokens + room - 1}, for a model of {self.model.config.max_position} positions"
             raise ValueError(f"question (--question) has {tokens} tokens; it must have {most}")
