@@ -256,6 +256,14 @@ def test_a_model_without_a_head(evaluate, tmp_path):
     assert (data["roc"], data["reliability"], data["detection"]["overall"]["roc_auc"]) == (None, None, None)
 
 
+def test_a_model_without_a_head_and_with_little_room(evaluate, tmp_path):
+    """Its verdicts on disturbed images are as short as there is room for, too."""
+    headless = save_model(tmp_path / "headless", class_head=False, max_position=40)
+    code, _, err = evaluate("--blur", 1, model=headless)
+    assert (code, err) == (0, READING)
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 24
+
+
 def test_calibration_moves_the_verdicts(evaluate, tmp_path):
     Calibration(temperature=2.0, threshold=0.999).save(tmp_path / "strict.json")
     Calibration(unsure=(0.0, 1.0)).save(tmp_path / "unsure.json")

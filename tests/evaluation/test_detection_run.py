@@ -115,6 +115,10 @@ def test_without_a_head_a_verdict_needs_words(folder, records, root):
     detector = BrightnessDetector(has_head=False)
     finish(folder, records, root, DISTURBED, detector)
     assert [call["max_new_tokens"] for call in detector.calls] == [35, VERDICT_TOKENS, VERDICT_TOKENS]
+    little = prepare_folder(folder.parent / "little", IDENTITY)
+    detector = BrightnessDetector(has_head=False, room=25)
+    finish(little, records, root, DISTURBED, detector)
+    assert [call["max_new_tokens"] for call in detector.calls] == [10, 10, 10]
     short = prepare_folder(folder.parent / "short", IDENTITY)
     detector = BrightnessDetector(has_head=False)
     finish(short, records, root, dataclasses.replace(DISTURBED, max_new_tokens=3), detector)

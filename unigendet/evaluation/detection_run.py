@@ -249,7 +249,7 @@ def complete(
     if longest is None:  # by all questions: those that are missing are fewer when a run is continued
         asked = [r.question or None for r in records] if settings.question is None else [settings.question]
         longest = detector.default_answer(asked, with_latent=settings.with_latent)
-    verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
+    verdict_only = 0 if detector.has_head else min(longest, VERDICT_TOKENS)
     for name, places in todo.items():
         disturbance = settings.conditions[name]
         outcomes = judge(

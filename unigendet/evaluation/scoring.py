@@ -40,7 +40,7 @@ class Detector(Protocol):
         ...
 
     def default_answer(self, questions: Iterable[str | None], *, with_latent: bool = True) -> int:
-        """The longest answer, in tokens, where ``max_new_tokens`` is None and these are asked; None: its own."""
+        """The longest answer, in tokens, where ``max_new_tokens`` is None and these are asked."""
         ...
 
     def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
