@@ -188,6 +188,19 @@ def test_a_changed_model_or_image_is_another_evaluation(evaluate, annotations, m
     assert "an evaluation with other data" in evaluate("--max-tokens", 0)[2]
 
 
+def test_what_no_verdict_follows_from_may_change_in_the_folder(evaluate, model, tmp_path, monkeypatch):
+    own = shutil.copytree(model, tmp_path / "own")
+    assert evaluate("--max-tokens", 0, model=own)[0] == 0
+    (own / "calibration.json").write_text("{}")
+    (own / "README.txt").write_text("mine")
+    (own / "generation.json").write_text('{"num_timesteps": 3}')
+    monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
+    assert evaluate("--max-tokens", 0, model=own)[0] == 0
+    views = json.loads((own / "data.json").read_text())
+    (own / "data.json").write_text(json.dumps(views | {"question": "Is it?"}))
+    assert "an evaluation with another model" in evaluate("--max-tokens", 0, model=own)[2]
+
+
 def test_folders_and_a_limit(evaluate, annotations, tmp_path):
     for i in range(12):
         target = tmp_path / "folders" / ("real" if i % 2 else f"fake/{'xy'[i // 6]}")

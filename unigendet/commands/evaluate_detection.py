@@ -69,13 +69,13 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from rich.console import Console
 
-    from unigendet.data.hashes import model_hash
+    from unigendet.data.hashes import files_hash
     from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
     from unigendet.evaluation.explanations import SentenceEncoder
     from unigendet.evaluation.scoring import limit_evenly
-    from unigendet.model.checkpoint import stored_config
+    from unigendet.inference.model_files import folder_config, model_files
 
     settings = _settings(options)
     everything = read_labelled(options.data, image_root=options.image_root)
@@ -84,11 +84,12 @@ def run(options: argparse.Namespace) -> int:
     _check_questions(settings, {record.question for record in records})
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
+    config = folder_config(options.model)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
     print("reading model and data", file=sys.stderr, flush=True)
     identity = {
         "settings": _identifying(options, settings, dtype),
-        "model": model_hash(options.model, options.autoencoder),
+        "model": files_hash((path.name, path) for path in model_files(options.model, config, options.autoencoder)),
         "data": folders.data_hash(records, root),
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
@@ -109,7 +110,7 @@ def run(options: argparse.Namespace) -> int:
         encoder,
         title=title,
         available=len(everything),
-        has_head=stored_config(options.model).class_head,
+        has_head=config.class_head,
         settings=shown,
     )
     page = write_detection_report(options.out, report)

@@ -30,17 +30,17 @@ from unigendet.files import replaced_files
 from unigendet.inference.calibration import Calibration
 from unigendet.inference.detect import Detection, DetectionOutput, DetectionRequest, answer_room, detect_packed
 from unigendet.inference.generate import generate_latents, tokens_to_latent
+from unigendet.inference.model_files import autoencoder_file, folder_config
 from unigendet.inference.prefetch import map_ahead
 from unigendet.inference.requests import ImageRequest, RequestBuilder
 from unigendet.model.autoencoder import build_autoencoder
-from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, stored_config, write_pretrained
+from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, write_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Text, VitImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FLUX_WEIGHTS = "ae.safetensors"
 GUIDANCE_FILE = "generation.json"
 _DECODING = threading.Lock()  # pictures that were opened elsewhere are decoded one at a time
 DEFAULT_ANSWER = 256  # tokens, where the model has room for as many
@@ -110,15 +110,10 @@ class Pipeline:
             FileNotFoundError: a part is missing; says which.
             ValueError: the parts do not fit each other.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no model folder at {folder}")
-        model = load_pretrained(folder, config=stored_config(folder), device=device, dtype=dtype)
-        if autoencoder is None and model.config.latent.autoencoder == "flux":
-            autoencoder = folder / FLUX_WEIGHTS
-            if not autoencoder.is_file():
-                raise FileNotFoundError(f"{autoencoder} does not exist; say where the autoencoder's weights are")
-        vae = build_autoencoder(model.config.latent, autoencoder)
+        config = folder_config(folder)
+        autoencoder = autoencoder_file(folder, config, autoencoder)  # before the weights, which may take minutes
+        model = load_pretrained(folder, config=config, device=device, dtype=dtype)
+        vae = build_autoencoder(config.latent, autoencoder)
         return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder), load_guidance(folder))
 
     def save(self, folder: str | Path) -> None:
