@@ -49,15 +49,16 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation.calibration import check_request, fit_calibration
+    from unigendet.inference.model_files import folder_config
 
     records = read_labelled(options.data, image_root=options.image_root)
     check_present(records)
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)
     check_out(options.out, options.overwrite)
-    pipeline = load_pipeline(options)
-    if pipeline.model.class_head is None:
+    if not folder_config(options.model).class_head:
         raise UserError(f"the model {options.model} has no real/fake head; there is nothing to calibrate")
+    pipeline = load_pipeline(options)
     quiet_pillow()
     logits, labels = _judge(options, pipeline, records)
     fitted = fit_calibration(logits, labels, **targets)
