@@ -8,8 +8,14 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
-from unigendet.commands.detect import question_options, quiet_pillow
+from unigendet.commands.common import (
+    Commands,
+    UserError,
+    detector_options,
+    load_pipeline,
+    model_options,
+    quiet_pillow,
+)
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import check_out
 
@@ -28,9 +34,11 @@ ROWS = (("nll", "negative log-likelihood"), ("ece", "expected calibration error"
 
 def add(commands: Commands) -> None:
     """Describe the command."""
+    asked = "the one it was trained with; of every image: annotations' own questions are not used"
     calibrate = commands.add(
-        "calibrate", run, "Fit probabilities and threshold to labelled images.", model_options(), epilog=EPILOG
-    )
+        "calibrate", run, "Fit probabilities and threshold to labelled images.", model_options(),
+        detector_options(asked, verdicts=False), epilog=EPILOG,
+    )  # fmt: skip
     calibrate.add_argument("data", type=Path, metavar="DATA",
                            help="annotation file in FakeClue's format, or a folder with real/ and fake/")  # fmt: skip
     calibrate.add_argument("--image-root", type=Path, metavar="FOLDER",
@@ -42,7 +50,6 @@ def add(commands: Commands) -> None:
                            help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
                            help="leave as few unsure as lets this share of the others be right")  # fmt: skip
-    question_options(calibrate, "; of every image: annotations' own questions are not used")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -60,6 +61,28 @@ def model_options(required: bool = True) -> argparse.ArgumentParser:
     device.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="of the weights (default: bfloat16 on cuda, float32 elsewhere)")  # fmt: skip
     return device
+
+
+def detector_options(question: str, *, verdicts: bool = True) -> argparse.ArgumentParser:
+    """How a detector is asked, as a parent parser.
+
+    ``question``: what it is asked by default. ``verdicts``: with the options of answers and calibrated verdicts, too.
+    """
+    parent = argparse.ArgumentParser(add_help=False)
+    options = parent.add_argument_group("judging")
+    options.add_argument("--question", help=f"what the model is asked (default: {question})")
+    options.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    options.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
+    if verdicts:
+        text = "longest explanation; 0 = verdict only (default: 256, or the model's room)"
+        options.add_argument("--max-tokens", type=int, metavar="N", help=text)
+        options.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
+    return parent
+
+
+def quiet_pillow() -> None:
+    """Pillow's warnings (large pictures, odd metadata) name no file, and what it cannot read becomes an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

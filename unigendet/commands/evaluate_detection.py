@@ -9,8 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigendet import __version__
-from unigendet.commands.common import Commands, UserError, device_and_dtype, load_pipeline, model_options
-from unigendet.commands.detect import quiet_pillow
+from unigendet.commands.common import (
+    Commands,
+    UserError,
+    detector_options,
+    device_and_dtype,
+    load_pipeline,
+    model_options,
+    quiet_pillow,
+)
 from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,8 +35,10 @@ CALIBRATION = ("temperature", "threshold", "unsure")  # what of one moves verdic
 
 def add(commands: Commands) -> None:
     """Describe the command."""
+    asked = "each annotation's own question; for a folder, the one it was trained with"
     command = commands.add(
         "detection", run, "Score a model's verdicts and explanations on labelled images.", model_options(),
+        detector_options(asked),
         epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that are "
                "there but cannot be read count as wrong verdicts.",
     )  # fmt: skip
@@ -43,18 +52,6 @@ def add(commands: Commands) -> None:
                          help="what the paths in an annotation file are relative to (default: its folder)")  # fmt: skip
     command.add_argument("--limit", type=int, metavar="N",
                          help="judge N images only, spread evenly over real and fake and over the groups")  # fmt: skip
-    command.add_argument("--question",
-                         help="what the model is asked (default: each annotation's own question; for a folder, the one "
-                              "the model was trained with)")  # fmt: skip
-    command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
-    command.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="longest explanation; 0 = verdict only (default: 256, or the model's room)",
-    )
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
     command.add_argument("--sentence-encoder", type=Path, metavar="FOLDER",
                          help="local sentence encoder (safetensors) for the semantic similarity of explanations, CSS; "
                               "without it, only words are compared")  # fmt: skip
