@@ -19,7 +19,8 @@ from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import PixelAutoencoder
 
 ANSWERS = ("This is a fake image. It is pale.", "This is a real image. It is dark.")
-READING = "reading model and data\n"  # before the hashes, which may take minutes
+NAME = "unigendet evaluate detection"
+READING = f"{NAME}: reading model and data\n"  # before the hashes, which may take minutes
 VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
 
 
@@ -130,7 +131,7 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
     first = (tmp_path / "out" / "evaluation.html").read_bytes()
     code, _, err = evaluate("--max-tokens", 0, "--batch-size", 3, "--jpeg", 50)
     assert code == 0
-    assert "out has 12 of 24 verdicts already" in err
+    assert err == f"{READING}{NAME}: {tmp_path / 'out'} has 12 of 24 verdicts already\n"
     assert list(results(tmp_path / "out")["robustness"]) == ["jpeg"]
     monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
     evaluate("--max-tokens", 0)
@@ -360,7 +361,7 @@ def test_mistakes(evaluate, annotations, tmp_path):
     for i, (arguments, changes, message) in enumerate(cases):
         code, out, err = evaluate(*arguments, **{"out": tmp_path / f"out{i}", **changes})
         assert (code, out) == (1, ""), message
-        assert err.removeprefix(READING).startswith("unigendet evaluate: ")
+        assert err.removeprefix(READING).startswith(f"{NAME}: ")
         assert message in err
         assert len(err.removeprefix(READING).splitlines()) == 1
 
@@ -373,6 +374,8 @@ def test_wrong_command_lines(evaluate, arguments, message):
     code, out, err = evaluate(*arguments)
     assert (code, out) == (2, "")
     assert message in err
+    assert err.startswith(f"{NAME}: ")
+    assert err.endswith(f"; see {NAME} --help\n")
 
 
 def test_help(capsys):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from unigendet.commands.common import (
     load_pipeline,
     model_options,
     quiet_pillow,
+    say,
 )
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import check_out
@@ -74,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(_table(fitted)))
     if not fitted.measured["temperature_found"]:
         why = "these images determine no temperature (the logits do not tell them apart); it stays 1"
-        print(f"unigendet calibrate: {why}", file=sys.stderr)
+        say(options, why)
     print(f"The calibration: {options.out}")
     return 0
 
@@ -88,7 +88,7 @@ def _judge(
         [record.image for record in records], question=options.question, with_latent=not options.no_latent,
         max_new_tokens=0, batch_size=options.batch_size, on_error="row",
     )  # fmt: skip
-    with Progress("unigendet calibrate", len(records)) as progress:
+    with Progress(options.label, len(records)) as progress:
         for record, one in zip(records, detections, strict=True):
             if one.error is None:
                 logits.append(one.logit)
@@ -97,7 +97,7 @@ def _judge(
                 failed.append(one.error)
             progress.advance()
     for error in failed:
-        print(f"unigendet calibrate: left out: {error}", file=sys.stderr)
+        say(options, f"left out: {error}")
     return logits, labels
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
@@ -38,16 +39,24 @@ class Commands:
     def add(
         self, name: str, run: object, text: str, *parents: argparse.ArgumentParser, epilog: str | None = None
     ) -> argparse.ArgumentParser:
-        """A command with the common options; ``run`` takes the parsed options and returns the exit code."""
+        """A command with the common options; ``run`` takes the parsed options and returns the exit code.
+
+        The options have the command's whole name as ``label``, with which all its messages begin.
+        """
         command = self._subparsers.add_parser(
             name, help=text, description=text, parents=[self._common, *parents], epilog=epilog
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, label=command.prog)
         return command
 
     def group(self, name: str, text: str) -> Commands:
         """A command that has commands of its own, which are added to what this returns."""
         return Commands(self._subparsers.add_parser(name, help=text, description=text), dest="subcommand")
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """A message on standard error, after the command's name."""
+    print(f"{options.label}: {text}", file=sys.stderr)
 
 
 def model_options(required: bool = True) -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, detector_options, load_pipeline, model_options, quiet_pillow
+from unigendet.commands.common import Commands, detector_options, load_pipeline, model_options, quiet_pillow, say
 from unigendet.commands.inputs import find_pictures
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import FORMATS, RowWriter, check_out, format_of
@@ -64,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     failed = 0
     heads = {"path": min(max(map(len, paths)), 40), "verdict": 9, "p(real)": 7}
     writer = RowWriter(COLUMNS, heads, format_of(options.format, options.out), options.out)
-    progress = Progress("unigendet detect", len(paths))
+    progress = Progress(options.label, len(paths))
     try:
         with progress, writer:
             for one in detections:
@@ -77,11 +77,11 @@ def run(options: argparse.Namespace) -> int:
     except BaseException:
         if progress.done:
             kept = "" if options.out is None else f", in {options.out}"
-            print(f"unigendet detect: {progress.done} of {len(paths)} rows were written{kept}", file=sys.stderr)
+            say(options, f"{progress.done} of {len(paths)} rows were written{kept}")
         raise
     if failed:
         were = "was not judged; its row says why" if failed == 1 else "were not judged; their rows say why"
-        print(f"unigendet detect: {failed} of {len(paths)} images {were}", file=sys.stderr)
+        say(options, f"{failed} of {len(paths)} images {were}")
     return 1 if failed else 0
 
 
@@ -101,11 +101,12 @@ def _calibration(options: argparse.Namespace) -> Calibration | None:
         low, high = unsure
         if options.unsure is None and 0 <= threshold <= 1:
             unsure = None
-            _say(f"--threshold {threshold:g} lies outside the unsure band of {options.calibration}, from {low:g} to "
-                 f"{high:g}; there is no band")  # fmt: skip
+            band = f"the unsure band of {options.calibration}, from {low:g} to {high:g}"
+            say(options, f"--threshold {threshold:g} lies outside {band}; there is no band")
         elif options.threshold is None and 0 <= low <= high <= 1:
             before, threshold = threshold, _middle(low, high)
-            _say(f"the threshold {before:g} lies outside --unsure {low:g} {high:g}; it is {threshold:g} instead")
+            instead = f"it is {threshold:g} instead"
+            say(options, f"the threshold {before:g} lies outside --unsure {low:g} {high:g}; {instead}")
     return dataclasses.replace(calibration, threshold=threshold, unsure=unsure)
 
 
@@ -113,10 +114,6 @@ def _middle(low: float, high: float) -> float:
     """The probability whose logit is the mean of two probabilities'; not of 0 and 1."""
     real, fake = math.sqrt(low * high), math.sqrt((1 - low) * (1 - high))
     return min(max(low, real / (real + fake)), high)
-
-
-def _say(text: str) -> None:
-    print(f"unigendet detect: {text}", file=sys.stderr)
 
 
 def _row(one: Detection) -> dict[str, Any]:

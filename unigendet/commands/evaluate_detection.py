@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from unigendet.commands.common import (
     load_pipeline,
     model_options,
     quiet_pillow,
+    say,
 )
 from unigendet.commands.progress import Progress
 
@@ -83,7 +83,7 @@ def run(options: argparse.Namespace) -> int:
     device, dtype = device_and_dtype(options)
     config = folder_config(options.model)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
-    print("reading model and data", file=sys.stderr, flush=True)
+    say(options, "reading model and data")
     identity = {
         "settings": _identifying(options, settings, dtype),
         "model": files_hash((path.name, path) for path in model_files(options.model, config, options.autoencoder)),
@@ -130,9 +130,9 @@ def _complete(
     left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
     total = len(records) * len(settings.conditions)
     if left < total:
-        print(f"{options.out} has {total - left} of {total} verdicts already", file=sys.stderr)
+        say(options, f"{options.out} has {total - left} of {total} verdicts already")
     quiet_pillow()
-    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
+    with Progress(options.label, left, "verdicts") as bar:
         complete(
             predictions,
             records,

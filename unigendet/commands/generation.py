@@ -147,7 +147,7 @@ def fill_folder(
     pipeline: Pipeline,
     requests: Sequence[ImageRequest],
     guidance: GuidanceConfig,
-    batch_size: int,
+    options: argparse.Namespace,
 ) -> list[Path]:
     """Make the images that are not in the folder yet, each saved as it comes; a line of standard output for each.
 
@@ -155,9 +155,9 @@ def fill_folder(
     """
     todo = folder.missing(entries)
     paths = [folder.path / entry["file"] for entry in entries]
-    with Progress("unigendet", len(todo), "pictures") as progress:
+    with Progress(options.label, len(todo), "pictures") as progress:
         images = pipeline.generate_each(
-            [requests[i] for i in todo], guidance=guidance, batch_size=batch_size, progress=progress.steps
+            [requests[i] for i in todo], guidance=guidance, batch_size=options.batch_size, progress=progress.steps
         )
         folder.begin()
         remaining = set(todo)
