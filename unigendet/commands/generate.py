@@ -81,7 +81,7 @@ def _folder(
 
     folder = ImageFolder(options.out, overwrite=options.overwrite)
     entries = entries_of(requests, options, pipeline, guidance)
-    return fill_folder(folder, entries, pipeline, requests, guidance, options.batch_size)
+    return fill_folder(folder, entries, pipeline, requests, guidance, options)
 
 
 def _one_picture(
@@ -89,7 +89,7 @@ def _one_picture(
 ) -> list[Path]:
     from unigendet.data.image_folder import save_image
 
-    with Progress("unigendet generate", 1, "pictures") as progress:
+    with Progress(options.label, 1, "pictures") as progress:
         (image,) = pipeline.generate_each(
             [request], guidance=guidance, batch_size=options.batch_size, progress=progress.steps
         )
