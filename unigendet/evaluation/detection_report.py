@@ -16,6 +16,7 @@ from rich.text import Text
 
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.transforms import read_image
+from unigendet.environment import environment
 from unigendet.evaluation.detection import REAL, DetectionMetrics, DetectionOutcome, DetectionSummary, probabilities
 from unigendet.evaluation.detection_curves import (
     LABELS,
@@ -30,7 +31,7 @@ from unigendet.evaluation.explanations import SentenceEncoder
 from unigendet.evaluation.figures import data_uri
 from unigendet.evaluation.reliability import reliability_bins
 from unigendet.evaluation.report import compact_table, format_table, jinja_environment, number, percent
-from unigendet.evaluation.results import Example, RunResults, environment, first_examples, plain
+from unigendet.evaluation.results import Example, RunResults, first_examples, plain
 from unigendet.evaluation.robustness import Disturbance, robustness_curves
 from unigendet.evaluation.scoring import summarise
 
