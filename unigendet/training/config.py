@@ -182,7 +182,8 @@ class TrainConfig:
     is a control, not a method: every image is aligned with the teacher's features of another image of its pack.
     ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
     activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.
-    ``output`` None writes nothing.
+    ``output`` None writes nothing. ``peak_tflops``: dense TFLOP/s of the device at best, of which ``mfu`` is the share
+    that the run makes use of; None: bfloat16's on its data sheet, where that is known.
     """
 
     stage: Literal["gduf", "diga"] = "gduf"
@@ -201,6 +202,7 @@ class TrainConfig:
     save_every: int = 0
     keep_checkpoints: int = 2
     output: str | None = None
+    peak_tflops: float | None = None
     model: ModelSource = field(default_factory=ModelSource)
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -217,6 +219,7 @@ class TrainConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive, or null")
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         self.optimizer.warmup(self.total_steps)
 

@@ -20,7 +20,11 @@ if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
 METRICS_FILE = "metrics.jsonl"
-TIMING = ("seconds", "data_seconds", "tokens_per_second")  # entries of a row that differ from run to run
+RATES = ("tokens_per_second", "samples_per_second", "model_tflops_per_second", "mfu")
+MEMORY = ("memory_gib", "memory_reserved_gib")  # the largest in a step
+SUMS = ("tokens", "samples")
+TIMING = ("seconds", "data_seconds", *RATES, *MEMORY)  # entries of a row that differ from run to run
+AROUND = ("step", *SUMS, "lr", "grad_norm", *TIMING)  # entries that are no losses
 
 Row = dict[str, Any]
 
@@ -40,16 +44,25 @@ class Look:
 
 
 def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """The mean of every number over the rows that have it; ``step`` is the last one's, ``tokens`` the sum, and
-    ``tokens_per_second`` the throughput over all rows.
+    """The mean of every number over the rows that have it.
+
+    But ``step`` is the last one's, ``SUMS`` are sums, ``RATES`` those over the whole time, ``MEMORY`` is the largest.
     """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    mean = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    mean: Row = {}
+    for name in names:
+        having = [row for row in rows if name in row]
+        values = [row[name] for row in having]
+        if name in RATES:
+            seconds = [row["seconds"] for row in having]
+            mean[name] = sum(v * s for v, s in zip(values, seconds, strict=True)) / max(sum(seconds), 1e-9)
+        elif name in MEMORY:
+            mean[name] = max(values)
+        else:
+            mean[name] = sum(values) if name in SUMS else sum(values) / len(values)
     if rows:
-        mean["step"], mean["tokens"] = rows[-1]["step"], sum(values["tokens"])
-        mean["tokens_per_second"] = mean["tokens"] / max(sum(values["seconds"]), 1e-9)
+        mean["step"] = rows[-1]["step"]
     return mean
 
 
@@ -134,7 +147,7 @@ class MetricsWriter:
         if self._events is not None:
             with naming(self._folder):
                 for name, value in row.items():
-                    if name not in ("step", "tokens"):
+                    if name not in ("step", *SUMS):
                         self._events.add_scalar(f"train/{name}", value, row["step"])
         self.flush()
 
@@ -221,7 +234,11 @@ class ProgressDisplay:
 
 
 def describe(row: Row) -> str:
-    """The loss, its terms and the throughput as one line."""
-    timing_and_rest = {*TIMING, "step", "tokens", "lr", "grad_norm"}
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in timing_and_rest)
-    return f"{losses}  {row['tokens_per_second']:,.0f} tokens/s"
+    """The loss, its terms, the throughput, and what is known of the device's use, as one line."""
+    words = [f"{name} {value:.4f}" for name, value in row.items() if name not in AROUND]
+    words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in row:
+        words.append(f"{row['mfu']:.1%} MFU")
+    if "memory_gib" in row:
+        words.append(f"{row['memory_gib']:.1f} GiB")
+    return "  ".join(words)

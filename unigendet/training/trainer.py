@@ -37,6 +37,7 @@ from unigendet.training.state import (
     clear_leftovers,
     remove_old,
 )
+from unigendet.training.throughput import Meter, combine
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
@@ -56,7 +57,10 @@ class TrainResult:
     ``stopped_by``: the signal because of which it ended before its last step.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
+    ``tokens``, ``samples``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch),
+    ``tokens_per_second``, ``samples_per_second`` and ``model_tflops_per_second`` (useful operations); ``mfu``, their
+    share of the device's peak, where that is known; on CUDA ``memory_gib`` and ``memory_reserved_gib``, the peaks since
+    the row before (``throughput``).
     """
 
     model: UniGenDet
@@ -110,6 +114,7 @@ class Trainer:
         model.decoder.recompute = config.recompute
         self.device = model.device
         self._parameters = list(stage.trained.values())
+        self._meter = Meter(stage, self.device, config.peak_tflops)
         self.state = TrainState(
             model=model,
             stage=stage,
@@ -255,9 +260,7 @@ class Trainer:
             state.ema.update()
         state.step += 1
         seconds = time.perf_counter() - started + waited
-        tokens = pack.layout.num_queries
-        row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
-        row["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        row |= combine([self._meter.measure([batch], seconds, waited)])
         self.history.append(row)
         return row
 
