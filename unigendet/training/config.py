@@ -173,6 +173,44 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A profile of ``steps`` training steps from step ``start`` on, numbered from 1; null profiles nothing.
+
+    ``memory``: also record what takes and frees memory.
+    """
+
+    start: int | None = None
+    steps: int = 3
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.start is None or self.start > 0, "profile.start", self.start, "positive, or null")
+        check(self.steps > 0, "profile.steps", self.steps, "positive")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: the ``project`` that the run is told to (null: none), its ``name`` and ``tags`` there.
+
+    ``entity``: user or team; null: the login's. ``mode``: ``offline`` keeps everything in the output folder, from which
+    ``wandb sync`` sends it.
+    """
+
+    project: str | None = None
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("project", "name", "entity"):
+            value = getattr(self, name)
+            check(value is None or bool(value.strip()), f"wandb.{name}", value, "a name, or null")
+        check(self.mode in ("online", "offline"), "wandb.mode", self.mode, "'online' or 'offline'")
+        check(all(tag.strip() for tag in self.tags), "wandb.tags", self.tags, "texts that are not empty")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training; the defaults are GDUF's (paper section 4.1).
 
@@ -210,6 +248,8 @@ class TrainConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossWeights = field(default_factory=LossWeights)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
@@ -222,6 +262,11 @@ class TrainConfig:
         check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive, or null")
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         self.optimizer.warmup(self.total_steps)
+        start = self.profile.start
+        check(start is None or start <= self.total_steps, "profile.start", start, f"≤ total_steps ({self.total_steps})")
+        writing = {"profile.start": start, "wandb.project": self.wandb.project}
+        for name, value in writing.items():
+            check(value is None or self.output is not None, "output", self.output, f"a folder for {name} to write to")
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

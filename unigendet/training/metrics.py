@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
+    from unigendet.training.tracking import Tracker
+
 METRICS_FILE = "metrics.jsonl"
 RATES = ("tokens_per_second", "samples_per_second", "model_tflops_per_second", "mfu")
 MEMORY = ("memory_gib", "memory_reserved_gib")  # the largest in a step
@@ -94,19 +96,20 @@ def read_history(folder: str | Path, last_step: int | None = None, name: str = M
 
 
 class MetricsWriter:
-    """Writes every step's row to ``metrics.jsonl`` and interval means as TensorBoard events.
+    """Writes every step's row to ``metrics.jsonl``, and interval means as TensorBoard events and to a tracker.
 
     Args:
         folder: where to; None writes nothing.
         history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped. The file is
             the old one or the new one at every instant.
+        tracker: gets what TensorBoard gets.
 
     Raises:
         OSError: from every method, when a file cannot be written; names it.
     """
 
-    def __init__(self, folder: str | Path | None, history: Iterable[Row] = ()) -> None:
-        self._file = None
+    def __init__(self, folder: str | Path | None, history: Iterable[Row] = (), tracker: Tracker | None = None) -> None:
+        self._file, self._tracker = None, tracker
         self._events: SummaryWriter | None = None
         if folder is None:
             return
@@ -144,25 +147,33 @@ class MetricsWriter:
 
     def log(self, row: Row) -> None:
         """Write an interval's mean as events, and ``flush``."""
-        if self._events is not None:
-            with naming(self._folder):
-                for name, value in row.items():
-                    if name not in ("step", *SUMS):
-                        self._events.add_scalar(f"train/{name}", value, row["step"])
+        self._scalars("train", {name: value for name, value in row.items() if name not in ("step", *SUMS)}, row["step"])
         self.flush()
 
     def look(self, look: Look) -> None:
         """Write what was seen of the model as events, and ``flush``."""
-        if self._events is not None:
-            with naming(self._folder):
-                for name, value in look.scores.items():
-                    self._events.add_scalar(f"watch/{name}", value, look.step)
-                if look.samples is not None:
+        self._scalars("watch", look.scores, look.step)
+        if look.samples is not None:
+            if self._events is not None:
+                with naming(self._folder):
                     self._events.add_image("watch/samples", look.samples, look.step, dataformats="HWC")
+            if self._tracker is not None:
+                self._tracker.picture("watch/samples", look.samples, look.step)
         self.flush()
 
-    def close(self) -> None:
-        """Finish the files."""
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        if self._events is not None:
+            with naming(self._folder):
+                for name, value in named.items():
+                    self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(named, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the files; ``failed``: because an error ended the run."""
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
         if self._file is not None:
             with naming(self._path):
                 self._file.close()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import math
 import signal
 import time
@@ -21,12 +22,15 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from unigendet.device import device_name
 from unigendet.model.losses import Counts
 from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import PackedBatch
 from unigendet.training.config import OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.profiling import StepProfiler
+from unigendet.training.record import record_start
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
 from unigendet.training.state import (
@@ -38,6 +42,7 @@ from unigendet.training.state import (
     remove_old,
 )
 from unigendet.training.throughput import Meter, combine
+from unigendet.training.tracking import open_tracker
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
@@ -115,6 +120,7 @@ class Trainer:
         self.device = model.device
         self._parameters = list(stage.trained.values())
         self._meter = Meter(stage, self.device, config.peak_tflops)
+        self._profiler = StepProfiler(config.profile, config.output, self.device)
         self.state = TrainState(
             model=model,
             stage=stage,
@@ -153,15 +159,20 @@ class Trainer:
         if not self.state.step <= until <= total:
             raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
         with self._explained():
-            writer = MetricsWriter(self.config.output, self.history)
+            devices = [device_name(self.device)]
+            record_start(self.config, devices, step=self.state.step, resumed=self._resumed)
+            tracker = open_tracker(self.config, self.state.step)
+            writer = MetricsWriter(self.config.output, self.history, tracker)
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
         except BaseException:
-            with suppress(OSError):  # what stopped the run counts
-                writer.close()
+            for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
+                with suppress(OSError):  # what stopped the run counts
+                    finish()
             raise
         with self._explained():
+            self._profiler.close()
             writer.close()
         stopped_by = stop.received if stop is not None and self.state.step < until else None
         return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint(), stopped_by)
@@ -172,12 +183,14 @@ class Trainer:
         self.state.model.train()
         self._look(writer, display, stop)
         while self.state.step < until and stop.received is None:
+            self._profiler.begin(self.state.step + 1)
             started = time.perf_counter()
             batch = self._next(batches)
             row = self.train_step(batch, waited=time.perf_counter() - started)
             display.advance(row["step"])
             last = row["step"] == until or stop.received is not None
             with self._explained():
+                self._profiler.end(row["step"])
                 writer.add(row)
             if last or row["step"] % self.config.log_every == 0:
                 mean = mean_row(self.history[shown:])
