@@ -172,14 +172,14 @@ class MetricsWriter:
 
     def close(self, *, failed: bool = False) -> None:
         """Finish the files; ``failed``: because an error ended the run."""
-        if self._tracker is not None:
-            self._tracker.close(failed=failed)
         if self._file is not None:
             with naming(self._path):
                 self._file.close()
         if self._events is not None:
             with naming(self._folder):
                 self._events.close()
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
 
 
 class ProgressDisplay:

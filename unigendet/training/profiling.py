@@ -18,8 +18,7 @@ ROWS = 40  # of the table
 
 
 class StepProfiler:
-    """Profiles the steps that ``config`` names, as far as this process takes them: all that happens from the first one's
-    ``begin`` to the last one's ``end``.
+    """Profiles the steps that ``config`` names, as far as this process takes them, and what happens between them.
 
     In the run's output folder it leaves ``profile/step-000010.json.gz``, the trace, named after its first step, and
     ``profile/step-000010.txt``, the operations that took longest; with several processes, ``-rank-3`` behind the step.
@@ -49,22 +48,20 @@ class StepProfiler:
             if step not in self._wanted and step + 1 not in self._wanted[:1]:
                 return
             self._open(step)
+        else:
+            self._profile.step()
         if step in self._wanted:
             self._span = record_function(f"step {step}")
             self._span.__enter__()
 
     def end(self, step: int) -> None:
         """After step ``step``. Raises OSError if a file cannot be written; names it."""
-        if self._profile is None:
-            return
         self._leave_span()
         if step in self._wanted[-1:]:
             self.close()
-        else:
-            self._profile.step()
 
     def close(self) -> None:
-        """End a profile before its last step, if one is under way, and write what it has. Raises OSError, see ``end``."""
+        """End a profile that is under way and write what it has. Raises OSError, see ``end``."""
         running, self._profile = self._profile, None
         if running is not None:
             self._leave_span()
@@ -96,9 +93,5 @@ class StepProfiler:
         with naming(self._folder), tempfile.TemporaryDirectory(prefix=".trace-", dir=self._folder) as temporary:
             trace = Path(temporary) / "trace.json"
             made.export_chrome_trace(str(trace))
-            with (
-                whole_file(f"{stem}.json.gz") as partial,
-                trace.open("rb") as plain,
-                gzip.open(partial, "wb") as packed,
-            ):
+            with whole_file(f"{stem}.json.gz") as path, trace.open("rb") as plain, gzip.open(path, "wb") as packed:
                 shutil.copyfileobj(plain, packed)

@@ -1,9 +1,11 @@
 """What a run was: ``run.json`` in its output folder, with an entry for every time that it was started.
 
-``{"starts": [...]}``, the oldest first. An entry has ``time`` (UTC), ``hostname``, ``command`` (the words of the command
-line), ``directory`` (where it was given), ``step`` (steps done before), ``resumed_from`` (a checkpoint, or null),
-``world_size`` (processes), ``devices`` (the name of each process's), ``cuda`` and ``driver`` (versions, or null), what
-``environment`` returns (``versions``, ``platform``, ``cpus``, ``commit``), and ``settings``, all of the run's.
+``{"starts": [...]}``, the oldest first. An entry has
+
+* ``time`` (UTC), ``hostname``, ``command`` (the words of the command line) and the ``directory`` in which it was given;
+* ``step`` (steps done before), ``resumed_from`` (a checkpoint, or null), and ``settings``, all of the run's;
+* ``world_size`` (processes), ``devices`` (their names), ``cuda`` and ``driver`` (versions, or null), and what
+  ``environment`` returns: ``versions``, ``platform``, ``cpus``, ``commit``.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def record_start(config: TrainConfig, devices: Sequence[str], *, step: int = 0, 
 
     Raises:
         OSError: the file cannot be written; names it.
-        ValueError: it is there and no such file; names it.
+        ValueError: it exists and is no such record; names it.
     """
     if config.output is None:
         return
@@ -69,7 +71,5 @@ def _starts(file: Path) -> list[dict[str, Any]]:
         if not isinstance(starts, list):
             raise TypeError(f"starts is {starts!r}")
     except (ValueError, TypeError, KeyError) as error:
-        raise ValueError(
-            f"{file} is damaged ({error}); it must be the record of a run's starts, or not be there"
-        ) from error
+        raise ValueError(f"{file} is damaged ({error}); it must be a record of a run's starts, or not exist") from error
     return starts

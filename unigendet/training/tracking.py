@@ -64,7 +64,7 @@ class Tracker:
                 tags=list(settings.tags),
                 dir=str(folder),
                 id=file.read_text(encoding="utf-8").strip(),
-                resume="allow",
+                resume="allow" if settings.mode == "online" else None,  # without a network only the id says so
                 config=json.loads(json.dumps(dataclasses.asdict(config))),  # lists instead of tuples
                 allow_val_change=True,  # a resumed run may have other settings
             )
@@ -92,6 +92,6 @@ def _package(config: TrainConfig) -> ModuleType:
         if error.name != "wandb":
             raise
         raise ModuleNotFoundError(
-            f"wandb.project is {config.wandb.project!r}, which needs the package 'wandb': pip install 'unigendet[wandb]'",
+            f"wandb.project is {config.wandb.project!r}; it needs the package 'wandb': pip install 'unigendet[wandb]'",
             name="wandb",
         ) from error

@@ -152,7 +152,8 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or the batches end too early.
             SaveError: a checkpoint or the metrics could not be written. The checkpoints before it are whole.
-            ValueError: ``until`` lies beyond the run.
+            ValueError: ``until`` lies beyond the run, or ``run.json`` is damaged.
+            ModuleNotFoundError, RuntimeError: see ``open_tracker``.
         """
         total = self.config.total_steps
         until = total if until is None else until
