@@ -27,6 +27,7 @@ from unigendet.training.parallel import Parallel, processes
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
+from unigendet.training.tracking import require_wandb
 from unigendet.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def train(
 
     Raises:
         FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
+        ModuleNotFoundError: the settings need a package that is not installed; names the extra that brings it.
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
@@ -81,6 +83,7 @@ def build_trainer(
         parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
     make_watcher = prepare_watcher(config, parallel)
+    require_wandb(config)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
