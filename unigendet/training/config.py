@@ -86,9 +86,10 @@ class ModelSource:
     """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
 
     ``sizes``: the preset whose sizes the checkpoint has. A dry run plans with them where the checkpoint is not at hand;
-    one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
-    ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the checkpoint's, or the preset's. A form
-    that the checkpoint does not have must also stand in ``initialize``, as ``diga_mlp`` or ``diga_conv``.
+    one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has
+    neither ``fake_cls_head`` nor ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the
+    checkpoint's, or the preset's. A form that the checkpoint does not have must also stand in ``initialize``, as
+    ``diga_mlp`` or ``diga_conv``.
     ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
     """
 
