@@ -10,6 +10,8 @@ from training_fixtures import diga_batch, gduf_batch, tiny_config
 from unigendet.config import VisionConfig
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.activations import Precision, activations
+from unigendet.training.config import TrainConfig
+from unigendet.training.sizes import RunSizes
 from unigendet.training.stages import DIGAStage, GDUFStage
 
 # The formulas leave out what the real/fake head keeps: of one row per sample, of which a test's pack has many for its
@@ -61,7 +63,7 @@ class Selective:
 
 
 def kept_bytes(model, loss, selective=()):
-    """Bytes of all floating-point storages that ``loss()`` keeps for its backward pass, parameters and buffers apart."""
+    """Bytes of all floating-point storages that ``loss()`` keeps for its backward pass, but parameters and buffers."""
     own = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
     own |= {t.untyped_storage().data_ptr() for t in model.decoder.rope("cpu")}
     saved = []  # holds the tensors, so that no storage is used twice
@@ -127,3 +129,23 @@ def test_diga(projector, decoder, layer):
     have = kept_bytes(model, lambda: stage.losses(batch, generator()).total, contexts)
     found = activations(model.config, batch[0], PRECISIONS["fp32"], decoder, captured=layer, teacher=batch[1])
     assert found.kept == pytest.approx(have, rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("decoder", ["none", "full"])
+def test_autocast(decoder):
+    """A float32 residual stream, and copies of the weights."""
+    model, batch = new_model(), gduf_batch(detections=12, generations=12, config=config())
+    stage = GDUFStage(model)
+    prepare(model, decoder, "none")
+
+    def loss():
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return stage.losses(batch, generator()).total
+
+    have = kept_bytes(model, loss)
+    sizes = RunSizes.of(TrainConfig(), model.config)
+    copies = sizes.autocast_copies(decoder)
+    if decoder == "full":  # no layer is computed again at this moment
+        copies -= sum(p.numel() for p in model.decoder.layers[0].parameters() if p.dim() > 1)
+    found = activations(model.config, batch, Precision.of("bf16", False), decoder)
+    assert found.kept + 2 * copies == pytest.approx(have, rel=TOLERANCE)

@@ -1,7 +1,8 @@
 """Memory, disk and communication of one rank, in bytes.
 
 With P numbers of parameters, Pl of them learning, S processes that a copy of the model is sharded over, and c the bytes
-of a number in the gathered copies (2 with ``precision: bf16``), a rank holds
+of a number in the gathered copies (2 with ``precision: bf16``), a rank
+holds
 
     4 P/S  weights      8 Pl/S  Adam's moments      4 Pl/S  averages      4 Pl/S  gradients (from the backward pass on)
 
@@ -85,32 +86,24 @@ class Footprint:
     def _moments(self) -> dict[str, Bytes]:
         kept, weights = self.activations, _Gathered.of(self)
         gradients = 0 if self.config.parallel.cpu_offload else self.gradients
-        before = gradients if self.config.accumulate > 1 else 0  # those of the packs before
+        before = {"gradients": gradients if self.config.accumulate > 1 else 0}  # those of the packs before
+        vision, heads = {"ViT's activations": kept.vision}, {"heads' activations": kept.heads}
+        whole = {"decoder's activations": kept.decoder} | vision
+        layer = "one layer's activations and gradients"
         found = {
-            "text loss": weights.forward | {"activations": kept.kept, "logits": kept.text_head, "gradients": before},
-            "last layer's backward": weights.backward
-            | {
-                "activations": kept.decoder + kept.vision,
-                "one layer's activations and their gradients": kept.decoder_layer,
-                "gradients": before,
-            },
+            "text loss": weights.forward | whole | heads | {"logits": kept.text_head} | before,
+            "last layer's backward": weights.backward | whole | {layer: kept.decoder_layer} | before,
             "first layer's backward": weights.backward
-            | {
-                "activations": kept.decoder // self.model.num_layers + kept.vision,
-                "one layer's activations and their gradients": max(kept.decoder_layer, kept.vision_layer),
-                "gradients": gradients,
-            },
+            | {"decoder's activations": kept.decoder // self.model.num_layers}
+            | vision
+            | {layer: max(kept.decoder_layer, kept.vision_layer), "gradients": gradients},
             "end of the backward": weights.end | {"gradients": gradients},
         }
         if self.packs.teacher is not None:
-            root = weights.forward.get("gathered weights", 0)
-            root += self._compute * elements(self._teacher_root()) * (self._processes > 1)
-            found["teacher's pass"] = weights.forward | {
-                "gathered weights": root,
-                "activations": kept.kept,
-                "one layer of the teacher": kept.teacher,
-                "gradients": before,
-            }
+            root = self._compute * elements(self._teacher_root()) * (self._processes > 1)
+            gathered = {"gathered weights": weights.forward.get("gathered weights", 0) + root}
+            teacher = {"one layer of the teacher": kept.teacher}
+            found["teacher's pass"] = weights.forward | gathered | whole | heads | teacher | before
         return found
 
     def host(self) -> Bytes:
@@ -124,7 +117,7 @@ class Footprint:
             {
                 "packs made ahead": packs * (loader.num_workers * loader.prefetch + 1),
                 "offloaded state and gradients": offload,
-                "copy of the state while a checkpoint is written": sum(state.values()) * (self._processes > 1),
+                "copy of the state for a checkpoint": sum(state.values()) * (self._processes > 1),
             }
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unigendet.config import ModelConfig
+from unigendet.model.flops import diga_step, gduf_step
 from unigendet.training.activations import Activations, Precision, activations
 from unigendet.training.config import TrainConfig
 from unigendet.training.footprint import Bytes, Footprint
@@ -27,7 +28,8 @@ class Plan:
 
     ``replicate``, ``shard``: the mesh; ``held``: what is on the device from the first step to the last; ``moments``:
     what comes on top of it, at each of the moments that can be the peak; ``host``: in the memory of the machine;
-    ``disk``: of a checkpoint, whole; ``communication``: received or sent per step.
+    ``disk``: of a checkpoint, whole; ``communication``: received or sent per step; ``operations``: useful operations of
+    a step, as ``flops`` counts them.
     """
 
     config: TrainConfig
@@ -42,6 +44,7 @@ class Plan:
     host: Bytes
     disk: Bytes
     communication: Bytes
+    operations: int
 
     @property
     def world_size(self) -> int:
@@ -105,4 +108,13 @@ def make_plan(config: TrainConfig, model: ModelConfig, world_size: int = 1, text
         host=footprint.host(),
         disk=footprint.disk(),
         communication=footprint.communication(),
+        operations=config.accumulate * _operations(config, model, packs),
     )
+
+
+def _operations(config: TrainConfig, model: ModelConfig, packs: PlannedPack) -> int:
+    """Useful operations of a pack."""
+    if config.stage == "gduf":
+        return gduf_step(model, packs.student).total
+    layers = {"align_layer": config.align_layer, "teacher_layer": config.teacher_layer}
+    return diga_step(model, packs.student, packs.teacher, **layers).total

@@ -44,15 +44,18 @@ class PlannedPack:
     side: int
     texts: Texts
 
-    def describe(self) -> str:
-        """The pack in one line."""
+    def contents(self) -> str:
+        """What the pack holds."""
         kinds = [f"{self.detection} detection samples"] * bool(self.detection)
         kinds += [f"{self.generation} generation samples"] * bool(self.generation)
-        lengths = {"question": self.texts.question, "answer": self.texts.answer} if self.detection else {}
-        lengths |= {"caption": self.texts.caption} if self.generation else {}
-        lengths |= {"teacher's prompt": self.texts.teacher_prompt} if self.teacher is not None else {}
-        words = ", ".join(f"{name} {n}" for name, n in lengths.items())
-        return f"{' and '.join(kinds)} with images of {self.side}×{self.side} pixels; tokens of texts: {words}"
+        return f"{' and '.join(kinds) or 'text'} with images of {self.side}×{self.side} pixels"
+
+    def lengths(self) -> str:
+        """Tokens of its texts."""
+        texts = {"question": self.texts.question, "answer": self.texts.answer} if self.detection else {}
+        texts |= {"caption": self.texts.caption} if self.generation else {}
+        texts |= {"teacher's prompt": self.texts.teacher_prompt} if self.teacher is not None else {}
+        return ", ".join(f"{name} {count} tokens" for name, count in texts.items())
 
 
 def planned_pack(config: TrainConfig, model: ModelConfig, texts: Texts | None = None) -> PlannedPack:

@@ -46,13 +46,13 @@ def check_paths(config: TrainConfig, *, resuming: bool = False) -> None:
     ``resuming``: the run has its model from elsewhere, and ``model.checkpoint`` only gives the tokenizer.
     """
     if missing := missing_paths(config, resuming=resuming):
-        raise FileNotFoundError("; ".join(missing))
+        raise FileNotFoundError(". ".join(missing))
 
 
 def missing_paths(config: TrainConfig, *, resuming: bool = False) -> list[str]:
     """What ``check_paths`` complains of, a line each."""
     return [
-        f"{name} is {path!r}: there is no such {kind}"
+        f"{name} is {path!r}; there is no such {kind}"
         for name, path, kind in _paths(config, resuming)
         if path is not None and not _is_there(path, kind)
     ]
@@ -141,7 +141,7 @@ def model_settings(config: TrainConfig) -> ModelConfig:
             _check_sizes(settings, source.sizes)
     elif source.checkpoint is not None and source.sizes is None:
         raise ValueError(
-            f"model.checkpoint is {source.checkpoint!r}: there is no such file or folder, so its sizes are not known; "
+            f"model.checkpoint is {source.checkpoint!r}; there is no such file or folder, so its sizes are not known: "
             f"name a preset that has them, one of {sorted(PRESETS)}, say model.sizes=bagel_7b"
         )
     else:

@@ -34,8 +34,10 @@ _PARTS = (
 )
 _GROUP = re.compile(r"(decoder|vision)\.layers\.\d+")
 ROOT = "root"
-# Weights that autocast makes no copies of for the backward pass: read by index, or with an input that needs no gradient.
-_UNCOPIED = re.compile(r"(embed_tokens|vision\.position_embedding|vision\.patch_embedding|vae2llm|time_embedding\.fc1)\.")
+# Weights that autocast keeps no copies of for the backward pass: read by index, or with an input without gradient.
+_UNCOPIED = re.compile(
+    r"(embed_tokens|vision\.position_embedding|vision\.patch_embedding|vae2llm|time_embedding\.fc1)\."
+)
 
 
 def elements(shapes: Shapes | Iterable[tuple[int, ...]], shards: int = 1) -> int:
