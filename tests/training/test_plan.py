@@ -11,7 +11,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import diga_batch, gduf_batch, tiny_model
 
-from unigendet.config import LoaderConfig
+from unigendet.config import DataConfig, ImageConfig, LoaderConfig
 from unigendet.model.shards import read_tensors
 from unigendet.training.config import DatasetsConfig, ParallelConfig, TrainConfig
 from unigendet.training.footprint import Footprint, pack_bytes
@@ -21,13 +21,11 @@ from unigendet.training.stages import GDUFStage, make_stage
 from unigendet.training.trainer import Trainer
 
 BATCHES = {"gduf": gduf_batch, "diga": diga_batch}
-SMALL = {"min_size": 8, "max_size": 8, "stride": 2}
 
 
 def settings(stage="gduf", **changes):
-    views = dataclasses.replace(DatasetsConfig().views, **{
-        name: dataclasses.replace(getattr(DatasetsConfig().views, name), **SMALL) for name in ("latent_view", "vit_view")
-    })  # fmt: skip
+    view = ImageConfig(min_size=8, max_size=8, stride=2)
+    views = DataConfig(latent_view=view, vit_view=view)
     values = {"align_layer": 2, "teacher_layer": 3, "total_steps": 4, "datasets": DatasetsConfig(views=views)}
     values["loader"] = LoaderConfig(max_tokens=400, max_sample_tokens=200)
     return TrainConfig(stage=stage, **values | changes)
@@ -82,8 +80,7 @@ def test_state_is_exact(stage, decay, tmp_path):
 def test_pack_bytes():
     student, teacher = diga_batch()
     for batch in (student, teacher):
-        tensors = []
-        batch._map(lambda value: tensors.append(value))
+        tensors = [getattr(batch, field.name) for field in dataclasses.fields(batch)]
         layouts = [batch.layout, batch.vit_layout] + ([batch.readout.layout, batch.readout] if batch.readout else [])
         tensors = [t for t in tensors if isinstance(t, torch.Tensor)]
         tensors += [t for part in layouts if part for t in vars(part).values() if isinstance(t, torch.Tensor)]
