@@ -75,7 +75,13 @@ class Plan:
         return f"{words} {CARD}: {left:.1f} of {CARD_GIB} GiB are left for what is not included"
 
 
-def make_plan(config: TrainConfig, model: ModelConfig, world_size: int = 1, texts: Texts | None = None) -> Plan:
+def make_plan(
+    config: TrainConfig,
+    model: ModelConfig,
+    world_size: int = 1,
+    texts: Texts | None = None,
+    sizes: RunSizes | None = None,
+) -> Plan:
     """The plan of a run.
 
     Args:
@@ -83,13 +89,14 @@ def make_plan(config: TrainConfig, model: ModelConfig, world_size: int = 1, text
         model: its model's settings.
         world_size: number of processes.
         texts: how long the texts of the pack are.
+        sizes: of the run, if they are known already.
 
     Raises:
         ValueError: the mesh does not fit ``world_size``, a layer is not the model's, or no sample fits the pack.
     """
     replicate, shard = mesh_shape(config, world_size)
     check_layers(config, model)
-    sizes, packs = RunSizes.of(config, model), planned_pack(config, model, texts)
+    sizes, packs = sizes or RunSizes.of(config, model), planned_pack(config, model, texts)
     precision = Precision.of(config.precision, world_size > 1)
     captured = config.align_layer if packs.teacher is not None else None
     options = {"vision_recompute": VISION_RECOMPUTE, "captured": captured, "teacher": packs.teacher}
