@@ -1,8 +1,8 @@
 """Write the tables of ``docs/training.md``: ``python -m benchmarks.plans``.
 
 They are plans of the published recipes (``configs/gduf_bagel7b.yaml``, ``configs/diga_bagel7b.yaml``), computed from
-sizes alone as ``unigendet train --dry-run`` does; nothing in them is measured. ``--check`` writes nothing and exits with
-1 unless the document is exactly what the program gives.
+sizes alone as ``unigendet train --dry-run`` does; nothing in them is measured. ``--check`` writes nothing and exits
+with 1 unless the document is exactly what the program gives.
 """
 
 from __future__ import annotations

@@ -1,12 +1,11 @@
 """The plan against real runs: bytes of state, files and messages."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import diga_batch, gduf_batch, tiny_model
@@ -15,9 +14,10 @@ from unigendet.config import DataConfig, ImageConfig, LoaderConfig
 from unigendet.model.shards import read_tensors
 from unigendet.training.config import DatasetsConfig, ParallelConfig, TrainConfig
 from unigendet.training.footprint import Footprint, pack_bytes
+from unigendet.training.parallel import Parallel, local, make_mesh
 from unigendet.training.plan import make_plan
 from unigendet.training.planned_pack import PlannedPack, Texts
-from unigendet.training.stages import GDUFStage, make_stage
+from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
 BATCHES = {"gduf": gduf_batch, "diga": diga_batch}
@@ -89,40 +89,41 @@ def test_pack_bytes():
 
 
 @pytest.fixture
-def mesh(request):
-    """A mesh of processes that do not exist: collectives do nothing, but everything has its sizes."""
-    replicate, shard = request.param
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=replicate * shard)
-    yield init_device_mesh("cpu", (replicate, shard), mesh_dim_names=("replicate", "shard"))
+def parallel(request):
+    """A process among others that do not exist: collectives do nothing, but everything has its sizes."""
+    shape = request.param
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=shape[0] * shape[1])
+    yield Parallel(world_size=shape[0] * shape[1], mesh=make_mesh(torch.device("cpu"), shape))
     dist.destroy_process_group()
 
 
-def shard_model(model, mesh, **options):
-    mesh = mesh if mesh.size(0) > 1 else mesh["shard"]
-    for layer in (*model.decoder.layers, *model.vision.layers, model):
-        fully_shard(layer, mesh=mesh, **options)
+def local_bytes(tensors):
+    return sum(local(tensor).nbytes for tensor in tensors)
 
 
-@pytest.mark.parametrize("mesh", [(1, 8), (2, 4), (1, 3)], indirect=True)
-def test_shards_are_exact(mesh):
-    config, model = settings(), tiny_model()
-    plan = plan_of(
-        config.__class__(**{**vars(config), "parallel": ParallelConfig(mesh.size(0))}),
-        model.config,
-        world_size=mesh.size(),
-    )
-    shard_model(model, mesh)
-    stage = GDUFStage(model)
-    assert plan.held["weights (float32)"] == sum(p.to_local().nbytes for p in model.parameters())
-    assert plan.held["averaged weights"] == sum(p.to_local().nbytes for p in stage.trained.values())
+@pytest.mark.parametrize("stage", ["gduf", "diga"])
+@pytest.mark.parametrize("parallel", [(1, 8), (2, 4), (1, 3)], indirect=True)
+def test_shards_are_exact(parallel, stage):
+    model = tiny_model()
+    shape = {"replicate": parallel.world_size // parallel.mesh.size(-1)}
+    config = settings(stage, parallel=ParallelConfig(**shape))
+    plan = plan_of(config, model.config, world_size=parallel.world_size)
+    made = make_stage(parallel.shard(model), config, parallel.shard)
+    assert plan.held["weights (float32)"] == local_bytes(model.parameters())
+    assert plan.held["averaged weights"] == local_bytes(made.trained.values())
+    tables = list(model.buffers())
+    if stage == "diga":
+        assert plan.held["DIGA's teacher"] == local_bytes(made.teacher.parameters())
+        tables += made.teacher.buffers()
+    assert plan.held["position tables"] == local_bytes(tables) + local_bytes(model.decoder.rope("cpu"))
 
 
 class Communication(TorchDispatchMode):
     """Counts the bytes that this rank receives when weights are gathered, and sends when gradients are summed."""
 
-    def __init__(self, mesh):
+    def __init__(self, shape):
         super().__init__()
-        self.replicate, self.shard = mesh.shape
+        self.replicate, self.shard = shape
         self.bytes = {"gathering weights": 0, "summing gradients over the shards": 0}
         if self.replicate > 1:
             self.bytes["summing gradients over the copies"] = 0
@@ -139,17 +140,18 @@ class Communication(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("mesh", [(1, 4), (2, 4)], indirect=True)
-def test_communication(mesh):
-    # Sizes that 4 divides, but for the last weight of the real/fake head: nothing is padded that would count.
+@pytest.mark.parametrize("stage", ["gduf", "diga"])
+@pytest.mark.parametrize("parallel", [(1, 4), (2, 4)], indirect=True)
+def test_communication(parallel, stage):
+    # Sizes that 4 divides, but for the last layer of the real/fake head: nothing is padded that would count.
     model = tiny_model(hidden_size=64, vocab_size=240, num_heads=4)
-    config = settings(precision="bf16", parallel=ParallelConfig(mesh.size(0)))
-    plan = plan_of(config, model.config, world_size=mesh.size())
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
-    shard_model(model, mesh, mp_policy=policy)
-    stage, batch = GDUFStage(model), gduf_batch()
-    with Communication(mesh) as seen:
-        stage.losses(batch, torch.Generator().manual_seed(0)).total.backward()
+    shape = parallel.world_size // 4, 4
+    config = settings(stage, precision="bf16", parallel=ParallelConfig(shape[0]))
+    plan = plan_of(config, model.config, world_size=parallel.world_size)
+    shard = functools.partial(parallel.shard, precision="bf16")
+    made = make_stage(shard(model), config, shard)
+    with Communication(shape) as seen:
+        made.losses(BATCHES[stage](), torch.Generator().manual_seed(0)).total.backward()
     assert plan.communication.keys() == seen.bytes.keys()
     for name, size in seen.bytes.items():
         assert plan.communication[name] == pytest.approx(size, rel=0.01)

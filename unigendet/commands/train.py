@@ -48,7 +48,7 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("--world-size goes with --dry-run; torchrun --nproc-per-node N starts a run of N processes")
     config = load_train_config(options.config, options.overrides)
     if options.dry_run:
-        return _dry_run(config, options.world_size)
+        return _dry_run(options, config)
     result = train(config, resume=options.resume, catch_signals=True)
     if result.stopped_by is None:
         return 0
@@ -56,16 +56,16 @@ def run(options: argparse.Namespace) -> int:
     return 128 + result.stopped_by
 
 
-def _dry_run(config: TrainConfig, world_size: int | None) -> int:
+def _dry_run(options: argparse.Namespace, config: TrainConfig) -> int:
     """Print the plan; what is not there goes to standard error."""
     from unigendet.training.plan import make_plan
     from unigendet.training.plan_text import plan_text
     from unigendet.training.preflight import missing_paths, model_settings, planned_processes
 
-    processes = planned_processes(config) if world_size is None else world_size
+    processes = planned_processes(config) if options.world_size is None else options.world_size
     print(plan_text(make_plan(config, model_settings(config), processes)))
     for line in missing_paths(config):
-        print(f"unigendet train: warning: {line}", file=sys.stderr)
+        say(options, f"warning: {line}")
     return 0
 
 

@@ -87,7 +87,6 @@ def activations(
     precision: Precision,
     recompute: str,
     *,
-    vision_recompute: str = "none",
     captured: int | None = None,
     teacher: PackedBatch | None = None,
 ) -> Activations:
@@ -97,8 +96,7 @@ def activations(
         model: sizes.
         batch: the pack that learns.
         precision: bytes per number.
-        recompute: ``none``, ``full`` or ``selective``, of the decoder's layers.
-        vision_recompute: the same, of the ViT's.
+        recompute: ``none``, ``full`` or ``selective``, of the decoder's layers and the ViT's.
         captured: DIGA's student layer, numbered from 1.
         teacher: the pack of DIGA's teacher.
     """
@@ -116,7 +114,7 @@ def activations(
     heads += len(batch.latent_sizes) * (TimestepEmbedding.features + 2 * hidden) * c
     if captured is not None:
         heads += batch.noised_tokens.shape[0] * hidden * c * (2 if model.align_projector == "conv" else 10)
-    vision, vision_layer = _vision(model, batch.vit_patches.shape[0], precision, vision_recompute)
+    vision, vision_layer = _vision(model, batch.vit_patches.shape[0], precision, recompute)
     return Activations(
         decoder=decoder,
         vision=vision,

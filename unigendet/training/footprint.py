@@ -6,10 +6,10 @@ holds
 
     4 P/S  weights      8 Pl/S  Adam's moments      4 Pl/S  averages      4 Pl/S  gradients (from the backward pass on)
 
-and DIGA's teacher, 4/S bytes for each weight below ``teacher_layer`` that learns. Not sharded are position tables, the
-autoencoder, the pack, and activations (``activations``). The copies that are gathered: of the root (all but the layers)
-from the forward pass to the end of the backward pass; of a layer while it computes, of the next one beside it, and the
-buffer in which that arrives. A layer's gradients are there whole, c bytes each, and again in float32 while they are
+and DIGA's teacher, 4/S bytes for each of its weights (with one process only for those that learn). Not sharded are
+position tables, the autoencoder, the pack, and activations (``activations``). The copies that are gathered: of the root
+(all but the layers) from the forward pass to the end of the backward pass; of a layer while it computes, of the next
+one beside it, and the buffer in which that arrives. A layer's gradients are there whole, c bytes each, and again in float32 while they are
 summed over the ranks. Memory is added up at the moments that can be the worst, and the largest sum is the peak.
 
 Each pass of a pack receives c (S − 1)/S bytes per number of the root once and of each layer twice, forward and
@@ -30,7 +30,7 @@ from unigendet.packing import PackedBatch
 from unigendet.training.activations import Activations, Precision
 from unigendet.training.config import TrainConfig
 from unigendet.training.planned_pack import PlannedPack
-from unigendet.training.sizes import FP32, ROOT, RunSizes, Shapes, elements
+from unigendet.training.sizes import FP32, ROOT, RunSizes, Shapes, elements, groups
 
 Bytes = dict[str, int]
 
@@ -60,7 +60,7 @@ class Footprint:
                 "weights (float32)": FP32 * elements(self.sizes.parameters, self.shard),
                 "Adam's moments": 2 * FP32 * learning + FP32 * steps,
                 "averaged weights": 0 if self.config.ema_decay is None else FP32 * learning,
-                "DIGA's teacher": FP32 * elements(self.sizes.teacher, self.shard),
+                "DIGA's teacher": FP32 * elements(self._teacher, self.shard),
             }
         )
 
@@ -72,8 +72,9 @@ class Footprint:
     def held(self) -> Bytes:
         """What is on the device from the first step to the last."""
         packs = pack_bytes(self.packs.student) + pack_bytes(self.packs.teacher)
+        tables = self.sizes.buffers * (2 if self._teacher and self._processes > 1 else 1) + self.sizes.rope
         unsharded = {
-            "position tables": self.sizes.buffers + self.sizes.rope,
+            "position tables": tables,
             "autoencoder": FP32 * self.sizes.autoencoder,
             "pack": packs,
         }
@@ -100,7 +101,7 @@ class Footprint:
             "end of the backward": weights.end | {"gradients": gradients},
         }
         if self.packs.teacher is not None:
-            root = self._compute * elements(self._teacher_root()) * (self._processes > 1)
+            root = self._compute * elements(groups(self._teacher)[ROOT]) * (self._processes > 1)
             gathered = {"gathered weights": weights.forward.get("gathered weights", 0) + root}
             teacher = {"one layer of the teacher": kept.teacher}
             found["teacher's pass"] = weights.forward | gathered | whole | heads | teacher | before
@@ -148,24 +149,16 @@ class Footprint:
         )
 
     def _per_pass(self) -> int:
-        """Numbers that are gathered for a pack: the root once, every layer forward and backward."""
-        groups = {name: elements(shapes) for name, shapes in self.sizes.groups().items()}
+        """Numbers that are gathered for a pack: the root once, every layer forward and backward; the teacher once."""
+        found = {name: elements(shapes) for name, shapes in groups(self.sizes.parameters).items()}
         if not self.packs.student.vit_sizes:
-            groups = {name: count for name, count in groups.items() if not name.startswith("vision.")}
-        total = groups[ROOT] + 2 * sum(count for name, count in groups.items() if name != ROOT)
-        return total + sum(count for name, count in self._teacher().items())
+            found = {name: count for name, count in found.items() if not name.startswith("vision.")}
+        return 2 * sum(found.values()) - found[ROOT] + elements(self._teacher)
 
-    def _teacher(self) -> dict[str, int]:
-        """Numbers in what DIGA's teacher gathers: its layers, the ViT, and of the root all but the heads."""
-        if self.packs.teacher is None:
-            return {}
-        layers = {f"decoder.layers.{i}" for i in range(self.config.teacher_layer)}
-        groups = {name: s for name, s in self.sizes.groups().items() if name in layers or name.startswith("vision.")}
-        return {name: elements(shapes) for name, shapes in groups.items()} | {ROOT: elements(self._teacher_root())}
-
-    def _teacher_root(self) -> Shapes:
-        heads = ("lm_head.", "llm2vae.", "class_head.", "align_head.")
-        return {name: shape for name, shape in self.sizes.groups()[ROOT].items() if not name.startswith(heads)}
+    @property
+    def _teacher(self) -> Shapes:
+        """What DIGA's teacher has copies of."""
+        return self.sizes.teacher if self._processes == 1 else self.sizes.whole_teacher
 
     @property
     def _processes(self) -> int:
@@ -194,9 +187,9 @@ class _Gathered:
             copies = compute * run.sizes.autocast_copies(run.config.recompute) if compute < FP32 else 0
             values = {"low-precision copies of weights": copies}
             return cls(values, values, {})
-        groups = {name: elements(shapes) for name, shapes in run.sizes.groups().items()}
-        layer = max(count for name, count in groups.items() if name != ROOT)
-        root, learning = compute * groups[ROOT], run.sizes.groups(run.sizes.trained)
+        found, learning = groups(run.sizes.parameters), groups(run.sizes.learning)
+        layer = max(elements(shapes) for name, shapes in found.items() if name != ROOT)
+        root = compute * elements(found[ROOT])
         grown = max(elements(shapes) for name, shapes in learning.items() if name != ROOT)
         head = compute * elements(s for name, s in learning[ROOT].items() if name.startswith("lm_head."))
         rooted = elements(learning[ROOT])

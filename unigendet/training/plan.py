@@ -7,19 +7,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from unigendet.config import ModelConfig
+from unigendet.config import ModelConfig, check
 from unigendet.model.flops import diga_step, gduf_step
 from unigendet.training.activations import Activations, Precision, activations
 from unigendet.training.config import TrainConfig
 from unigendet.training.footprint import Bytes, Footprint
+from unigendet.training.parallel import mesh_shape
 from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
-from unigendet.training.preflight import check_layers, mesh_shape
+from unigendet.training.preflight import check_layers
 from unigendet.training.sizes import RunSizes
 
 GIB = 2**30
 CARD, CARD_GIB = "80 GB", 79  # what PyTorch finds on such a card
 SLACK = 0.1  # share of the card that should be left for what is not included
-VISION_RECOMPUTE = "none"  # the ViT's layers are never computed again
 
 
 @dataclass(frozen=True)
@@ -94,12 +94,13 @@ def make_plan(
     Raises:
         ValueError: the mesh does not fit ``world_size``, a layer is not the model's, or no sample fits the pack.
     """
-    replicate, shard = mesh_shape(config, world_size)
+    check(world_size > 0, "world_size", world_size, "positive")
+    replicate, shard = mesh_shape(config.parallel, world_size)
     check_layers(config, model)
     sizes, packs = sizes or RunSizes.of(config, model), planned_pack(config, model, texts)
     precision = Precision.of(config.precision, world_size > 1)
     captured = config.align_layer if packs.teacher is not None else None
-    options = {"vision_recompute": VISION_RECOMPUTE, "captured": captured, "teacher": packs.teacher}
+    options = {"captured": captured, "teacher": packs.teacher}
     parts = activations(model, packs.student, precision, config.recompute, **options)
     footprint = Footprint(config, model, sizes, packs, parts, replicate, shard)
     return Plan(

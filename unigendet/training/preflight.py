@@ -1,7 +1,7 @@
-"""Mistakes in a run's settings that show before anything is loaded: paths, processes, layers.
+"""Mistakes in a run's settings that show before anything is loaded: paths, and layers that the model does not have.
 
-``check_run`` is the first thing that a run does; ``train --dry-run`` makes the same checks, but takes files that are
-not there for a warning.
+A run calls ``check_run`` once it knows its processes, which ``parallel.mesh_shape`` checks. ``train --dry-run`` makes
+the same checks, but takes files that are not there for a warning.
 """
 
 from __future__ import annotations
@@ -20,11 +20,6 @@ from unigendet.training.config import TrainConfig
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
 
 
-def processes() -> int:
-    """How many processes run, as torchrun says; 1 without it."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def check_run(config: TrainConfig, resume: Path | None = None) -> None:
     """Check everything that can be checked without loading weights or data.
 
@@ -32,9 +27,8 @@ def check_run(config: TrainConfig, resume: Path | None = None) -> None:
 
     Raises:
         FileNotFoundError: a file or folder that a setting names is not there; names the setting.
-        ValueError: the processes do not fit the mesh, or a layer is not the model's; names the setting.
+        ValueError: a layer is not the model's; names the setting.
     """
-    check_mesh(config, processes())
     check_paths(config, resuming=resume is not None)
     if config.stage == "diga" and (resume is not None or config.model.checkpoint or config.model.preset):
         check_layers(config, load_config(resume / "model") if resume is not None else model_settings(config))
@@ -83,34 +77,10 @@ def _paths(config: TrainConfig, resuming: bool) -> Iterator[tuple[str, str | Non
         yield "watch.image_root", watch.image_root, "folder"
 
 
-def check_mesh(config: TrainConfig, world_size: int) -> None:
-    """Raise ValueError unless ``parallel`` has a place for each of ``world_size`` processes, and for no more."""
-    mesh_shape(config, world_size)
-
-
-def mesh_shape(config: TrainConfig, world_size: int) -> tuple[int, int]:
-    """(copies of the model, processes that each is sharded over). Raises ValueError as ``check_mesh`` does."""
-    check(world_size > 0, "world_size", world_size, "positive")
-    parallel = config.parallel
-    have = f"{world_size} process{'es' * (world_size > 1)}"
-    if parallel.shard is None:
-        fits = world_size % parallel.replicate == 0
-        check(fits, "parallel.replicate", parallel.replicate, f"a divisor of the number of processes ({have})")
-        return parallel.replicate, world_size // parallel.replicate
-    need = parallel.replicate * parallel.shard
-    if need != world_size:
-        raise ValueError(
-            f"parallel.replicate × parallel.shard is {parallel.replicate} × {parallel.shard} = {need}; it must be the "
-            f"number of processes, and there {'are' if world_size > 1 else 'is'} {have} "
-            "(torchrun --nproc-per-node … starts several; parallel.shard=null takes as many as there are)"
-        )
-    return parallel.replicate, parallel.shard
-
-
 def planned_processes(config: TrainConfig) -> int:
     """How many processes a dry run plans for: torchrun's, else as many as ``parallel`` names, else 1."""
     if "WORLD_SIZE" in os.environ:
-        return processes()
+        return int(os.environ["WORLD_SIZE"])
     return config.parallel.replicate * (config.parallel.shard or 1)
 
 

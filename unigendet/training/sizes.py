@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,18 +46,29 @@ def elements(shapes: Shapes | Iterable[tuple[int, ...]], shards: int = 1) -> int
     return sum(math.ceil(shape[0] / shards) * math.prod(shape[1:]) if shape else 1 for shape in values)
 
 
+def groups(shapes: Shapes) -> dict[str, Shapes]:
+    """Parameters by what is gathered together: a decoder layer, a layer of the ViT, and all else, ``root``."""
+    found: dict[str, dict[str, tuple[int, ...]]] = {}
+    for name, shape in shapes.items():
+        match = _GROUP.match(name)
+        found.setdefault(match[0] if match else ROOT, {})[name] = shape
+    return found
+
+
 @dataclass(frozen=True)
 class RunSizes:
     """Shapes of everything that a run keeps.
 
-    ``parameters``: all of the model's; ``trained``: the names of those that learn; ``teacher``: DIGA's copies;
-    ``buffers``: bytes of the position tables; ``rope``: bytes of the cosine and sine tables; ``autoencoder``: its
+    ``parameters``: all of the model's; ``trained``: the names of those that learn; ``teacher``: what DIGA's teacher
+    copies with one process, and every checkpoint holds; ``whole_teacher``: what it copies where parameters are divided,
+    all of it; ``buffers``: bytes of the position tables; ``rope``: those of cosines and sines; ``autoencoder``: its
     parameters, 0 for pixels.
     """
 
     parameters: Shapes
     trained: frozenset[str]
     teacher: Shapes
+    whole_teacher: Shapes
     buffers: int
     rope: int
     autoencoder: int
@@ -67,10 +78,12 @@ class RunSizes:
         """The sizes of a run with ``config`` on a model of these settings. Raises ValueError as ``make_stage`` does."""
         with torch.device("meta"):
             stage = make_stage(UniGenDet(model), config)
+        teacher = getattr(stage, "teacher", None)
         return cls(
-            parameters={name: tuple(p.shape) for name, p in stage.model.named_parameters()},
+            parameters=_shapes(stage.model.named_parameters()),
             trained=frozenset(stage.trained),
-            teacher={name: tuple(t.shape) for name, t in stage.state_dict().items()},
+            teacher=_shapes(stage.state_dict().items()),
+            whole_teacher={} if teacher is None else _shapes(teacher.named_parameters()),
             buffers=sum(b.nbytes for b in stage.model.buffers()),
             rope=2 * model.max_position * (model.head_dim // 2) * FP32,
             autoencoder=_autoencoder(model.latent),
@@ -89,18 +102,6 @@ class RunSizes:
             found[title] += elements([shape])
         return {title: count for title, count in found.items() if count}
 
-    def groups(self, names: Collection[str] | None = None) -> dict[str, Shapes]:
-        """Parameters by what is gathered together: a decoder layer, a layer of the ViT, and all else, ``root``.
-
-        ``names``: only these.
-        """
-        found: dict[str, dict[str, tuple[int, ...]]] = {}
-        for name, shape in self.parameters.items():
-            if names is None or name in names:
-                match = _GROUP.match(name)
-                found.setdefault(match[0] if match else ROOT, {})[name] = shape
-        return found
-
     def autocast_copies(self, recompute: str) -> int:
         """Numbers in the low-precision copies of weights that autocast keeps for the backward pass.
 
@@ -111,7 +112,11 @@ class RunSizes:
         if recompute == "none":
             return elements(copied)
         layer = elements(s for n, s in copied.items() if n.startswith("decoder.layers.0."))
-        return layer + elements(s for n, s in copied.items() if not n.startswith("decoder."))
+        return layer + elements(s for n, s in copied.items() if not _GROUP.match(n))
+
+
+def _shapes(tensors: Iterable[tuple[str, torch.Tensor]]) -> Shapes:
+    return {name: tuple(tensor.shape) for name, tensor in tensors}
 
 
 def _autoencoder(config: LatentConfig) -> int:
