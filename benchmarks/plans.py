@@ -16,6 +16,7 @@ from unigendet.quickstart import default_config
 from unigendet.training.config import load_train_config
 from unigendet.training.plan import CARD, CARD_GIB, GIB, Plan, make_plan
 from unigendet.training.plan_text import gib
+from unigendet.training.planned_pack import PlannedPack, planned_pack
 from unigendet.training.preflight import model_settings, planned_processes
 from unigendet.training.sizes import RunSizes
 
@@ -61,7 +62,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def recipe(stage: str, *overrides: str) -> Plan:
     """The plan of a published recipe, with settings changed."""
     config = load_train_config(default_config(f"{stage}_bagel7b.yaml"), overrides)
-    return make_plan(config, model_settings(config), planned_processes(config), sizes=_sizes(stage))
+    options = {"sizes": _sizes(stage), "packs": _packs(stage, config.loader.max_tokens)}
+    return make_plan(config, model_settings(config), planned_processes(config), **options)
 
 
 @functools.cache
@@ -69,6 +71,13 @@ def _sizes(stage: str) -> RunSizes:
     """Of a recipe's model: no setting that is changed here has a part in them."""
     config = load_train_config(default_config(f"{stage}_bagel7b.yaml"))
     return RunSizes.of(config, model_settings(config))
+
+
+@functools.cache
+def _packs(stage: str, tokens: int) -> PlannedPack:
+    """A recipe's packs with ``loader.max_tokens``, the only setting that is changed here and matters to them."""
+    config = load_train_config(default_config(f"{stage}_bagel7b.yaml"), [f"loader.max_tokens={tokens}"])
+    return planned_pack(config, model_settings(config))
 
 
 def node() -> Iterator[str]:

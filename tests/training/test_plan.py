@@ -16,7 +16,7 @@ from unigendet.training.config import DatasetsConfig, ParallelConfig, TrainConfi
 from unigendet.training.footprint import Footprint, pack_bytes
 from unigendet.training.parallel import Parallel, local, make_mesh
 from unigendet.training.plan import make_plan
-from unigendet.training.planned_pack import PlannedPack, Texts
+from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
@@ -33,7 +33,7 @@ def settings(stage="gduf", **changes):
 
 def plan_of(config, model, batch=None, world_size=1):
     """A plan; with ``batch``, one of this very pack."""
-    made = make_plan(config, model, world_size, Texts(4, 5, 4, 6))
+    made = make_plan(config, model, world_size, packs=planned_pack(config, model, Texts(4, 5, 4, 6)))
     if batch is None:
         return made
     student, teacher = batch if isinstance(batch, tuple) else (batch, None)

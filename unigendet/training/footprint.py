@@ -1,16 +1,16 @@
 """Memory, disk and communication of one rank, in bytes.
 
 With P numbers of parameters, Pl of them learning, S processes that a copy of the model is sharded over, and c the bytes
-of a number in the gathered copies (2 with ``precision: bf16``), a rank
-holds
+of a number in the gathered copies (2 with ``precision: bf16``), a rank holds
 
     4 P/S  weights      8 Pl/S  Adam's moments      4 Pl/S  averages      4 Pl/S  gradients (from the backward pass on)
 
 and DIGA's teacher, 4/S bytes for each of its weights (with one process only for those that learn). Not sharded are
 position tables, the autoencoder, the pack, and activations (``activations``). The copies that are gathered: of the root
 (all but the layers) from the forward pass to the end of the backward pass; of a layer while it computes, of the next
-one beside it, and the buffer in which that arrives. A layer's gradients are there whole, c bytes each, and again in float32 while they are
-summed over the ranks. Memory is added up at the moments that can be the worst, and the largest sum is the peak.
+one beside it, and the buffer in which that arrives. A layer's gradients are there whole, c bytes each, and again in
+float32 while they are summed over the ranks. Memory is added up at the moments that can be the worst, and the largest
+sum is the peak.
 
 Each pass of a pack receives c (S − 1)/S bytes per number of the root once and of each layer twice, forward and
 backward, and sends 4 (S − 1)/S bytes per gradient; R copies of the model then sum theirs, 8 (R − 1)/(R S) bytes per

@@ -13,7 +13,7 @@ from unigendet.training.activations import Activations, Precision, activations
 from unigendet.training.config import TrainConfig
 from unigendet.training.footprint import Bytes, Footprint
 from unigendet.training.parallel import mesh_shape
-from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
+from unigendet.training.planned_pack import PlannedPack, planned_pack
 from unigendet.training.preflight import check_layers
 from unigendet.training.sizes import RunSizes
 
@@ -79,8 +79,9 @@ def make_plan(
     config: TrainConfig,
     model: ModelConfig,
     world_size: int = 1,
-    texts: Texts | None = None,
+    *,
     sizes: RunSizes | None = None,
+    packs: PlannedPack | None = None,
 ) -> Plan:
     """The plan of a run.
 
@@ -88,8 +89,8 @@ def make_plan(
         config: of the run.
         model: its model's settings.
         world_size: number of processes.
-        texts: how long the texts of the pack are.
-        sizes: of the run, if they are known already.
+        sizes: of the run; default: they are found out.
+        packs: what a process reads at a time; default: ``planned_pack``'s.
 
     Raises:
         ValueError: the mesh does not fit ``world_size``, a layer is not the model's, or no sample fits the pack.
@@ -97,7 +98,7 @@ def make_plan(
     check(world_size > 0, "world_size", world_size, "positive")
     replicate, shard = mesh_shape(config.parallel, world_size)
     check_layers(config, model)
-    sizes, packs = sizes or RunSizes.of(config, model), planned_pack(config, model, texts)
+    sizes, packs = sizes or RunSizes.of(config, model), packs or planned_pack(config, model)
     precision = Precision.of(config.precision, world_size > 1)
     captured = config.align_layer if packs.teacher is not None else None
     options = {"captured": captured, "teacher": packs.teacher}
