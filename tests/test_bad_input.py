@@ -101,10 +101,10 @@ def test_the_other_task_s_annotations(fails, folder):
 
 
 def test_no_annotations(fails, folder):
-    assert f"annotation file {folder} is a folder" in fails(f"datasets.detection=[{{file: {folder}}}]")
-    assert "datasets.captions[0].file is 'lost.json': there is no such file" in fails(
-        "datasets.captions=[{file: lost.json}]"
-    )
+    wrong = f"datasets.detection[0].file is '{folder}'; it must be a file"
+    assert wrong in fails(f"datasets.detection=[{{file: {folder}}}]")
+    lost = "datasets.captions[0].file is 'lost.json'; there is no such file"
+    assert lost in fails("datasets.captions=[{file: lost.json}]")
     line = fails("datasets.detection=[]", "datasets.captions=[]")
     assert "datasets.detection and datasets.captions are empty; GDUF needs annotation files" in line
     line = fails("stage=diga", "align_layer=2", "teacher_layer=3", "datasets.captions=[]")
@@ -131,9 +131,13 @@ def test_an_image_that_is_none(fails, folder):
 
 
 def test_a_wrong_image_root(fails, folder):
-    line = fails(f"datasets.detection=[{{file: {folder / 'detection.json'}, image_root: {folder / 'lost'}}}]")
-    assert f"image {folder / 'lost'}/" in line
+    (folder / "other").mkdir()
+    file = folder / "detection.json"
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'other'}}}]")
+    assert f"image {folder / 'other'}/" in line
     assert "image_root says where" in line
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'lost'}}}]")
+    assert f"datasets.detection[0].image_root is '{folder / 'lost'}'; there is no such folder" in line
 
 
 def test_texts_that_are_too_long(fails, folder):

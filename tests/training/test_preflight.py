@@ -98,8 +98,10 @@ def test_a_resumed_run_does_not_need_the_checkpoint_it_began_with():
 
 def test_kinds(tmp_path):
     (tmp_path / "file").write_text("")
-    assert missing_paths(settings(f"model.tokenizer={tmp_path / 'file'}")) != []
-    assert missing_paths(settings(f"model.autoencoder={tmp_path}")) != []
+    (file,) = missing_paths(settings(f"model.tokenizer={tmp_path / 'file'}"))
+    assert file == f"model.tokenizer is '{tmp_path / 'file'}'; it must be a folder"
+    (folder,) = missing_paths(settings(f"model.autoencoder={tmp_path}"))
+    assert folder == f"model.autoencoder is '{tmp_path}'; it must be a file"
     assert missing_paths(settings(f"model.tokenizer={tmp_path}", f"model.autoencoder={tmp_path / 'file'}")) == []
 
 

@@ -15,7 +15,9 @@ from unigendet.config import PRESETS, ModelConfig, check
 from unigendet.data.tokenizer import load_tokenizer
 from unigendet.model.settings import load_config
 from unigendet.training.config import TrainConfig
+from unigendet.training.state import MODEL
 
+_IS = {"file": Path.is_file, "folder": Path.is_dir, "file or folder": Path.exists}
 # What a checkpoint must share with the preset that model.sizes names.
 _SIZES = ("hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads", "vocab_size")
 
@@ -31,7 +33,7 @@ def check_run(config: TrainConfig, resume: Path | None = None) -> None:
     """
     check_paths(config, resuming=resume is not None)
     if config.stage == "diga" and (resume is not None or config.model.checkpoint or config.model.preset):
-        check_layers(config, load_config(resume / "model") if resume is not None else model_settings(config))
+        check_layers(config, load_config(resume / MODEL) if resume is not None else model_settings(config))
 
 
 def check_paths(config: TrainConfig, *, resuming: bool = False) -> None:
@@ -45,16 +47,13 @@ def check_paths(config: TrainConfig, *, resuming: bool = False) -> None:
 
 def missing_paths(config: TrainConfig, *, resuming: bool = False) -> list[str]:
     """What ``check_paths`` complains of, a line each."""
-    return [
-        f"{name} is {path!r}; there is no such {kind}"
-        for name, path, kind in _paths(config, resuming)
-        if path is not None and not _is_there(path, kind)
-    ]
-
-
-def _is_there(path: str, kind: str) -> bool:
-    tests = {"file": Path.is_file, "folder": Path.is_dir, "file or folder": Path.exists}
-    return tests[kind](Path(path))
+    found = []
+    for name, path, kind in _paths(config, resuming):
+        if path is None or _IS[kind](Path(path)):
+            continue
+        there = Path(path).exists()
+        found.append(f"{name} is {path!r}; " + (f"it must be a {kind}" if there else f"there is no such {kind}"))
+    return found
 
 
 def _paths(config: TrainConfig, resuming: bool) -> Iterator[tuple[str, str | None, str]]:
