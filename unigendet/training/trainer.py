@@ -120,7 +120,7 @@ class Trainer:
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = model.vision.recompute = config.recompute
         if config.compile:
-            compile_layers(model)
+            compile_layers(*stage.models)
         self.device = self.parallel.device
         self._parameters = list(stage.trained.values())
         self.state = TrainState(
@@ -395,7 +395,7 @@ class Trainer:
         return found[-1] if found else None
 
 
-def compile_layers(model: UniGenDet) -> None:
+def compile_layers(*models: UniGenDet) -> None:
     """Compile every layer's forward, for packs of any length; the first steps then take minutes."""
-    for layer in (*model.decoder.layers, *model.vision.layers):
+    for layer in (layer for model in models for layer in (*model.decoder.layers, *model.vision.layers)):
         layer.forward = torch.compile(layer.forward, dynamic=True)
