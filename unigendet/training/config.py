@@ -85,14 +85,17 @@ class LossWeights:
 class ModelSource:
     """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
 
-    ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
-    ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the checkpoint's, or the preset's. A form
-    that the checkpoint does not have must also stand in ``initialize``, as ``diga_mlp`` or ``diga_conv``.
+    ``sizes``: the preset whose sizes the checkpoint has. A dry run plans with them where the checkpoint is not at hand;
+    one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has
+    neither ``fake_cls_head`` nor ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the
+    checkpoint's, or the preset's. A form that the checkpoint does not have must also stand in ``initialize``, as
+    ``diga_mlp`` or ``diga_conv``.
     ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
     """
 
     preset: str | None = None
     checkpoint: str | None = None
+    sizes: str | None = None
     initialize: tuple[str, ...] = ()
     align_projector: Literal["mlp", "conv"] | None = None
     tokenizer: str | None = None
@@ -101,7 +104,11 @@ class ModelSource:
     def __post_init__(self) -> None:
         given = [self.preset, self.checkpoint]
         check(given.count(None) >= 1, "model", given, "a preset or a checkpoint, not both")
-        check(self.preset is None or self.preset in PRESETS, "model.preset", self.preset, f"one of {sorted(PRESETS)}")
+        for name in ("preset", "sizes"):
+            value = getattr(self, name)
+            check(value is None or value in PRESETS, f"model.{name}", value, f"one of {sorted(PRESETS)}")
+        alone = self.sizes is not None and self.checkpoint is None
+        check(not alone, "model.sizes", self.sizes, "null without model.checkpoint")
 
 
 @dataclass(frozen=True)

@@ -24,6 +24,7 @@ from unigendet.model.settings import require_whole
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
 from unigendet.training.parallel import Parallel, processes
+from unigendet.training.preflight import check_run
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
@@ -82,6 +83,7 @@ def build_trainer(
     if parallel is None:
         parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
+    check_run(config, checkpoint)
     make_watcher = prepare_watcher(config, parallel)
     require_wandb(config)
     torch.manual_seed(config.seed)
