@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     result = train(config, resume=options.resume, catch_signals=True)
     if result.stopped_by is None:
         return 0
-    say(options, _stopped(options, result))
+    if os.environ.get("RANK", "0") == "0":  # with several processes, one tells
+        say(options, _stopped(options, result))
     return 128 + result.stopped_by
 
 
@@ -71,7 +73,9 @@ def _dry_run(options: argparse.Namespace, config: TrainConfig) -> int:
 
 def _stopped(options: argparse.Namespace, result: TrainResult) -> str:
     """What a signal ended, and the command that goes on."""
-    command = ["unigendet", "train", "--config", str(options.config), *options.overrides]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    start = ["torchrun", "…", "-m", "unigendet"] if several else ["unigendet"]
+    command = [*start, "train", "--config", str(options.config), *options.overrides]
     if result.checkpoint is not None:
         where, how, command = f"its checkpoint is {result.checkpoint}", "go on with", [*command, "--resume"]
     elif isinstance(options.resume, Path):

@@ -16,6 +16,7 @@ from unigendet.data.tokenizer import load_tokenizer
 from unigendet.model.settings import load_config
 from unigendet.training.config import TrainConfig
 from unigendet.training.state import MODEL
+from unigendet.training.tracking import require_wandb
 
 _IS = {"file": Path.is_file, "folder": Path.is_dir, "file or folder": Path.exists}
 # What a checkpoint must share with the preset that model.sizes names.
@@ -28,9 +29,11 @@ def check_run(config: TrainConfig, resume: Path | None = None) -> None:
     ``resume``: the folder that the run goes on from, with a model of its own.
 
     Raises:
+        ModuleNotFoundError: the settings need a package that is not installed.
         FileNotFoundError: a file or folder that a setting names is not there; names the setting.
         ValueError: a layer is not the model's; names the setting.
     """
+    require_wandb(config)
     check_paths(config, resuming=resume is not None)
     if config.stage == "diga" and (resume is not None or config.model.checkpoint or config.model.preset):
         check_layers(config, load_config(resume / MODEL) if resume is not None else model_settings(config))
@@ -68,7 +71,7 @@ def _paths(config: TrainConfig, resuming: bool) -> Iterator[tuple[str, str | Non
         kinds.insert(0, ("detection", datasets.detection))
     for kind, files in kinds:
         for i, one in enumerate(files):
-            yield f"datasets.{kind}[{i}].file", one.file, "file"
+            yield f"datasets.{kind}[{i}].file", one.file, "file or folder" if kind == "detection" else "file"
             yield f"datasets.{kind}[{i}].image_root", one.image_root, "folder"
     if watch.every:
         yield "watch.prompts_file", watch.prompts_file, "file"

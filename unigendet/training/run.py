@@ -28,7 +28,6 @@ from unigendet.training.preflight import check_run
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
-from unigendet.training.tracking import require_wandb
 from unigendet.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -85,7 +84,6 @@ def build_trainer(
     checkpoint = _resume_point(config, resume)
     check_run(config, checkpoint)
     make_watcher = prepare_watcher(config, parallel)
-    require_wandb(config)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
