@@ -29,7 +29,8 @@ MESHES = ((1, 8), (1, 64), (8, 8), (1, 512), (64, 8))  # copies, and processes t
 # Of GDUF on 8 GPUs: what is changed, and what that costs. In the order in which to try them.
 REMEDIES = (
     ((), "the recipe"),
-    (("recompute=selective",), "for comparison: more memory, less to compute again"),
+    (("recompute=attention",), "for comparison: attention is not computed again"),
+    (("recompute=selective",), "for comparison: nor are matrix products"),
     (("recompute=none",), "for comparison: nothing is computed again"),
     (("ema_decay=null",), "no averaged weights, which the recipe judges and exports"),
     (("loader.max_tokens=24576",), "a quarter fewer tokens per step"),

@@ -165,7 +165,7 @@ def test_texts_that_are_too_long(fails, folder):
         ("total_steps=many", "total_steps is 'many'; it must be of type int"),
         ("total_steps=1.5", "total_steps is '1.5'; it must be of type int"),
         ("total_steps=null", "total_steps is None; it must be of type int"),
-        ("recompute=perhaps", "recompute is 'perhaps'; it must be one of 'none', 'full', 'selective'"),
+        ("recompute=perhaps", "recompute is 'perhaps'; it must be one of 'none', 'full', 'attention', 'selective'"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast'; it must be of type float"),
         ("optimizer.betas=[0.9]", "optimizer.betas is '[0.9]'; it must be of type tuple with 2 elements"),
         ("optimizer=3", "optimizer is 3; it must be a group of settings: lr, betas, "),

@@ -15,7 +15,7 @@ from unigendet.training.stages import DIGAStage, GDUFStage
 # The formulas leave out what the real/fake head keeps: of one row per sample, of which a test's pack has many for its
 # size. Everything else is counted.
 TOLERANCE = 0.005
-POLICIES = ("none", "full", "selective")
+POLICIES = ("none", "full", "attention", "selective")
 PRECISIONS = {"fp32": Precision.of("fp32", False), "bf16": Precision.of("bf16", True)}
 
 
@@ -36,7 +36,7 @@ def new_model(precision="fp32", policy="none", **changes):
 def selected(monkeypatch):
     """The contexts that selective recomputation makes, which hold what it keeps."""
     modes, make = [], recompute._contexts
-    monkeypatch.setattr(recompute, "_contexts", lambda: modes.append(make()) or modes[-1])
+    monkeypatch.setattr(recompute, "_contexts", lambda mode: modes.append(make(mode)) or modes[-1])
     return modes
 
 
@@ -77,7 +77,7 @@ def test_gduf(precision, policy, selected):
     model, batch = new_model(precision, policy), gduf_batch(detections=12, generations=12, config=config())
     stage = GDUFStage(model)
     have = kept_bytes(model, lambda: stage.losses(batch, generator()).total, selected)
-    assert bool(selected) == (policy == "selective")
+    assert bool(selected) == (policy in ("attention", "selective"))
     found = activations(model.config, batch, PRECISIONS[precision], policy)
     assert found.kept == pytest.approx(have, rel=TOLERANCE)
 

@@ -95,9 +95,9 @@ class Calls(TorchDispatchMode):
 
 
 def test_what_runs_again():
-    """``full`` runs everything in a layer twice; ``selective`` neither attention nor matrix products."""
+    """``full`` runs everything in a layer twice; ``attention`` all but attention; ``selective`` no matrix product."""
     counts = {}
-    for recompute in ("none", "full", "selective"):
+    for recompute in ("none", "full", "attention", "selective"):
         model = tiny_model()
         model.decoder.recompute = model.vision.recompute = recompute
         with Calls() as calls:
@@ -105,9 +105,10 @@ def test_what_runs_again():
         counts[recompute] = calls.counts
     layers = tiny_model().config.num_layers
     for name, per_layer in (("symbiotic_attention", 1), ("stream_linear", 4), ("swiglu", 1), ("qk_norm_rope", 1)):
-        none, full, selective = (counts[mode][f"unigendet::{name}"] for mode in ("none", "full", "selective"))
+        none, full, attention, selective = (counts[mode][f"unigendet::{name}"] for mode in counts)
         more = per_layer * layers + (name == "symbiotic_attention")  # the ViT has one layer
         assert full == none + more, name
+        assert attention == (none if name == "symbiotic_attention" else full), name
         kept = name in ("symbiotic_attention", "stream_linear")
         assert selective == (none if kept else full), name
 

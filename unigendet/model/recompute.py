@@ -2,7 +2,8 @@
 
 none        everything that the gradients need
 full        the layer's inputs; the whole layer runs again
-selective   also the outputs of attention and of matrix products; only what is cheap runs again (norms, RoPE, SwiGLU)
+attention   also the attention's output, which is small for what it costs; everything else runs again
+selective   also the outputs of matrix products; only what is cheap runs again (norms, RoPE, SwiGLU)
 """
 
 from __future__ import annotations
@@ -19,22 +20,24 @@ def run_layer(layer: nn.Module, mode: str, *arguments: Any) -> Any:
     """``layer(*arguments)``, keeping what ``mode`` says where gradients are wanted."""
     if mode == "none" or not torch.is_grad_enabled():
         return layer(*arguments)
-    contexts = {"context_fn": _contexts} if mode == "selective" else {}
+    contexts = {} if mode == "full" else {"context_fn": functools.partial(_contexts, mode)}
     return checkpoint(layer, *arguments, use_reentrant=False, **contexts)
 
 
-def _contexts() -> Any:
-    return create_selective_checkpoint_contexts(_policy)
+def _contexts(mode: str) -> Any:
+    kept = _kept(mode)
 
+    def policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
+        return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
-def _policy(context: Any, op: Any, *_: Any, **__: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in _kept() else CheckpointPolicy.PREFER_RECOMPUTE
+    return create_selective_checkpoint_contexts(policy)
 
 
 @functools.cache
-def _kept() -> frozenset[Any]:
+def _kept(mode: str) -> frozenset[Any]:
     """The operators whose outputs are kept."""
     ours, aten = torch.ops.unigendet, torch.ops.aten
-    return frozenset(
-        {ours.symbiotic_attention.default, ours.stream_linear.default, aten.mm.default, aten.addmm.default}
-    )
+    attention = {ours.symbiotic_attention.default}
+    if mode == "attention":
+        return frozenset(attention)
+    return frozenset(attention | {ours.stream_linear.default, aten.mm.default, aten.addmm.default})

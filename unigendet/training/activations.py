@@ -11,8 +11,8 @@ A decoder layer on T tokens, with H the hidden size, I the intermediate size, A 
 
 A layer of the ViT on N patches, of width w and intermediate size m, saves N (2 w r + 6 w c + 2 m c + 4 heads + 16).
 Layers that are computed again (``recompute``) keep their inputs: x and, in the decoder, the not yet added delta, T H (r
-+ c); ``selective`` also keeps the outputs of the matrix products and of the attention. The last decoder layer has the
-queries that a loss reads (``PackedBatch.readout``) and no others.
++ c); ``attention`` also keeps the attention's output and lse, ``selective`` the outputs of matrix products too. The last
+decoder layer has the queries that a loss reads (``PackedBatch.readout``) and no others.
 
 The text head keeps its input and the float32 log-probabilities of every predicted token, 4 · vocabulary bytes each, and
 needs twice as much again while they are computed and differentiated.
@@ -96,7 +96,7 @@ def activations(
         model: sizes.
         batch: the pack that learns.
         precision: bytes per number.
-        recompute: ``none``, ``full`` or ``selective``, of the decoder's layers and the ViT's.
+        recompute: ``none``, ``full``, ``attention`` or ``selective``, of the decoder's layers and the ViT's.
         captured: DIGA's student layer, numbered from 1.
         teacher: the pack of DIGA's teacher.
     """
@@ -105,7 +105,7 @@ def activations(
     whole, last = (_decoder_layer(model, rows, r, precision, recompute) for r in (rows, read))
     hidden, c, r = model.hidden_size, precision.compute, precision.residual
     decoder = (model.num_layers - 1) * whole.kept + last.kept + read * (hidden * r + 4)  # with the final norm's input
-    if recompute == "full":  # the first layer, and the one after the captured one, have no delta
+    if recompute in ("full", "attention"):  # the first layer, and the one after the captured one, have no delta
         decoder -= rows * hidden * c * (1 if captured in (None, model.num_layers) else 2)
     targets = batch.targets.shape[0]
     heads = targets * (hidden * c + 4 * model.vocab_size)
@@ -136,6 +136,7 @@ def _decoder_layer(model: ModelConfig, rows: int, read: int, precision: Precisio
     kept = {
         "none": saved,
         "full": rows * hidden * (r + c),
+        "attention": rows * hidden * (r + c) + attention,
         # The output of ``down`` is the next layer's delta: it is counted there, once.
         "selective": rows * (hidden * r + (attended + keys) * c) + attention + read * (2 * hidden + 2 * inner) * c,
     }[recompute]
@@ -150,6 +151,7 @@ def _vision(model: ModelConfig, patches: int, precision: Precision, recompute: s
     kept = {
         "none": saved,
         "full": patches * width * r,
+        "attention": patches * (width * (r + c) + 4 * vision.num_heads),
         "selective": patches * (width * r + (6 * width + inner) * c + 4 * vision.num_heads),
     }[recompute]
     layer = _Layer(saved, kept, patches * (2 * inner * c + 2 * width * r))

@@ -11,7 +11,7 @@ from typing import Literal
 from unigendet.config import PRESETS, ConditionDropout, DataConfig, GuidanceConfig, LoaderConfig, check
 from unigendet.config_file import load_settings
 
-RECOMPUTE = ("none", "full", "selective")
+RECOMPUTE = ("none", "full", "attention", "selective")
 SKIPS = 10  # so many skipped steps in a row end a run
 
 
@@ -266,7 +266,7 @@ class TrainConfig:
     shuffled_teacher: bool = False
     ema_decay: float | None = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: Literal["none", "full", "selective"] = "none"
+    recompute: Literal["none", "full", "attention", "selective"] = "none"
     compile: bool = False
     accumulate: int = 1
     on_nonfinite: Literal["stop", "skip"] = "stop"
