@@ -11,8 +11,8 @@ A decoder layer on T tokens, with H the hidden size, I the intermediate size, A 
 
 A layer of the ViT on N patches, of width w and intermediate size m, saves N (2 w r + 6 w c + 2 m c + 4 heads + 16).
 Layers that are computed again (``recompute``) keep their inputs: x and, in the decoder, the not yet added delta, T H (r
-+ c); ``attention`` also keeps the attention's output and lse, ``selective`` the outputs of matrix products too. The last
-decoder layer has the queries that a loss reads (``PackedBatch.readout``) and no others.
++ c); ``attention`` also keeps the attention's output and lse, ``selective`` the outputs of matrix products too.
+The last decoder layer has the queries that a loss reads (``PackedBatch.readout``) and no others.
 
 The text head keeps its input and the float32 log-probabilities of every predicted token, 4 · vocabulary bytes each, and
 needs twice as much again while they are computed and differentiated.
