@@ -36,10 +36,7 @@ from unigendet.training.stages import Stage
 from unigendet.training.state import (
     ExponentialAverage,
     TrainState,
-    checkpoint_path,
     checkpoints,
-    clear_leftovers,
-    remove_old,
 )
 
 logger = logging.getLogger(__name__)
@@ -136,6 +133,7 @@ class Trainer:
             ),
             ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
             generators=self._generators(),
+            parallel=self.parallel,
         )
         self.history: list[Row] = []
         self._resumed: Path | None = None
@@ -177,7 +175,11 @@ class Trainer:
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
+            with self._explained():
+                self.state.saving.wait()
         except BaseException:
+            with suppress(Exception):
+                self.state.saving.wait()
             with suppress(OSError):  # what stopped the run counts
                 writer.close()
             raise
@@ -193,13 +195,13 @@ class Trainer:
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
         self._look(writer, display, stop)
-        stopping = self.parallel.any(stop.received is not None)
+        stopping = self._stopping(stop)
         while self.state.step < until and not stopping:
             started = time.perf_counter()
             step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
             row = self.train_step(*step_batches, waited=time.perf_counter() - started)
             display.advance(row["step"])
-            stopping = self.parallel.any(stop.received is not None)
+            stopping = self._stopping(stop)
             last = row["step"] == until or stopping
             with self._explained():
                 writer.add(row)
@@ -212,9 +214,13 @@ class Trainer:
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
             self._look(writer, display, stop)
-            stopping = self.parallel.any(stop.received is not None)
+            stopping = self._stopping(stop)
         if saved != self.state.step:  # the signal came during the look, or after it
             self._checkpoint(writer)
+
+    def _stopping(self, stop: StopSignals) -> bool:
+        """Whether all processes end now: one has had a signal, or a checkpoint could not be written."""
+        return self.parallel.any(stop.received is not None or self.state.saving.failed)
 
     def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
@@ -357,16 +363,22 @@ class Trainer:
         return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the present step and remove old ones; None without an output folder."""
+        """Write a checkpoint of the present step and remove old ones; None without an output folder.
+
+        Several processes go on while it is written; the next save, or the end of ``run``, waits for it.
+        """
         if self.config.output is None:
             return None
-        path = checkpoint_path(self.config.output, self.state.step)
-        position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
         settings = dataclasses.asdict(self.config)
-        clear_leftovers(self.config.output)
-        self.state.save(path, position=position, settings=settings, companions=self._companions)
-        remove_old(self.config.output, self.config.keep_checkpoints)
-        return path
+        options = {"keep": self.config.keep_checkpoints, "companions": self._companions}
+        return self.state.save(self.config.output, position=self._position(), settings=settings, **options)
+
+    def _position(self) -> dict[str, Any] | None:
+        """The position of all processes' batches, if they have one."""
+        if not hasattr(self.batches, "state_dict"):
+            return None
+        states = self.parallel.gather(self.batches.state_dict())
+        return self.batches.merge_states(states) if hasattr(self.batches, "merge_states") else states[0]
 
     def resume(self, path: str | Path) -> None:
         """Go on from a checkpoint folder, exactly as if training had never stopped.
