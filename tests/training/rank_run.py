@@ -1,10 +1,10 @@
-"""A short run of a tiny model as one of several processes: ``python rank_run.py RESULT SETTINGS [SPECIAL]``.
+"""Short runs of a tiny model as one of several processes: ``python rank_run.py FOLDER RUNS``.
 
-SETTINGS: JSON of a TrainConfig's fields, some of them nested. SPECIAL: JSON of ``fail`` (a rank that fails in step 2)
-and ``nan`` (a rank whose second batch is not finite). Process 0 writes the history, the first step's gradients and the
-last weights, whole, to RESULT.
+RUNS: JSON, name → fields of a TrainConfig, some nested, and of ``SPECIAL``. Process 0 writes every run's history, the
+first step's gradients and the last weights, whole, to FOLDER/NAME.pt.
 """
 
+import dataclasses
 import functools
 import itertools
 import json
@@ -15,7 +15,7 @@ from training_fixtures import Samples, diga_batch, tiny_config, tiny_model
 
 from unigendet.packing import Sample, Text, pack
 from unigendet.training.config import LossWeights, OptimizerConfig, ParallelConfig, TrainConfig
-from unigendet.training.parallel import processes, whole
+from unigendet.training.parallel import make_mesh, mesh_shape, processes, whole
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
 
@@ -35,15 +35,17 @@ def diga(step, slot):
     return diga_batch(100 * step + slot, images=1 + (step + slot) % 3)
 
 
+SPECIAL = {"fail": None, "nan": None}  # a slot whose second batch is an error, or not finite
+
+
 def batches(stage, slots, special):
     for step in itertools.count(1):
         for slot in slots:
             batch = (diga if stage == "diga" else gduf)(step, slot)
-            if step == 2 and special.get("fail") == slot:
+            if step == 2 and special["fail"] == slot:
                 raise OSError("the disk is gone")
-            if step == 2 and special.get("nan") == slot:
-                first = batch[0] if stage == "diga" else batch
-                first.latents.fill_(torch.nan)
+            if step == 2 and special["nan"] == slot:
+                (batch[0] if stage == "diga" else batch).latents.fill_(torch.nan)
             yield batch
 
 
@@ -59,15 +61,16 @@ class Recording(Trainer):
         return result
 
 
-def train(config, parallel, special=None):
+def train(values, parallel):
     """The trainer after its run."""
+    config, special = read_config(values)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
     model = tiny_model()
     torch.nn.init.normal_(model.llm2vae.weight, std=0.2)  # or the velocity's gradient would end there
     model = shard(model) if shard else model
     stage = make_stage(model, config, shard)
     slots = range(parallel.rank * config.accumulate, (parallel.rank + 1) * config.accumulate)
-    made = Recording(stage, batches(config.stage, slots, special or {}), config, parallel=parallel, quiet=True)
+    made = Recording(stage, batches(config.stage, slots, special), config, parallel=parallel, quiet=True)
     made.run()
     return made
 
@@ -80,17 +83,21 @@ def outcome(made):
 
 
 def read_config(values):
-    nested = {name: NESTED[name](**value) for name, value in values.items() if name in NESTED}
-    return TrainConfig(**{**values, **nested})
+    special = {name: values.get(name, default) for name, default in SPECIAL.items()}
+    fields = {name: value for name, value in values.items() if name not in SPECIAL}
+    nested = {name: NESTED[name](**value) for name, value in fields.items() if name in NESTED}
+    return TrainConfig(**{**fields, **nested}), special
 
 
-def main(path, settings, special="{}"):
+def main(folder, runs):
     torch.set_num_threads(1)
-    config = read_config(json.loads(settings))
-    with processes(config) as parallel:
-        result = outcome(train(config, parallel, json.loads(special)))
-        if parallel.main:
-            torch.save(result, path)
+    with processes(TrainConfig(device="cpu")) as parallel:
+        for name, values in json.loads(runs).items():
+            config, _ = read_config(values)
+            mesh = make_mesh(parallel.device, mesh_shape(config.parallel, parallel.world_size))
+            result = outcome(train(values, dataclasses.replace(parallel, mesh=mesh)))
+            if parallel.main:
+                torch.save(result, f"{folder}/{name}.pt")
 
 
 if __name__ == "__main__":

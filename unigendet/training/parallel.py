@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -57,10 +57,10 @@ class Parallel:
 
     rank: int = 0
     world_size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     mesh: DeviceMesh | None = None
     group: Any = None
-    config: ParallelConfig = ParallelConfig()
+    config: ParallelConfig = field(default_factory=ParallelConfig)
 
     @property
     def main(self) -> bool:
@@ -167,7 +167,7 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
         ValueError: ``parallel`` does not fit the number of processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    replicate, shard = mesh_shape(config.parallel, world_size)
+    shape = mesh_shape(config.parallel, world_size)
     if world_size == 1:
         yield Parallel(device=find_device(config.device), config=config.parallel)
         return
@@ -181,16 +181,11 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     watch = _FailureWatch(rank)
     watch.start()
     try:
-        names = ("replicate", "shard")
-        mesh = (
-            dist.init_device_mesh(device.type, (replicate, shard), mesh_dim_names=names)
-            if replicate > 1
-            else dist.init_device_mesh(device.type, (shard,), mesh_dim_names=names[1:])
-        )
         group = dist.new_group(backend="gloo")
-        yield Parallel(rank, world_size, device, mesh, group, config.parallel)
+        yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel)
     except BaseException as error:
         watch.report(error)
+        error.add_note(f"in process {rank} of {world_size}")
         raise
     watch.stop()
     dist.destroy_process_group()
@@ -205,6 +200,14 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     need = f"{world_size // groups}, so that parallel.replicate ({groups}) times it is the number of processes"
     check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size})")
     return groups, shard
+
+
+def make_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
+    """The mesh of ``mesh_shape``'s ``shape``, of all processes."""
+    names = ("replicate", "shard")
+    if shape[0] == 1:
+        shape, names = shape[1:], names[1:]
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
 
 
 class _FailureWatch(threading.Thread):

@@ -80,7 +80,7 @@ def build_trainer(
     if parallel is None:
         parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
-    make_watcher = prepare_watcher(config)
+    make_watcher = prepare_watcher(config, parallel)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
@@ -136,7 +136,9 @@ def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path],
     return [tokenizer.save, functools.partial(save_data_config, config=views)]
 
 
-def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
+def prepare_watcher(
+    config: TrainConfig, parallel: Parallel | None = None
+) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
     """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
 
     Errors: see ``watch.read_watched``, so that a mistake shows before a model is loaded.
@@ -149,7 +151,7 @@ def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Auto
     watched = read_watched(config)
 
     def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
-        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched, parallel)
 
     return make
 

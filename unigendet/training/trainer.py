@@ -117,7 +117,7 @@ class Trainer:
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = model.vision.recompute = config.recompute
         if config.compile:
-            compile_layers(model)
+            compile_layers(*stage.models)
         self.device = self.parallel.device
         self._parameters = list(stage.trained.values())
         self.state = TrainState(
@@ -347,19 +347,15 @@ class Trainer:
         parts = self.parallel.gather((bool(own.isfinite().all()), names))
         blamed = [part for part in parts if not part[0]] or parts  # a gradient alone may be of any of them
         listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        samples = ", ".join(name for _, names in blamed for name in names)
+        samples = f"Samples of the batch: {', '.join(name for _, names in blamed for name in names)}"
         what = f"step {row['step']} is not finite ({listed})"
         self._skipped += 1
         if self.config.on_nonfinite == "stop":
-            raise TrainingError(
-                f"{what}; the weights are those of step {self.state.step}. Samples of the batch: {samples}"
-            )
+            raise TrainingError(f"{what}; the weights are those of step {self.state.step}. {samples}")
         if self._skipped >= SKIPS:
-            raise TrainingError(
-                f"{what}, like the {SKIPS - 1} before it, which were skipped. Samples of the batch: {samples}"
-            )
+            raise TrainingError(f"{what}, like the {SKIPS - 1} steps before it, which were skipped. {samples}")
         if self.parallel.main:
-            logger.warning("%s: skipped. Samples of the batch: %s", what, samples)
+            logger.warning("%s: skipped. %s", what, samples)
         return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
 
     def save(self) -> Path | None:
@@ -411,7 +407,7 @@ class Trainer:
         return found[-1] if found else None
 
 
-def compile_layers(model: UniGenDet) -> None:
+def compile_layers(*models: UniGenDet) -> None:
     """Compile every layer's forward, for packs of any length; the first steps then take minutes."""
-    for layer in (*model.decoder.layers, *model.vision.layers):
+    for layer in (layer for model in models for layer in (*model.decoder.layers, *model.vision.layers)):
         layer.forward = torch.compile(layer.forward, dynamic=True)
