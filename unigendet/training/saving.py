@@ -107,7 +107,9 @@ class _Copies(AsyncStager):
 class _Planner(SavePlanner):
     """Offers every part that has rows; one that several processes hold is written by the one with the least to do."""
 
-    def set_up_planner(self, state_dict: dict[str, Part], *_: Any, **__: Any) -> None:
+    def set_up_planner(
+        self, state_dict: dict[str, Part], storage_meta: Any = None, is_coordinator: bool = False
+    ) -> None:
         """Keep the parts."""
         self._parts = state_dict
 

@@ -293,6 +293,32 @@ class TrainState:
         self.optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
 
+def loader_position(batches: Any, parallel: Parallel) -> dict[str, Any] | None:
+    """The position of all processes' batches, for a checkpoint; None if they have none.
+
+    Batches whose positions differ between processes have ``merge_states``, which makes one of them.
+    """
+    if not hasattr(batches, "state_dict"):
+        return None
+    states = parallel.gather(batches.state_dict())
+    return batches.merge_states(states) if hasattr(batches, "merge_states") else states[0]
+
+
+def restore_position(batches: Any, position: dict[str, Any] | None, path: str | Path) -> None:
+    """Let batches go on from the position in checkpoint ``path``; CheckpointError unless it has one just if they do."""
+    has_position = hasattr(batches, "load_state_dict")
+    if has_position != (position is not None):
+        raise CheckpointError(
+            f"checkpoint {path} holds {'no' if position is None else 'a'} loader position, but the batches "
+            f"{'need' if has_position else 'cannot take'} one"
+        )
+    if has_position:
+        try:
+            batches.load_state_dict(position)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+
+
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
     write_shards(sizes, lambda name: tensors[name].detach().cpu().contiguous(), folder, stem)

@@ -37,6 +37,8 @@ from unigendet.training.state import (
     ExponentialAverage,
     TrainState,
     checkpoints,
+    loader_position,
+    restore_position,
 )
 
 logger = logging.getLogger(__name__)
@@ -365,16 +367,9 @@ class Trainer:
         """
         if self.config.output is None:
             return None
-        settings = dataclasses.asdict(self.config)
+        settings, position = dataclasses.asdict(self.config), loader_position(self.batches, self.parallel)
         options = {"keep": self.config.keep_checkpoints, "companions": self._companions}
-        return self.state.save(self.config.output, position=self._position(), settings=settings, **options)
-
-    def _position(self) -> dict[str, Any] | None:
-        """The position of all processes' batches, if they have one."""
-        if not hasattr(self.batches, "state_dict"):
-            return None
-        states = self.parallel.gather(self.batches.state_dict())
-        return self.batches.merge_states(states) if hasattr(self.batches, "merge_states") else states[0]
+        return self.state.save(self.config.output, position=position, settings=settings, **options)
 
     def resume(self, path: str | Path) -> None:
         """Go on from a checkpoint folder, exactly as if training had never stopped.
@@ -383,18 +378,7 @@ class Trainer:
             FileNotFoundError: there is no such checkpoint.
             CheckpointError: it does not fit this run.
         """
-        position = self.state.load(path)
-        has_position = hasattr(self.batches, "load_state_dict")
-        if has_position != (position is not None):
-            raise CheckpointError(
-                f"checkpoint {path} holds {'no' if position is None else 'a'} loader position, but the batches "
-                f"{'need' if has_position else 'cannot take'} one"
-            )
-        if has_position:
-            try:
-                self.batches.load_state_dict(position)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+        restore_position(self.batches, self.state.load(path), path)
         if self.state.step > self.config.total_steps:
             raise CheckpointError(
                 f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"
