@@ -1,5 +1,7 @@
 """A process of several that load a checkpoint takes memory for its own rows, not for the others'."""
 
+import itertools
+
 import pytest
 
 from benchmarks import load_memory
