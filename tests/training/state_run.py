@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from pathlib import Path
 
 import rank_run
@@ -67,6 +68,11 @@ def sharding(parallel, config=None):
     return parallel, parallel.shard
 
 
+def note(folder):
+    """As a tokenizer's ``save``."""
+    (folder / "note.txt").write_text("beside the weights")
+
+
 def trainer(parallel, /, source, resume=None, before=None, **settings):
     """A trainer from the weights at ``source``, or at a checkpoint."""
     config, _ = rank_run.read_config(COMMON | settings)
@@ -74,7 +80,8 @@ def trainer(parallel, /, source, resume=None, before=None, **settings):
     model = load_pretrained(Path(resume) / "model" if resume else source, shard=shard)
     stage = make_stage(model, config, shard)
     slots = range(parallel.rank * config.accumulate, (parallel.rank + 1) * config.accumulate)
-    made = Trainer(stage, Batches(config.stage, slots, before), config, parallel=parallel, quiet=True)
+    batches, options = Batches(config.stage, slots, before), {"companions": [note], "parallel": parallel}
+    made = Trainer(stage, batches, config, quiet=True, **options)
     if resume:
         made.resume(resume)
     return made
@@ -121,17 +128,22 @@ def train_while_writing(parallel, /, output, **arguments):
 
 
 def full_disk(parallel, /, output, failing, **arguments):
-    """One process cannot write in the second save; all must say so."""
-    inner, calls = saving.stream_tensors, []
+    """One process cannot write in the second save; all must say so and end, without waiting for the next save."""
+    inner = saving.stream_tensors
 
     def limited(tensors, read, file, metadata=None):
-        calls.append(file)
         if parallel.rank == failing and "000006" in str(file):
             raise OSError(28, os.strerror(28), str(file))
         inner(tensors, read, file, metadata)
 
+    def before(step):
+        deadline = time.monotonic() + 60
+        while step == 7 and not made.state.saving.failed:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
     saving.stream_tensors = limited
-    made = trainer(parallel, output=output, **arguments)
+    made = trainer(parallel, output=output, before=before, total_steps=9, **arguments)
     try:
         made.run()
     except SaveError as error:

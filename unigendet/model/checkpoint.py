@@ -300,11 +300,16 @@ def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
 
 def write_pretrained(model: UniGenDet, folder: Path) -> None:
     """As ``save_pretrained``, straight into a folder of which nobody reads yet."""
+    write_weights(model, folder)
+    write_config(model.config, folder)
+
+
+def write_weights(model: UniGenDet, folder: Path) -> None:
+    """Write the weights alone."""
     parts = published_state_dict(model)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
     # A copy: parts of one fused parameter share memory, which a safetensors file cannot express.
     write_shards(sizes, lambda name: parts[name].detach().to("cpu", copy=True).contiguous(), folder, OURS)
-    write_config(model.config, folder)
 
 
 def write_config(config: ModelConfig, folder: Path) -> None:

@@ -18,8 +18,9 @@ import contextlib
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWr
 from torch.distributed.checkpoint.staging import AsyncStager
 from torch.distributed.checkpoint.storage import StorageWriter, WriteResult
 
-from unigendet.files import PARTIAL, beside, naming, new_folder, sync
+from unigendet.files import PARTIAL, beside, naming, sync
 from unigendet.model.rows import FIRST, OFFSETS, Part
 from unigendet.model.shards import index_name, stream_tensors
 from unigendet.training.parallel import Parallel
@@ -49,14 +50,14 @@ class Saving:
         self._group: Any = None  # of its own: the run's collectives must not meet those of a save
         self._running: tuple[Future[Any], _Writer] | None = None
 
-    def start(self, path: Path, tensors: Tensors, prepare: Callable[[Path], None], done: Callable[[], None]) -> None:
+    def start(self, path: Path, tensors: Tensors, folder: AbstractContextManager[Path]) -> None:
         """Copy ``tensors`` and begin to write them; waits for the save before.
 
         Args:
-            path: the checkpoint's folder; one that is there already is replaced.
+            path: the checkpoint's folder.
             tensors: what this process has of them.
-            prepare: writes everything else into the folder that it is given; called in the first process.
-            done: called there when the folder has its name.
+            folder: entered in the first process before any of them writes: a ``files.new_folder`` for ``path``, with
+                everything else in it. It is left when all files are on the disk, or with the error that kept one away.
 
         Raises: as ``wait``.
         """
@@ -64,7 +65,7 @@ class Saving:
         if self._group is None:
             self._group = dist.new_group(backend="gloo")
         state = {f"{stem}:{name}": part for stem, parts in tensors.items() for name, part in parts.items()}
-        writer = _Writer(path, prepare, done)
+        writer = _Writer(path, folder)
         options = {"storage_writer": writer, "planner": _Planner(), "async_stager": _Copies()}
         self._running = dcp.async_save(state, process_group=self._group, **options), writer
 
@@ -141,9 +142,9 @@ def _item(name: str, part: Part) -> WriteItem:
 class _Writer(StorageWriter):
     """A folder that appears whole; see the head of this file."""
 
-    def __init__(self, path: Path, prepare: Callable[[Path], None], done: Callable[[], None]) -> None:
-        self._path, self._prepare, self._done = path, prepare, done
-        self._folder = contextlib.ExitStack()
+    def __init__(self, path: Path, folder: AbstractContextManager[Path]) -> None:
+        self._partial, self._folder = beside(path, PARTIAL), folder
+        self._entered = contextlib.ExitStack()
 
     def reset(self, checkpoint_id: Any = None) -> None:
         """A writer is for one checkpoint."""
@@ -162,13 +163,12 @@ class _Writer(StorageWriter):
 
     def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
         """In the first process, before the others write: make the folder, and number the files."""
-        folder = self._folder.enter_context(new_folder(self._path))
-        self._prepare(folder)
+        self._entered.enter_context(self._folder)
         return [dataclasses.replace(plan, storage_data=(i, len(plans))) for i, plan in enumerate(plans, 1)]
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> torch.futures.Future[list[WriteResult]]:
         """Write this process's files, and bring them onto the disk."""
-        folder, (number, count) = beside(self._path, PARTIAL), plan.storage_data
+        number, count = plan.storage_data
         stems: dict[str, dict[str, WriteItem]] = defaultdict(dict)
         for item in plan.items:
             stem, _, name = item.index.fqn.partition(":")
@@ -176,7 +176,7 @@ class _Writer(StorageWriter):
         results = []
         for stem, items in stems.items():
             file = f"{stem}-{number:05}-of-{count:05}.safetensors"
-            _write_rows(items, planner, folder / file)
+            _write_rows(items, planner, self._partial / file)
             results += [WriteResult(item.index, item.tensor_storage_size() or 0, file) for item in items.values()]
         written: torch.futures.Future[list[WriteResult]] = torch.futures.Future()
         written.set_result(results)
@@ -191,16 +191,15 @@ class _Writer(StorageWriter):
             indices[stem][name].append(Path(result.storage_data).name)
             sizes[stem] += result.size_in_bytes
         for stem, weight_map in indices.items():
-            file = beside(self._path, PARTIAL) / index_name(stem)
+            file = self._partial / index_name(stem)
             index = {"metadata": {"total_size": sizes[stem]}, "weight_map": weight_map}
             with naming(file):
                 file.write_text(json.dumps(index, indent=1), encoding="utf-8")
-        self._folder.close()
-        self._done()
+        self._entered.close()
 
     def abandon(self, failure: BaseException) -> None:
         """Remove what there is of the checkpoint."""
-        self._folder.__exit__(type(failure), failure, failure.__traceback__)
+        self._entered.__exit__(type(failure), failure, failure.__traceback__)
 
 
 def _write_rows(items: Mapping[str, WriteItem], planner: SavePlanner, file: Path) -> None:

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.files import OLD, naming, new_folder, remove_folder, settle
-from unigendet.model.checkpoint import OURS, load_weights, published_parts, write_config, write_pretrained
+from unigendet.model.checkpoint import OURS, load_weights, published_parts, write_config, write_weights
 from unigendet.model.rows import Part, Piece, find_pieces, local, read_rows, whole_shape
 from unigendet.model.shards import CheckpointError, JsonObject, listed, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
@@ -133,23 +133,37 @@ class TrainState:
             OSError: a file cannot be written; names it.
         """
         path = checkpoint_path(output, self.step)
-        record = self._record(position, settings)
+        new = self._folder(path, keep, self._record(position, settings), companions)
         if self.parallel.sharded:
-            prepare = functools.partial(self._prepare, record=record, companions=companions, config=True)
-            self.saving.start(path, self._tensors(), prepare, functools.partial(remove_old, output, keep))
+            self.saving.start(path, self._tensors(), new)
             return path
-        clear_leftovers(output)
-        with new_folder(path) as folder:
-            self._prepare(folder, record, companions)
-            write_pretrained(self.model, folder / MODEL)
+        with new as folder:
+            write_weights(self.model, folder / MODEL)
             if self.ema is not None:
                 with self.ema.applied():
-                    write_pretrained(self.model, folder / EMA)
+                    write_weights(self.model, folder / EMA)
             if own := self.stage.state_dict():
                 _write_tensors(own, folder, STAGE)
             _write_tensors(self._optimizer_state(), folder, OPTIMIZER)
-        remove_old(output, keep)
         return path
+
+    @contextmanager
+    def _folder(
+        self, path: Path, keep: int, record: str, companions: Sequence[Callable[[Path], None]]
+    ) -> Iterator[Path]:
+        """A new folder for ``path`` with all but the tensors; once it has its name, old ones go."""
+        output = path.parents[1]
+        clear_leftovers(output)
+        with new_folder(path) as folder:
+            for name in (MODEL, EMA) if self.ema is not None else (MODEL,):
+                (folder / name).mkdir()
+                for write in companions:
+                    write(folder / name)
+                write_config(self.model.config, folder / name)
+            with naming(folder / RECORD):
+                (folder / RECORD).write_text(record, encoding="utf-8")
+            yield folder
+        remove_old(output, keep)
 
     def _tensors(self) -> dict[str, dict[str, Part]]:
         """Everything that several processes write, by stem: this one's rows."""
@@ -160,19 +174,6 @@ class TrainState:
         for stem, own in ((STAGE, self.stage.state_dict()), (OPTIMIZER, self._optimizer_state())):
             tensors[stem] = {name: Part.of(tensor) for name, tensor in own.items()}
         return tensors
-
-    def _prepare(
-        self, folder: Path, record: str, companions: Sequence[Callable[[Path], None]], *, config: bool = False
-    ) -> None:
-        """Write all that is no tensor. ``config``: also the model's settings, which ``write_pretrained`` writes."""
-        for name in (MODEL, EMA) if self.ema is not None else (MODEL,):
-            (folder / name).mkdir()
-            for write in companions:
-                write(folder / name)
-            if config:
-                write_config(self.model.config, folder / name)
-        with naming(folder / RECORD):
-            (folder / RECORD).write_text(record, encoding="utf-8")
 
     def _record(self, position: dict[str, Any] | None, settings: dict[str, Any]) -> str:
         """The contents of ``training.json``."""
@@ -301,7 +302,11 @@ def loader_position(batches: Any, parallel: Parallel) -> dict[str, Any] | None:
     if not hasattr(batches, "state_dict"):
         return None
     states = parallel.gather(batches.state_dict())
-    return batches.merge_states(states) if hasattr(batches, "merge_states") else states[0]
+    if hasattr(batches, "merge_states"):
+        return batches.merge_states(states)
+    if any(state != states[0] for state in states):
+        raise ValueError(f"processes have batches at different positions, which {type(batches).__name__} cannot merge")
+    return states[0]
 
 
 def restore_position(batches: Any, position: dict[str, Any] | None, path: str | Path) -> None:
