@@ -101,8 +101,10 @@ def test_the_other_task_s_annotations(fails, folder):
 
 
 def test_no_annotations(fails, folder):
-    assert f"annotation file {folder} is a folder" in fails(f"datasets.detection=[{{file: {folder}}}]")
-    assert "annotation file lost.json does not exist" in fails("datasets.captions=[{file: lost.json}]")
+    wrong = f"datasets.detection[0].file is '{folder}'; it must be a file"
+    assert wrong in fails(f"datasets.detection=[{{file: {folder}}}]")
+    lost = "datasets.captions[0].file is 'lost.json'; there is no such file"
+    assert lost in fails("datasets.captions=[{file: lost.json}]")
     line = fails("datasets.detection=[]", "datasets.captions=[]")
     assert "datasets.detection and datasets.captions are empty; GDUF needs annotation files" in line
     line = fails("stage=diga", "align_layer=2", "teacher_layer=3", "datasets.captions=[]")
@@ -129,9 +131,13 @@ def test_an_image_that_is_none(fails, folder):
 
 
 def test_a_wrong_image_root(fails, folder):
-    line = fails(f"datasets.detection=[{{file: {folder / 'detection.json'}, image_root: {folder / 'lost'}}}]")
-    assert f"image {folder / 'lost'}/" in line
+    (folder / "other").mkdir()
+    file = folder / "detection.json"
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'other'}}}]")
+    assert f"image {folder / 'other'}/" in line
     assert "image_root says where" in line
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'lost'}}}]")
+    assert f"datasets.detection[0].image_root is '{folder / 'lost'}'; there is no such folder" in line
 
 
 def test_texts_that_are_too_long(fails, folder):
@@ -167,7 +173,7 @@ def test_texts_that_are_too_long(fails, folder):
         ("datasets.captions=[os.path]", "datasets.captions[0] is 'os.path'; it must be a group of settings: file, "),
         ("total_steps=0", "total_steps is 0; it must be positive"),
         ("model.preset=big", "model.preset is 'big'; it must be one of ['bagel_7b', 'quickstart']"),
-        ("model.tokenizer=lost", "tokenizer folder lost does not exist"),
+        ("model.tokenizer=lost", "model.tokenizer is 'lost'; there is no such folder"),
         ("model.tokenizer=null", "model.tokenizer is null; it must be a folder"),
         ("loader.max_sample_tokens=300", "loader.max_sample_tokens is 300; it must be in 1..max_tokens (200)"),
         ("loader.num_workers=-1", "loader.num_workers is -1; it must be at least 0"),

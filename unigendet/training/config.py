@@ -85,14 +85,17 @@ class LossWeights:
 class ModelSource:
     """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
 
-    ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
-    ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the checkpoint's, or the preset's. A form
-    that the checkpoint does not have must also stand in ``initialize``, as ``diga_mlp`` or ``diga_conv``.
+    ``sizes``: the preset whose sizes the checkpoint has. A dry run plans with them where the checkpoint is not at hand;
+    one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has
+    neither ``fake_cls_head`` nor ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the
+    checkpoint's, or the preset's. A form that the checkpoint does not have must also stand in ``initialize``, as
+    ``diga_mlp`` or ``diga_conv``.
     ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
     """
 
     preset: str | None = None
     checkpoint: str | None = None
+    sizes: str | None = None
     initialize: tuple[str, ...] = ()
     align_projector: Literal["mlp", "conv"] | None = None
     tokenizer: str | None = None
@@ -101,7 +104,11 @@ class ModelSource:
     def __post_init__(self) -> None:
         given = [self.preset, self.checkpoint]
         check(given.count(None) >= 1, "model", given, "a preset or a checkpoint, not both")
-        check(self.preset is None or self.preset in PRESETS, "model.preset", self.preset, f"one of {sorted(PRESETS)}")
+        for name in ("preset", "sizes"):
+            value = getattr(self, name)
+            check(value is None or value in PRESETS, f"model.{name}", value, f"one of {sorted(PRESETS)}")
+        alone = self.sizes is not None and self.checkpoint is None
+        check(not alone, "model.sizes", self.sizes, "null without model.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -196,6 +203,44 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A profile of ``steps`` training steps from step ``start`` on, numbered from 1; null profiles nothing.
+
+    ``memory``: also record what takes and frees memory.
+    """
+
+    start: int | None = None
+    steps: int = 3
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.start is None or self.start > 0, "profile.start", self.start, "positive, or null")
+        check(self.steps > 0, "profile.steps", self.steps, "positive")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: the ``project`` that the run is told to (null: none), its ``name`` and ``tags`` there.
+
+    ``entity``: user or team; null: the login's. ``mode``: ``offline`` keeps everything in the output folder, from which
+    ``wandb sync`` sends it.
+    """
+
+    project: str | None = None
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("project", "name", "entity"):
+            value = getattr(self, name)
+            check(value is None or bool(value.strip()), f"wandb.{name}", value, "a name, or null")
+        check(self.mode in ("online", "offline"), "wandb.mode", self.mode, "'online' or 'offline'")
+        check(all(tag.strip() for tag in self.tags), "wandb.tags", self.tags, "texts that are not empty")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training; the defaults are GDUF's (paper section 4.1).
 
@@ -208,7 +253,8 @@ class TrainConfig:
     see ``unigendet.model.recompute``. ``compile``: compile every layer with torch.compile. ``accumulate``: packs per
     step and process. ``on_nonfinite``: a step with a loss or gradient that is not finite stops the run, or is skipped
     (``skip``), unless ``SKIPS`` follow one another. ``save_every`` 0 saves at the end only, and the last
-    ``keep_checkpoints`` are kept. ``output`` None writes nothing.
+    ``keep_checkpoints`` are kept. ``output`` None writes nothing. ``peak_tflops``: dense TFLOP/s of the device at best,
+    of which ``mfu`` is the share that the run makes use of; None: bfloat16's on its data sheet, where that is known.
     """
 
     stage: Literal["gduf", "diga"] = "gduf"
@@ -230,6 +276,7 @@ class TrainConfig:
     save_every: int = 0
     keep_checkpoints: int = 2
     output: str | None = None
+    peak_tflops: float | None = None
     model: ModelSource = field(default_factory=ModelSource)
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
@@ -238,6 +285,8 @@ class TrainConfig:
     losses: LossWeights = field(default_factory=LossWeights)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
@@ -250,8 +299,14 @@ class TrainConfig:
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive, or null")
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         self.optimizer.warmup(self.total_steps)
+        start = self.profile.start
+        check(start is None or start <= self.total_steps, "profile.start", start, f"≤ total_steps ({self.total_steps})")
+        writing = {"profile.start": start, "wandb.project": self.wandb.project}
+        for name, value in writing.items():
+            check(value is None or self.output is not None, "output", self.output, f"a folder for {name} to write to")
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

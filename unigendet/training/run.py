@@ -24,9 +24,11 @@ from unigendet.model.settings import require_whole
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
 from unigendet.training.parallel import Parallel, processes
+from unigendet.training.preflight import check_run
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
+from unigendet.training.tracking import require_wandb
 from unigendet.training.trainer import Trainer, TrainResult
 
 if TYPE_CHECKING:
@@ -55,6 +57,7 @@ def train(
 
     Raises:
         FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
+        ModuleNotFoundError: the settings need a package that is not installed; names the extra that brings it.
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
@@ -80,7 +83,9 @@ def build_trainer(
     if parallel is None:
         parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
+    check_run(config, checkpoint)
     make_watcher = prepare_watcher(config, parallel)
+    require_wandb(config)
     torch.manual_seed(config.seed)
     tokenizer = _tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None

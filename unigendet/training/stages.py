@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.model.alignment import standardise_tokens
+from unigendet.model.flops import diga_step, gduf_step
 from unigendet.model.losses import (
     Counts,
     NoisedLatents,
@@ -88,6 +89,10 @@ class Stage(ABC):
         """The pack of ``batch`` that the losses belong to; its names, tokens and counts stand for the batch."""
         return batch
 
+    @abstractmethod
+    def flops(self, batch: Any) -> int:
+        """Useful floating-point operations of a step on ``batch``, wherever that lies (``model.flops``)."""
+
     @property
     def models(self) -> tuple[UniGenDet, ...]:
         """Everything that is run in a step."""
@@ -120,6 +125,10 @@ class GDUFStage(Stage):
     def learns(self, name: str) -> bool:
         """Everything but φ; the position tables are no parameters."""
         return not name.startswith("align_head.")
+
+    def flops(self, batch: PackedBatch) -> int:
+        """Of the pack, forward and backward."""
+        return gduf_step(self.model.config, batch).total
 
     def losses(self, batch: PackedBatch, generator: torch.Generator, counts: Counts | None = None) -> StageLosses:
         """Terms ``mse``, ``ce`` and ``label``, as far as the pack has something for them."""
@@ -191,6 +200,13 @@ class DIGAStage(Stage):
     def student(self, batch: tuple[PackedBatch, PackedBatch]) -> PackedBatch:
         """The generation samples."""
         return batch[0]
+
+    def flops(self, batch: tuple[PackedBatch, PackedBatch]) -> int:
+        """Of student and teacher; of the student alone while the alignment has no weight."""
+        pack, teacher_pack = batch
+        aligned = teacher_pack if self.weights.alignment(self.progress) else None
+        layers = {"align_layer": self.align_layer, "teacher_layer": self.teacher_layer}
+        return diga_step(self.model.config, pack, aligned, **layers).total
 
     def losses(
         self, batch: tuple[PackedBatch, PackedBatch], generator: torch.Generator, counts: Counts | None = None

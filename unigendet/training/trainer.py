@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import logging
 import math
 import signal
@@ -24,6 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from unigendet.device import device_name
 from unigendet.model.losses import Counts
 from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
@@ -31,6 +33,8 @@ from unigendet.packing import PackedBatch
 from unigendet.training.config import SKIPS, OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
 from unigendet.training.parallel import Parallel, stopping_signal, whole
+from unigendet.training.profiling import StepProfiler
+from unigendet.training.record import record_start
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
 from unigendet.training.state import (
@@ -40,6 +44,8 @@ from unigendet.training.state import (
     loader_position,
     restore_position,
 )
+from unigendet.training.throughput import Meter, combine
+from unigendet.training.tracking import open_tracker
 
 logger = logging.getLogger(__name__)
 
@@ -61,9 +67,11 @@ class TrainResult:
     ``stopped_by``: the signal because of which it ended before its last step.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
-    Losses and tokens are those of all processes. A skipped step's row has ``skipped`` 1, and no number that is not
-    finite.
+    ``tokens``, ``samples``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch),
+    ``tokens_per_second``, ``samples_per_second`` and ``model_tflops_per_second`` (useful operations); ``mfu``, their
+    share of the device's peak, where that is known; on CUDA ``memory_gib`` and ``memory_reserved_gib``, the peaks since
+    the row before (``throughput``). Losses, tokens and the like are those of all processes. A
+    skipped step's row has ``skipped`` 1, and no number that is not finite.
     """
 
     model: UniGenDet
@@ -122,6 +130,9 @@ class Trainer:
             compile_layers(*stage.models)
         self.device = self.parallel.device
         self._parameters = list(stage.trained.values())
+        self._meter = Meter(stage, self.device, config.peak_tflops)
+        ranks = (self.parallel.rank, self.parallel.world_size)
+        self._profiler = StepProfiler(config.profile, config.output, self.device, *ranks)
         self.state = TrainState(
             model=model,
             stage=stage,
@@ -166,31 +177,43 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or the batches end too early.
             SaveError: a checkpoint or the metrics could not be written. The checkpoints before it are whole.
-            ValueError: ``until`` lies beyond the run.
+            ValueError: ``until`` lies beyond the run, or ``run.json`` is damaged.
+            ModuleNotFoundError, RuntimeError: see ``open_tracker``.
         """
         total = self.config.total_steps
         until = total if until is None else until
         if not self.state.step <= until <= total:
             raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
         with self._explained():
-            writer = MetricsWriter(self.config.output if self.parallel.main else None, self.history)
+            writer = self._writer()
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
             with self._explained():
                 self.state.saving.wait()
         except BaseException:
-            with suppress(Exception):
+            with suppress(Exception):  # what stopped the run counts
                 self.state.saving.wait()
-            with suppress(OSError):  # what stopped the run counts
-                writer.close()
+            for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
+                with suppress(OSError):
+                    finish()
             raise
         with self._explained():
+            self._profiler.close()
             writer.close()
         stopped_by = None
         if stop is not None and self.state.step < until:
             stopped_by = stopping_signal(stop.received)
         return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint(), stopped_by)
+
+    def _writer(self) -> MetricsWriter:
+        """What writes the metrics: of several processes in the first one only, which also records the start."""
+        config, step = self.config, self.state.step
+        devices = self.parallel.gather(device_name(self.device))
+        if not self.parallel.main:
+            return MetricsWriter(None)
+        record_start(config, devices, step=step, resumed=self._resumed)
+        return MetricsWriter(config.output, self.history, open_tracker(config, step))
 
     def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         batches = iter(self.batches)
@@ -199,6 +222,7 @@ class Trainer:
         self._look(writer, display, stop)
         stopping = self._stopping(stop)
         while self.state.step < until and not stopping:
+            self._profiler.begin(self.state.step + 1)
             started = time.perf_counter()
             step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
             row = self.train_step(*step_batches, waited=time.perf_counter() - started)
@@ -206,6 +230,7 @@ class Trainer:
             stopping = self._stopping(stop)
             last = row["step"] == until or stopping
             with self._explained():
+                self._profiler.end(row["step"])
                 writer.add(row)
             if last or row["step"] % self.config.log_every == 0:
                 mean = mean_row(self.history[shown:])
@@ -283,7 +308,7 @@ class Trainer:
         packs = [self.stage.student(batch) for batch in batches]
         lr = learning_rate(state.step, config.optimizer, config.total_steps)
         self.stage.progress = state.step / config.total_steps
-        counts, tokens = self._agree(packs)
+        counts = self._counts(packs)
         names, values, own = self._gradients(batches, packs, counts)
         row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
         bad = {name: value for name, value in row.items() if not math.isfinite(value)}
@@ -299,19 +324,14 @@ class Trainer:
             state.ema.update()
         state.step += 1
         seconds = time.perf_counter() - started + waited
-        row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
-        row["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        row |= combine(self.parallel.gather(self._meter.measure(batches, seconds, waited)))
         self.history.append(row)
         return row
 
-    def _agree(self, packs: Sequence[PackedBatch]) -> tuple[Counts, int]:
-        """What the losses' means divide by, and the step's tokens: of all packs of all processes."""
+    def _counts(self, packs: Sequence[PackedBatch]) -> Counts:
+        """What the losses' means divide by: the counts of all packs of all processes."""
         counts = Counts.of(*packs)
-        tokens = sum(pack.layout.num_queries for pack in packs)
-        if self.parallel.world_size == 1:
-            return counts, tokens
-        *numbers, tokens = self.parallel.sum([*counts.numbers(), tokens])
-        return Counts(*numbers), round(tokens)
+        return counts if self.parallel.world_size == 1 else Counts(*self.parallel.sum(counts.numbers()))
 
     def _gradients(
         self, batches: Sequence[Any], packs: Sequence[PackedBatch], counts: Counts
