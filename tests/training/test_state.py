@@ -169,9 +169,9 @@ def test_everything_is_safetensors_or_json(tmp_path):
         load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
 
 
-@pytest.mark.parametrize(("generator", "match"), [("0g", "generator is not"), ("00" * 16, "on the kind of device")])
+@pytest.mark.parametrize(("generator", "match"), [("0g", "generators are not"), ("00" * 16, "on the kind of device")])
 def test_random_state_of_another_kind_is_an_error(saved, generator, match):
-    record = json.loads((saved / "training.json").read_text()) | {"generator": generator}
+    record = json.loads((saved / "training.json").read_text()) | {"generators": [generator]}
     (saved / "training.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=rf"training\.json.*{match}"):
         trainer().resume(saved)

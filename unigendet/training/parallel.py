@@ -143,30 +143,9 @@ class Parallel:
         return model.to_empty(device=self.device)
 
 
-@torch.no_grad()
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, in the same memory; of a whole tensor, itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
 def whole(tensor: Tensor) -> Tensor:
     """A small tensor put together from every process's part; all of them must ask for it."""
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def rows(tensor: Tensor) -> slice:
-    """Which rows of the whole tensor this process's part is."""
-    from torch.distributed.tensor import DTensor, Shard
-
-    if not isinstance(tensor, DTensor):
-        return slice(0, tensor.shape[0])
-    start, count = 0, tensor.shape[0]
-    for dim, placement in enumerate(tensor.placements):
-        if isinstance(placement, Shard):  # by rows, in as many equal parts as there are, the last ones smaller or empty
-            size, index = tensor.device_mesh.size(dim), tensor.device_mesh.get_local_rank(dim)
-            part = -(-count // size)
-            start, count = start + min(index * part, count), max(0, min(part, count - index * part))
-    return slice(start, start + count)
 
 
 def put_away(model: nn.Module) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,11 +31,11 @@ from unigendet.model.losses import (
     noise_latents,
     sample_timesteps,
 )
+from unigendet.model.rows import local
 from unigendet.model.unigendet import UniGenDet
 from unigendet.ops import ImageGrids
 from unigendet.packing import PackedBatch
 from unigendet.training.config import LossWeights, TrainConfig
-from unigendet.training.parallel import local
 
 
 @dataclass(frozen=True)
@@ -106,20 +106,6 @@ class Stage(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors beside the model's weights that a resumed run needs."""
         return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave. Raises ValueError unless the tensors are exactly the stage's."""
-        own = self.state_dict()
-        shapes = {name: list(tensor.shape) for name, tensor in own.items()}
-        saved = {name: list(tensor.shape) for name, tensor in state.items()}
-        wrong = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-        if wrong:
-            raise ValueError(
-                f"the saved state of stage {self.name} has missing, unexpected or misshapen tensors: {wrong}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                local(tensor).copy_(local(state[name]))
 
     def _noised(self, pack: PackedBatch, generator: torch.Generator) -> NoisedLatents:
         """The pack's latents at random times, with random noise."""

@@ -40,10 +40,9 @@ from unigendet.training.stages import Stage
 from unigendet.training.state import (
     ExponentialAverage,
     TrainState,
-    checkpoint_path,
     checkpoints,
-    clear_leftovers,
-    remove_old,
+    loader_position,
+    restore_position,
 )
 from unigendet.training.throughput import Meter, combine
 from unigendet.training.tracking import open_tracker
@@ -147,6 +146,7 @@ class Trainer:
             ),
             ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
             generators=self._generators(),
+            parallel=self.parallel,
         )
         self.history: list[Row] = []
         self._resumed: Path | None = None
@@ -189,9 +189,13 @@ class Trainer:
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
+            with self._explained():
+                self.state.saving.wait()
         except BaseException:
+            with suppress(Exception):  # what stopped the run counts
+                self.state.saving.wait()
             for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
-                with suppress(OSError):  # what stopped the run counts
+                with suppress(OSError):
                     finish()
             raise
         with self._explained():
@@ -216,14 +220,14 @@ class Trainer:
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
         self._look(writer, display, stop)
-        stopping = self.parallel.any(stop.received is not None)
+        stopping = self._stopping(stop)
         while self.state.step < until and not stopping:
             self._profiler.begin(self.state.step + 1)
             started = time.perf_counter()
             step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
             row = self.train_step(*step_batches, waited=time.perf_counter() - started)
             display.advance(row["step"])
-            stopping = self.parallel.any(stop.received is not None)
+            stopping = self._stopping(stop)
             last = row["step"] == until or stopping
             with self._explained():
                 self._profiler.end(row["step"])
@@ -237,9 +241,13 @@ class Trainer:
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
             self._look(writer, display, stop)
-            stopping = self.parallel.any(stop.received is not None)
+            stopping = self._stopping(stop)
         if saved != self.state.step:  # the signal came during the look, or after it
             self._checkpoint(writer)
+
+    def _stopping(self, stop: StopSignals) -> bool:
+        """Whether all processes end now: one has had a signal, or a checkpoint could not be written."""
+        return self.parallel.any(stop.received is not None or self.state.saving.failed)
 
     def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
@@ -373,16 +381,15 @@ class Trainer:
         return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the present step and remove old ones; None without an output folder."""
+        """Write a checkpoint of the present step and remove old ones; None without an output folder.
+
+        Several processes go on while it is written; the next save, or the end of ``run``, waits for it.
+        """
         if self.config.output is None:
             return None
-        path = checkpoint_path(self.config.output, self.state.step)
-        position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
-        settings = dataclasses.asdict(self.config)
-        clear_leftovers(self.config.output)
-        self.state.save(path, position=position, settings=settings, companions=self._companions)
-        remove_old(self.config.output, self.config.keep_checkpoints)
-        return path
+        settings, position = dataclasses.asdict(self.config), loader_position(self.batches, self.parallel)
+        options = {"keep": self.config.keep_checkpoints, "companions": self._companions}
+        return self.state.save(self.config.output, position=position, settings=settings, **options)
 
     def resume(self, path: str | Path) -> None:
         """Go on from a checkpoint folder, exactly as if training had never stopped.
@@ -391,18 +398,7 @@ class Trainer:
             FileNotFoundError: there is no such checkpoint.
             CheckpointError: it does not fit this run.
         """
-        position = self.state.load(path)
-        has_position = hasattr(self.batches, "load_state_dict")
-        if has_position != (position is not None):
-            raise CheckpointError(
-                f"checkpoint {path} holds {'no' if position is None else 'a'} loader position, but the batches "
-                f"{'need' if has_position else 'cannot take'} one"
-            )
-        if has_position:
-            try:
-                self.batches.load_state_dict(position)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+        restore_position(self.batches, self.state.load(path), path)
         if self.state.step > self.config.total_steps:
             raise CheckpointError(
                 f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"
