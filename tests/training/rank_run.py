@@ -17,6 +17,7 @@ from unigendet.packing import Sample, Text, pack
 from unigendet.training.config import LossWeights, OptimizerConfig, ParallelConfig, TrainConfig
 from unigendet.training.parallel import make_mesh, mesh_shape, processes, whole
 from unigendet.training.stages import make_stage
+from unigendet.training.step import Gradients
 from unigendet.training.trainer import Trainer
 
 NESTED = {"optimizer": OptimizerConfig, "parallel": ParallelConfig, "losses": LossWeights}
@@ -49,15 +50,15 @@ def batches(stage, slots, special):
             yield batch
 
 
-class Recording(Trainer):
+class Recording(Gradients):
     """Keeps the first step's gradients."""
 
-    gradients = None
+    first = None
 
-    def _gradients(self, *arguments):
-        result = super()._gradients(*arguments)
-        if self.gradients is None:
-            self.gradients = {n: whole(p.grad).clone() for n, p in self.stage.trained.items() if p.grad is not None}
+    def compute(self, *arguments):
+        result = super().compute(*arguments)
+        if self.first is None:
+            self.first = {n: whole(p.grad).clone() for n, p in self._stage.trained.items() if p.grad is not None}
         return result
 
 
@@ -70,7 +71,8 @@ def train(values, parallel):
     model = shard(model) if shard else model
     stage = make_stage(model, config, shard)
     slots = range(parallel.rank * config.accumulate, (parallel.rank + 1) * config.accumulate)
-    made = Recording(stage, batches(config.stage, slots, special), config, parallel=parallel, quiet=True)
+    made = Trainer(stage, batches(config.stage, slots, special), config, parallel=parallel, quiet=True)
+    made._gradients = Recording(stage, config, parallel)
     made.run()
     return made
 
@@ -79,7 +81,7 @@ def outcome(made):
     weights = {name: whole(p.detach()).clone() for name, p in made.stage.model.named_parameters()}
     with made.ema.applied():
         averaged = {name: whole(p.detach()).clone() for name, p in made.stage.trained.items()}
-    return {"history": made.history, "gradients": made.gradients, "weights": weights, "averaged": averaged}
+    return {"history": made.history, "gradients": made._gradients.first, "weights": weights, "averaged": averaged}
 
 
 def read_config(values):

@@ -14,25 +14,21 @@ import logging
 import math
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
-from torch import Tensor, nn
 
 from unigendet.device import device_name
-from unigendet.model.losses import Counts
 from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
-from unigendet.packing import PackedBatch
 from unigendet.training.config import SKIPS, OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
-from unigendet.training.parallel import Parallel, stopping_signal, whole
+from unigendet.training.parallel import Parallel, stopping_signal
 from unigendet.training.profiling import StepProfiler
 from unigendet.training.record import record_start
 from unigendet.training.signals import StopSignals
@@ -44,6 +40,7 @@ from unigendet.training.state import (
     loader_position,
     restore_position,
 )
+from unigendet.training.step import Gradients, StepValues, compile_layers, slot_generators
 from unigendet.training.throughput import Meter, combine
 from unigendet.training.tracking import open_tracker
 
@@ -129,7 +126,7 @@ class Trainer:
         if config.compile:
             compile_layers(*stage.models)
         self.device = self.parallel.device
-        self._parameters = list(stage.trained.values())
+        self._gradients = Gradients(stage, config, self.parallel)
         self._meter = Meter(stage, self.device, config.peak_tflops)
         ranks = (self.parallel.rank, self.parallel.world_size)
         self._profiler = StepProfiler(config.profile, config.output, self.device, *ranks)
@@ -137,7 +134,7 @@ class Trainer:
             model=model,
             stage=stage,
             optimizer=torch.optim.AdamW(
-                self._parameters,
+                list(stage.trained.values()),
                 lr=optimizer.lr,
                 betas=optimizer.betas,
                 eps=optimizer.eps,
@@ -145,23 +142,12 @@ class Trainer:
                 fused=True,
             ),
             ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
-            generators=self._generators(),
+            generators=slot_generators(config.seed, self.parallel, config.accumulate),
             parallel=self.parallel,
         )
         self.history: list[Row] = []
         self._resumed: Path | None = None
         self._skipped = 0  # steps in a row
-
-    def _generators(self) -> list[torch.Generator]:
-        """One per pack of this process in a step; what they draw depends on the pack's number among all processes'."""
-        count = self.config.accumulate
-        generators = []
-        for slot in range(self.parallel.rank * count, (self.parallel.rank + 1) * count):
-            seed = self.config.seed
-            if slot:
-                seed = int(np.random.SeedSequence([seed, slot]).generate_state(1, np.uint64)[0] >> np.uint64(1))
-            generators.append(torch.Generator(self.device).manual_seed(seed))
-        return generators
 
     @property
     def ema(self) -> ExponentialAverage | None:
@@ -305,15 +291,13 @@ class Trainer:
         """
         state, config = self.state, self.config
         started = time.perf_counter()
-        packs = [self.stage.student(batch) for batch in batches]
         lr = learning_rate(state.step, config.optimizer, config.total_steps)
         self.stage.progress = state.step / config.total_steps
-        counts = self._counts(packs)
-        names, values, own = self._gradients(batches, packs, counts)
-        row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
-        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+        found = self._gradients.compute(batches, state.generators, state.step + 1)
+        row = {"step": state.step + 1, **found.values, "lr": lr}
+        bad = found.not_finite()
         if bad:
-            row = self._not_finite(row, bad, own, packs)
+            row = self._not_finite(row, found, bad)
         else:
             self._skipped = 0
             for group in state.optimizer.param_groups:
@@ -328,49 +312,9 @@ class Trainer:
         self.history.append(row)
         return row
 
-    def _counts(self, packs: Sequence[PackedBatch]) -> Counts:
-        """What the losses' means divide by: the counts of all packs of all processes."""
-        counts = Counts.of(*packs)
-        return counts if self.parallel.world_size == 1 else Counts(*self.parallel.sum(counts.numbers()))
-
-    def _gradients(
-        self, batches: Sequence[Any], packs: Sequence[PackedBatch], counts: Counts
-    ) -> tuple[list[str], list[float], Tensor]:
-        """Gradients of the step, clipped; names and values of the loss, its terms and the gradients' norm; and of the
-        losses this process's part.
-        """
-        low = self.config.precision == "bf16" and not self.parallel.sharded
-        names, parts = [], []
-        for batch, pack, generator in zip(batches, packs, self.state.generators, strict=True):
-            try:
-                with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-                    losses = self.stage.losses(self._move(batch), generator, counts)
-                losses.total.backward()
-            except Exception as error:
-                error.add_note(f"in step {self.state.step + 1}, with the samples {list(pack.names)}")
-                raise
-            names = ["loss", *losses.terms]
-            parts.append(torch.stack([v.float() for v in (losses.total.detach(), *losses.terms.values())]))
-        norm = whole(nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.clip))
-        own = parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
-        total = self.parallel.total(own.clone())
-        # One copy to the host is the step's only wait for the device.
-        values = torch.cat([total, norm.float().reshape(1).to(total.device)]).tolist()
-        return [*names, "grad_norm"], values, own
-
-    def _move(self, batch: Any) -> Any:
-        if isinstance(batch, PackedBatch):
-            return batch.to(self.device, non_blocking=True)
-        return tuple(pack.to(self.device, non_blocking=True) for pack in batch)
-
-    def _not_finite(self, row: Row, bad: Mapping[str, float], own: Tensor, packs: Sequence[PackedBatch]) -> Row:
+    def _not_finite(self, row: Row, found: StepValues, bad: str) -> Row:
         """Stop the run, or skip the step: its row without what is not finite. Names the samples."""
-        names = [name or "(unnamed)" for pack in packs for name in pack.names]
-        parts = self.parallel.gather((bool(own.isfinite().all()), names))
-        blamed = [part for part in parts if not part[0]] or parts  # a gradient alone may be of any of them
-        listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-        samples = f"Samples of the batch: {', '.join(name for _, names in blamed for name in names)}"
-        what = f"step {row['step']} is not finite ({listed})"
+        what, samples = f"step {row['step']} is not finite ({bad})", found.suspects(self.parallel)
         self._skipped += 1
         if self.config.on_nonfinite == "stop":
             raise TrainingError(f"{what}; the weights are those of step {self.state.step}. {samples}")
@@ -378,7 +322,7 @@ class Trainer:
             raise TrainingError(f"{what}, like the {SKIPS - 1} steps before it, which were skipped. {samples}")
         if self.parallel.main:
             logger.warning("%s: skipped. %s", what, samples)
-        return {name: value for name, value in row.items() if name not in bad} | {"skipped": 1}
+        return {name: value for name, value in row.items() if math.isfinite(value)} | {"skipped": 1}
 
     def save(self) -> Path | None:
         """Write a checkpoint of the present step and remove old ones; None without an output folder.
@@ -409,9 +353,3 @@ class Trainer:
     def _last_checkpoint(self) -> Path | None:
         found = checkpoints(self.config.output) if self.config.output is not None else []
         return found[-1] if found else None
-
-
-def compile_layers(*models: UniGenDet) -> None:
-    """Compile every layer's forward, for packs of any length; the first steps then take minutes."""
-    for layer in (layer for model in models for layer in (*model.decoder.layers, *model.vision.layers)):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
