@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -13,17 +12,17 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from unigendet.config import PRESETS, DataConfig
-from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection, save_data_config
-from unigendet.data.loader import Loader, Source
-from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.config import DataConfig
+from unigendet.data.datasets import SampleBuilder, save_data_config
+from unigendet.data.loader import Loader
+from unigendet.data.tokenizer import Tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
-from unigendet.model.checkpoint import load_config, load_pretrained
-from unigendet.model.settings import require_whole
+from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
-from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
+from unigendet.training.config import TrainConfig
 from unigendet.training.signals import StopSignals
+from unigendet.training.sources import build_sources, build_tokenizer, model_sizes
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
@@ -70,7 +69,7 @@ def build_trainer(
     make_watcher = prepare_watcher(config)
     device = find_device(config.device)
     torch.manual_seed(config.seed)
-    tokenizer = _tokenizer(config)
+    tokenizer = build_tokenizer(config)
     model = build_model(config, tokenizer, device, checkpoint)
     autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(device)
     batches = build_loader(config, model, tokenizer, autoencoder)
@@ -90,20 +89,12 @@ def build_model(
     source = config.model
     if resume is not None:
         return load_pretrained(resume / MODEL, device=device)
-    projector = source.align_projector
     if source.checkpoint is not None:
-        config = None
-        if projector is not None:
-            config = dataclasses.replace(load_config(source.checkpoint), align_projector=projector)
-        return load_pretrained(source.checkpoint, config=config, device=device, initialize=source.initialize)
-    if source.preset is None:
-        raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
-    if source.preset == "quickstart":
-        sizes = PRESETS[source.preset](tokenizer.vocab_size, tokenizer.special)
-    else:
-        sizes = PRESETS[source.preset]()
+        sizes = None if source.align_projector is None else model_sizes(config, tokenizer)
+        return load_pretrained(source.checkpoint, config=sizes, device=device, initialize=source.initialize)
+    sizes = model_sizes(config, tokenizer)
     with torch.device(device):
-        return UniGenDet(sizes if projector is None else dataclasses.replace(sizes, align_projector=projector))
+        return UniGenDet(sizes)
 
 
 def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:
@@ -144,51 +135,13 @@ def build_loader(
     encode = autoencoder.encode if here else None
     builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
     return Loader(
-        _diga_sources(datasets, builder) if config.stage == "diga" else _gduf_sources(datasets, builder),
+        build_sources(config, builder),
         config.loader,
         length=builder.length,
         model=model.config,
         dropout=config.dropout,
         encode=encode,
     )
-
-
-def _gduf_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
-    if not datasets.detection and not datasets.captions:
-        raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
-    detection = functools.partial(builder.detection, with_latent=datasets.detection_latents)
-    sources = [Source(_labelled(f), detection, f.weight, f.file) for f in datasets.detection]
-    sources += [Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions]
-    return sources
-
-
-def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
-    if not datasets.captions:
-        raise ValueError("datasets.captions is empty; DIGA needs annotation files with captions")
-    build = builder.generation_with_teacher
-    return [Source(read_captions(*_where(f)), build, f.weight, f.file) for f in datasets.captions]
-
-
-def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
-    records = read_detection(*_where(source))
-    chosen = [record for record in records if source.label in (None, record.label)]
-    if not chosen:
-        raise ValueError(
-            f"datasets.detection: label is {source.label}, and {source.file} has no record with this label"
-        )
-    return chosen
-
-
-def _where(source: AnnotationFile) -> tuple[str, str | None]:
-    return source.file, source.image_root
-
-
-def _tokenizer(config: TrainConfig) -> Tokenizer:
-    folder = config.model.tokenizer or config.model.checkpoint
-    if folder is None:
-        raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
-    require_whole(Path(folder))  # the weights are read later, and must be of the same save
-    return load_tokenizer(folder)
 
 
 def _folder(output: str) -> str:
