@@ -126,3 +126,14 @@ def short_commit(environment: Mapping[str, Any]) -> str:
     """The abbreviated commit of a recorded environment, and whether files differed from it."""
     commit, plus, changes = (environment.get("commit") or "unknown").partition("+")
     return commit[:12] + plus + changes
+
+
+def machine_line(environment: Mapping[str, Any]) -> str:
+    """Where a recorded run of the quickstart or of a study ran (``unigendet.evaluation.results.environment``):
+    "2 CPUs (Linux x86_64, Python 3.11.7, PyTorch 2.13.0, commit 0123456789ab)".
+    """
+    versions = environment["versions"]
+    return (
+        f"{environment['cpus']} CPUs ({environment['platform']}, Python {versions['python']}, "
+        f"PyTorch {versions['torch']}, commit {short_commit(environment)})"
+    )

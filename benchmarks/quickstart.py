@@ -19,11 +19,12 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from unigendet.config_file import load_settings
-from unigendet.evaluation.report import aim_view, number, percent
+from unigendet.evaluation.pages import number, percent
+from unigendet.evaluation.quickstart_report import aim_view
 from unigendet.evaluation.results import SCHEMA, Aim, plain
 from unigendet.quickstart import QuickstartConfig, default_config
 
-from .environment import short_commit
+from .environment import machine_line
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = ROOT / "benchmarks" / "results" / "quickstart" / "report.json"
@@ -93,13 +94,11 @@ def changes(recorded: Any, current: Any, name: str = "") -> Iterator[str]:
 
 def section(report: Mapping[str, Any], current: Mapping[str, Any]) -> str:
     """The README's section in Markdown: aims, generation before and after DIGA, where and with what it was measured."""
-    settings, machine = report["settings"]["quickstart"], report["environment"]
+    settings = report["settings"]["quickstart"]
     steps = [f"{settings[stage]['total_steps']:,}" for stage in ("gduf", "diga")]
-    versions = machine["versions"]
     lines = [
         f"One run with seed {report['seed']}, {steps[0]} steps of GDUF and {steps[1]} of DIGA, on "
-        f"{machine['cpus']} CPUs ({machine['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
-        f"commit {short_commit(machine)}):",
+        f"{machine_line(report['environment'])}:",
         "",
         *_aims_table(report),
         "",

@@ -16,11 +16,11 @@ from typing import Any
 
 from unigendet.config_file import load_settings
 from unigendet.evaluation.results import plain
-from unigendet.evaluation.study_report import STUDY_SCHEMA, study_view
+from unigendet.evaluation.study_report import STUDY_SCHEMA, study_texts
 from unigendet.quickstart import default_config
 from unigendet.study.config import StudyConfig
 
-from .environment import RESULTS, ROOT, short_commit
+from .environment import RESULTS, ROOT, machine_line
 from .quickstart import changes
 from .report import with_section
 
@@ -99,25 +99,27 @@ def readme_section(study: Mapping[str, Any] | None) -> str:
     """The README's section in Markdown: how it was done in a sentence, and the primary comparisons."""
     if study is None:
         return NOTHING
-    return "\n".join([*_how(study), "", *_differences(study, primary=True), "", _chance(study), *_outdated(study)])
+    texts = study_texts(study)
+    differences = _differences(texts, primary=True)
+    return "\n".join([*_how(study, texts), "", *differences, "", _chance(texts), *_outdated(study)])
 
 
 def document_section(study: Mapping[str, Any] | None) -> str:
     """The section of ``docs/study.md``: everything."""
     if study is None:
         return NOTHING
-    view = study_view(study)
-    real = view["reference"]
-    lines = [*_how(study), *_outdated(study), "", "### Primary comparisons", "", *_differences(study, primary=True)]
-    lines += ["", "### All arms", ""]
+    texts = study_texts(study)
+    real = texts["reference"]
+    lines = [*_how(study, texts), *_outdated(study)]
+    lines += ["", "### Primary comparisons", "", *_differences(texts, primary=True), "", "### All arms", ""]
     lines += [
         "Mean over the seeds, with the 95 % interval of Student's t. Arms of a seed share data and weights, so these"
     ]
     lines += ["intervals overlap more than the differences do. Real training digits, as many as are generated, have a"]
     lines += [f"Fréchet distance of {real['frechet']}; the reader of the digits gets {real['agreement']} of the real"]
-    lines += ["test digits right.", "", *_arms(view), "", "| metric | what it is |", "|---|---|"]
+    lines += ["test digits right.", "", *_arms(texts), "", "| metric | what it is |", "|---|---|"]
     lines += [f"| {metric['title']} | {metric['meaning']} |" for metric in study["metrics"]]
-    lines += ["", "### Exploratory differences", "", _chance(study), "", *_differences(study, primary=False)]
+    lines += ["", "### Exploratory differences", "", _chance(texts), "", *_differences(texts, primary=False)]
     lines += [
         "",
         "### Arms",
@@ -132,44 +134,37 @@ def document_section(study: Mapping[str, Any] | None) -> str:
     return "\n".join(lines)
 
 
-def _how(study: Mapping[str, Any]) -> Iterator[str]:
-    view = study_view(study)
+def _how(study: Mapping[str, Any], texts: Mapping[str, Any]) -> Iterator[str]:
     yield (
-        f"{len(study['runs'])} runs: {len(study['arms'])} arms, {len(view['seeds'])} seeds, {study['draws']} draws of "
-        f"the test prompts each; {view['cost']['seconds']}, {view['cost']['cpu_seconds']} of processor time."
+        f"{len(study['runs'])} runs: {len(study['arms'])} arms, {len(texts['seeds'])} seeds, {study['draws']} draws of "
+        f"the test prompts each; {texts['cost']['seconds']}, {texts['cost']['cpu_seconds']} of processor time."
     ).replace("\u00a0", " ")
-    for place in study["environments"]:
-        versions = place["versions"]
-        yield (
-            f"{place['cpus']} CPUs ({place['platform']}, Python {versions['python']}, PyTorch {versions['torch']}, "
-            f"commit {short_commit(place)})."
-        )
+    yield from (f"{machine_line(place)}." for place in study["environments"])
 
 
-def _differences(study: Mapping[str, Any], *, primary: bool) -> Iterator[str]:
-    view = study_view(study)
-    wide = f" {view['joint']} interval |" if primary else ""
+def _differences(texts: Mapping[str, Any], *, primary: bool) -> Iterator[str]:
+    wide = f" {texts['joint']} interval |" if primary else ""
     yield f"| arm against control | metric | difference | 95 % interval |{wide} seeds | reading |"
     yield "|---|---|--:|--:|" + ("--:|" if primary else "") + "---|---|"
-    for entry in view["primary" if primary else "exploratory"]:
+    for entry in texts["primary" if primary else "exploratory"]:
         joint = f" {entry['joint']} |" if primary else ""
         numbers = f"{entry['mean']} | {entry['interval']} |{joint} {entry['seeds']}"
         yield f"| {entry['what']} | {entry['metric']} | {numbers} | {entry['verdict']} |"
 
 
-def _chance(study: Mapping[str, Any]) -> str:
-    chance = study_view(study)["chance"]
+def _chance(texts: Mapping[str, Any]) -> str:
+    chance = texts["chance"]
     return (
         f"Of {chance['count']} exploratory differences, {chance['apart']} have a 95 % interval that leaves out zero; "
         f"about {chance['expected']} would if nothing had any effect."
     )
 
 
-def _arms(view: Mapping[str, Any]) -> Iterator[str]:
-    titles = view["table"]["titles"]
+def _arms(texts: Mapping[str, Any]) -> Iterator[str]:
+    titles = texts["table"]["titles"]
     yield "| arm | seeds | " + " | ".join(titles) + " |"
     yield "|---|--:|" + "--:|" * len(titles)
-    for line in view["table"]["lines"]:
+    for line in texts["table"]["lines"]:
         yield f"| {line['arm']} | {line['seeds']} | " + " | ".join(line["values"]) + " |"
 
 

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from command_runs import noise_picture, run_command, tiny_pipeline
+from command_runs import fails, noise_picture, run_command, tiny_pipeline
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -281,8 +281,15 @@ def test_images_that_determine_no_temperature(capsys, model_folder, tmp_path):
     assert (calibration.temperature, calibration.measured["temperature_found"]) == (1.0, False)
 
 
-def test_mistakes(capsys, model_folder, labelled, tmp_path):
+def test_the_head_is_missed_before_the_model_loads(capsys, labelled, tmp_path, monkeypatch):
     tiny_pipeline(class_head=False).save(tmp_path / "headless")
+    monkeypatch.setattr("unigendet.commands.calibrate.load_pipeline", lambda options: pytest.fail("loaded"))
+    result = run_command(capsys, "calibrate", "--model", tmp_path / "headless", labelled, "--out", tmp_path / "c.json")
+    fails(result, "headless has no real/fake head; there is nothing to calibrate")
+
+
+def test_mistakes(capsys, model_folder, labelled, tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
     one = tmp_path / "one" / "real"
     one.mkdir(parents=True)
     for i in range(12):
@@ -291,13 +298,9 @@ def test_mistakes(capsys, model_folder, labelled, tmp_path):
         ([tmp_path / "lost"], "lost does not exist; it must be an annotation file or a folder"),
         ([tmp_path / "one"], "the number of fake images is 0; it must be at least 10"),
         ([tmp_path], "it must hold images in real/, fake/ or both"),
-        ([labelled, "--model", tmp_path / "headless"], "headless has no real/fake head; there is nothing to calibrate"),
         ([labelled, "--out", tmp_path], "is a folder; name a file"),
-        (
-            [labelled, "--out", tmp_path / "headless" / "config.json"],
-            "holds something already; choose another name, or",
-        ),
-        ([labelled, "--out", tmp_path / "headless" / "config.json" / "c.json"], "c.json cannot be written: "),
+        ([labelled, "--out", tmp_path / "notes.txt"], "holds something already; choose another name, or"),
+        ([labelled, "--out", tmp_path / "notes.txt" / "c.json"], "c.json cannot be written: "),
         ([labelled, "--max-false-alarms", 2], "max_false_alarms is 2.0; it must be a share"),
         ([labelled, "--confident-accuracy", 0.2], "confident_accuracy is 0.2; it must be a share"),
         ([labelled, "--question", "?" * 200], "question (--question) has 200 tokens; it must have at most"),

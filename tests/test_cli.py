@@ -6,6 +6,9 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from pathlib import Path
 
 import pytest
 from command_runs import VIEW, run_command
@@ -13,6 +16,7 @@ from PIL import Image
 from run_data import write_run_data
 
 from unigendet import __version__
+from unigendet.cli import NEEDS_EXTRA
 from unigendet.inference.pipeline import Pipeline
 from unigendet.training.state import checkpoints
 
@@ -73,6 +77,39 @@ def test_info(cli):
     assert re.search(rf"^  torch +{re.escape(facts['versions']['torch'])}$", result.out, re.MULTILINE)
 
 
+def test_info_about_the_extras(cli, monkeypatch):
+    declared = ["torch>=2.11", "triton>=3.6; sys_platform == 'linux'", 'rich>=13; extra == "train"',
+                "no-such-package[signatures]>=4.49; extra == 'train'", "pytest>=8; extra == 'dev'",
+                'torch-fidelity>=0.4; python_version > "3" and extra == "fid"']  # fmt: skip
+    monkeypatch.setattr("importlib.metadata.requires", lambda _: declared)
+    facts = json.loads(cli("info", "--json").out)
+    extras = {name: values for name, values in facts.items() if name.startswith("extra")}
+    assert {name: list(values) for name, values in extras.items()} == {
+        "extra 'train'": ["rich", "no-such-package"], "extra 'fid'": ["torch-fidelity"],
+    }  # fmt: skip
+    assert extras["extra 'train'"] == {"rich": version("rich"), "no-such-package": "not installed"}
+
+
+def test_info_where_the_package_is_only_on_the_path(cli, monkeypatch):
+    def requires(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.requires", requires)
+    result = cli("info", "--json")
+    assert result.code == 0
+    assert json.loads(result.out)["extras"]["unigendet"].startswith("not installed")
+
+
+def test_every_package_of_the_training_extra_is_asked_for_by_its_name():
+    """An import that fails names a module, an extra packages; what a module's package needs itself may be named too."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text())["project"]
+    extra = {re.match(r"[\w.-]+", package)[0] for package in project["optional-dependencies"]["train"]}
+    known = packages_distributions()
+    homes = {name: known[name][0].lower().replace("_", "-") for name in NEEDS_EXTRA}
+    assert set(homes.values()) - extra == {"markupsafe"}  # of jinja2
+    assert extra <= set(homes.values())
+
+
 def test_info_about_the_extension(cli, monkeypatch):
     monkeypatch.setattr("unigendet.ops.backends.extension_facts", lambda: {"problem": "not built: no compiler"})
     assert json.loads(cli("info", "--json").out)["compiled extension"] == {"unigendet._C": "not built: no compiler"}
@@ -91,7 +128,8 @@ def test_without_the_training_extra():
     """``info`` and ``--help`` need no more than the package itself; other commands say what to install."""
     code = (
         "import sys\n"
-        "for name in ('PIL', 'tokenizers', 'safetensors', 'jsonargparse', 'rich', 'transformers', 'diffusers'):\n"
+        "for name in ('PIL', 'tokenizers', 'safetensors', 'jsonargparse', 'rich', 'transformers', 'diffusers',"
+        "             'scipy', 'sklearn', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "from unigendet.cli import main\n"
         "print(main(['info']), main(['detect', '--model', 'm', '.']), main(['quickstart']), main(['train', '--config', "

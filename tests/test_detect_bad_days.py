@@ -50,7 +50,7 @@ def test_an_interrupted_run_keeps_its_rows(detect, pictures, tmp_path, monkeypat
     out = tmp_path / "rows.csv"
     result = detect(pictures, "--batch-size", 2, "--out", out)
     assert result.code == 130
-    assert result.err == f"unigendet detect: 2 of 3 rows were written, in {out}\nunigendet: interrupted\n"
+    assert result.err == f"unigendet detect: 2 of 3 rows were written, in {out}\nunigendet detect: interrupted\n"
     assert len(read_rows(out.read_text(), "csv")) == 2
 
 

@@ -19,7 +19,8 @@ from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import PixelAutoencoder
 
 ANSWERS = ("This is a fake image. It is pale.", "This is a real image. It is dark.")
-READING = "reading model and data\n"  # before the hashes, which may take minutes
+NAME = "unigendet evaluate detection"
+READING = f"{NAME}: reading model and data\n"  # before the hashes, which may take minutes
 VIEW = ImageConfig(min_size=8, max_size=8, stride=2)
 
 
@@ -130,7 +131,7 @@ def test_again_and_with_more(evaluate, tmp_path, monkeypatch):
     first = (tmp_path / "out" / "evaluation.html").read_bytes()
     code, _, err = evaluate("--max-tokens", 0, "--batch-size", 3, "--jpeg", 50)
     assert code == 0
-    assert "out has 12 of 24 verdicts already" in err
+    assert err == f"{READING}{NAME}: {tmp_path / 'out'} has 12 of 24 verdicts already\n"
     assert list(results(tmp_path / "out")["robustness"]) == ["jpeg"]
     monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
     evaluate("--max-tokens", 0)
@@ -186,6 +187,19 @@ def test_a_changed_model_or_image_is_another_evaluation(evaluate, annotations, m
     assert "an evaluation with another model" in evaluate("--max-tokens", 0, model=other)[2]
     Image.new("L", (8, 8), 3).save(annotations.parent / "5.png")
     assert "an evaluation with other data" in evaluate("--max-tokens", 0)[2]
+
+
+def test_what_no_verdict_follows_from_may_change_in_the_folder(evaluate, model, tmp_path, monkeypatch):
+    own = shutil.copytree(model, tmp_path / "own")
+    assert evaluate("--max-tokens", 0, model=own)[0] == 0
+    (own / "calibration.json").write_text("{}")
+    (own / "README.txt").write_text("mine")
+    (own / "generation.json").write_text('{"num_timesteps": 3}')
+    monkeypatch.setattr("unigendet.commands.evaluate_detection.load_pipeline", lambda options: pytest.fail("loaded"))
+    assert evaluate("--max-tokens", 0, model=own)[0] == 0
+    views = json.loads((own / "data.json").read_text())
+    (own / "data.json").write_text(json.dumps(views | {"question": "Is it?"}))
+    assert "an evaluation with another model" in evaluate("--max-tokens", 0, model=own)[2]
 
 
 def test_folders_and_a_limit(evaluate, annotations, tmp_path):
@@ -254,6 +268,14 @@ def test_a_model_without_a_head(evaluate, tmp_path):
     data = results(tmp_path / "words")
     assert data["detection"]["overall"]["unparsed"] == 12  # three tokens of a model that says nothing
     assert (data["roc"], data["reliability"], data["detection"]["overall"]["roc_auc"]) == (None, None, None)
+
+
+def test_a_model_without_a_head_and_with_little_room(evaluate, tmp_path):
+    """Its verdicts on disturbed images are as short as there is room for, too."""
+    headless = save_model(tmp_path / "headless", class_head=False, max_position=40)
+    code, _, err = evaluate("--blur", 1, model=headless)
+    assert (code, err) == (0, READING)
+    assert len((tmp_path / "out" / "predictions.jsonl").read_text().splitlines()) == 24
 
 
 def test_calibration_moves_the_verdicts(evaluate, tmp_path):
@@ -339,7 +361,7 @@ def test_mistakes(evaluate, annotations, tmp_path):
     for i, (arguments, changes, message) in enumerate(cases):
         code, out, err = evaluate(*arguments, **{"out": tmp_path / f"out{i}", **changes})
         assert (code, out) == (1, ""), message
-        assert err.removeprefix(READING).startswith("unigendet evaluate: ")
+        assert err.removeprefix(READING).startswith(f"{NAME}: ")
         assert message in err
         assert len(err.removeprefix(READING).splitlines()) == 1
 
@@ -352,6 +374,8 @@ def test_wrong_command_lines(evaluate, arguments, message):
     code, out, err = evaluate(*arguments)
     assert (code, out) == (2, "")
     assert message in err
+    assert err.startswith(f"{NAME}: ")
+    assert err.endswith(f"; see {NAME} --help\n")
 
 
 def test_help(capsys):

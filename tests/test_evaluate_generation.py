@@ -34,6 +34,7 @@ def captions(tmp_path):
 
 
 def test_from_prompts_to_scores(evaluate, model_folder, captions, tmp_path, monkeypatch):
+    monkeypatch.setattr("unigendet.commands.progress.EVERY", 0)  # a line for every picture
     out = tmp_path / "out"
     base = ("--model", model_folder, "--prompts", captions, "--features", "digits", "--steps", 3, "--seed", 5,
             "--batch-size", 4, "--out", out, "--grid", tmp_path / "grid.png")  # fmt: skip
@@ -42,7 +43,9 @@ def test_from_prompts_to_scores(evaluate, model_folder, captions, tmp_path, monk
     assert result.lines[0] == f"{out / 'images' / '00000.png'}\tseed 5\t{caption(0)}"
     assert result.lines[10:12] == ["generated images  10", "real images       397"]
     assert result.lines[-1] == f"The numbers: {out / 'generation.json'}"
-    assert [line for line in result.err.splitlines() if "note: " in line and "10 images for 20 features" in line]
+    said = [line.removeprefix("unigendet evaluate generation: ") for line in result.err.splitlines()]
+    assert said[0].startswith("1 of 10 pictures, about ")
+    assert [line for line in said if line.startswith("note: ") and "10 images for 20 features" in line]
     first = (out / "generation.json").read_bytes()
     scores = json.loads(first)
     assert scores["counts"] == {"images": 10, "reference": 397, "dimensions": 20}

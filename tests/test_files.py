@@ -13,9 +13,9 @@ from unigendet.files import (
     new_folder,
     remove_folder,
     replaced_files,
+    rust_errors,
     settle,
     sync,
-    telling,
     whole_file,
     write_text,
 )
@@ -342,10 +342,10 @@ def test_an_error_says_which_file_it_is_about(tmp_path):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     with pytest.raises(FileNotFoundError, match="lost"), naming("x"):
         (tmp_path / "lost").read_text()
-    with pytest.raises(OSError, match="No space left on device: 'y'") as caught, telling("y"):
+    with pytest.raises(OSError, match="No space left on device: 'y'") as caught, rust_errors("y"):
         raise Exception("while serializing: no room (os error 28)")
     assert caught.value.errno == errno.ENOSPC
-    with pytest.raises(ZeroDivisionError), telling("y"):
+    with pytest.raises(ZeroDivisionError), rust_errors("y"):
         _ = 1 / 0
 
 

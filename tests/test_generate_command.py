@@ -16,7 +16,7 @@ from command_runs import StandardInput, fails, run_command, save_model, tiny_pip
 from PIL import Image
 from tiny_models import tiny_model
 
-from unigendet.commands.generation import entries_of
+from unigendet.commands.sampling import entries_of
 from unigendet.config import GuidanceConfig, ImageConfig
 from unigendet.data.image_folder import read_manifest
 from unigendet.data.tokenizer import train_tokenizer

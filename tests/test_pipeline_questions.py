@@ -8,6 +8,7 @@ from tiny_models import tiny_model
 from unigendet.config import DataConfig, ImageConfig
 from unigendet.data.tokenizer import train_tokenizer
 from unigendet.inference.calibration import Calibration
+from unigendet.inference.detect import detect_packed
 from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import PixelAutoencoder
 
@@ -51,6 +52,27 @@ def test_as_many_questions_as_images(pipeline, pictures):
 def test_the_longest_question_must_leave_room(pipeline, pictures):
     with pytest.raises(ValueError, match="max_new_tokens"):
         pipeline.detect(pictures[:2], question=["a", "a b c d e f g h i j k"], max_new_tokens=121)
+
+
+def test_the_default_answer_fills_the_room_of_the_longest_question(pipeline, pictures, monkeypatch):
+    # Of 128 positions, two images take one each, the question's delimiters two, and its tokens one each.
+    room = {"a": 123, "Own?": 120, "xyz" * 7: 103}
+    for question, most in room.items():
+        assert pipeline.default_answer([question]) == most
+        assert pipeline.default_answer([question], with_latent=False) == most + 1
+    assert pipeline.default_answer(["a", None]) == room["Own?"]
+    assert pipeline.default_answer(room) == 103
+    asked = []
+
+    def recorded(model, requests, *, max_new_tokens, **options):
+        asked.append(max_new_tokens)
+        return detect_packed(model, requests, max_new_tokens=1, **options)
+
+    monkeypatch.setattr("unigendet.inference.pipeline.detect_packed", recorded)
+    list(pipeline.detect(pictures[:3], question=list(room)))
+    assert asked == [103]
+    with pytest.raises(ValueError, match=r"question \(--question\) has 124 tokens; it must have at most 123"):
+        pipeline.default_answer(["a", "b" * 124])
 
 
 def test_every_question_must_be_the_calibration_s(pipeline, pictures):

@@ -223,7 +223,7 @@ def test_a_study_that_was_killed_at_its_first_file_begins_again(settings, tmp_pa
 def test_refuses_a_folder_that_is_not_its_own(settings, tmp_path, capsys):
     (tmp_path / "thesis.txt").write_text("mine")
     assert main(["study", "--out", str(tmp_path), "--config", str(settings)]) == 1
-    assert "holds thesis.txt; it must be a new folder, or a study's" in capsys.readouterr().err
+    assert "holds thesis.txt; it must be a new folder, or one that a study left" in capsys.readouterr().err
     assert main(["study", "--out", str(tmp_path / "new"), "--config", str(settings), "--arms", "dogs"]) == 1
     assert "arms is 'dogs'; it must be some of ['latents'" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["thesis.txt"]
@@ -237,6 +237,9 @@ def test_refuses_a_folder_that_is_not_its_own(settings, tmp_path, capsys):
         ({"arms": ARMS | {"a/b": {"title": ""}}}, "an arm's name is 'a/b'"),
         ({"arms": ARMS | {"x": {"title": "", "after": "still"}}}, "arms.x.after is 'still'; it must be one of"),
         ({"arms": ARMS | {"x": {"title": "", "controls": ["x"]}}}, "arms.x.controls is 'x'; it must be other arms"),
+        ({"arms": ["latents"]}, r"arms is \['latents'\]; it must be named groups, say \{NAME: \{title: …, after: …,"),
+        ({"arms": {"x": "a title"}}, "arms.x is 'a title'; it must be a group of settings: title, after,"),
+        ({"arms": {"x": {"titel": ""}}}, "there is no setting 'arms.x.titel'; is it 'arms.x.title' that is meant"),
         ({"primary": [PRIMARY[0] | {"arm": "y"}]}, "an arm in primary is 'y'"),
         ({"primary": [PRIMARY[0] | {"metric": "luck"}]}, "a metric in primary is 'luck'"),
     ],
@@ -246,6 +249,17 @@ def test_settings_that_do_not_fit(settings, tmp_path, change, message):
     file.write_text(json.dumps(json.loads(settings.read_text()) | change))
     with pytest.raises(ValueError, match=message):
         load_settings(StudyConfig, file)
+
+
+@pytest.mark.parametrize("overrides", [(), ("arms.x.class_path=evil.Arm",), ("arms={x: {class_path: evil.Arm}}",)])
+def test_no_setting_names_a_module_to_be_imported(settings, tmp_path, monkeypatch, overrides):
+    (tmp_path / "evil.py").write_text("raise SystemExit('this module was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "study.yaml"
+    arm = {"title": ""} if overrides else {"class_path": "evil.Arm"}
+    file.write_text(json.dumps({"arms": {"x": arm}, "primary": []}))
+    with pytest.raises(ValueError, match=r"there is no setting 'arms\.x\.class_path'"):
+        load_settings(StudyConfig, file, overrides)
 
 
 @pytest.mark.parametrize(

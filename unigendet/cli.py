@@ -24,7 +24,7 @@ from unigendet.commands import (
     study,
     train,
 )
-from unigendet.commands.common import Commands, Parser, UserError
+from unigendet.commands.common import Commands, Parser, UserError, say
 
 # In the order of the help.
 COMMANDS = (quickstart, study, train, generate, detect, calibrate, evaluate, export, bench, info)
@@ -42,17 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.command == "train" and all("=" in r and not r.startswith("-") for r in rest):
         options.overrides += rest  # argparse takes only the first run of them
     elif rest:
-        parser.prog += f" {options.command}"
+        parser.prog = options.label
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
         return options.run(options)
     except KeyboardInterrupt:
-        print("unigendet: interrupted", file=sys.stderr)
+        say(options, "interrupted")
         return 130
     except (UserError, ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
         if options.traceback:
             raise
-        print(f"unigendet {options.command}: {_explain(error)}", file=sys.stderr)
+        say(options, _explain(error))
         return 1
 
 

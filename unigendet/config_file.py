@@ -114,7 +114,7 @@ def _check_names(kind: Any, value: Any, name: str, where: str) -> None:
     if value is None and type(None) in alternatives:
         return
     kind = next((k for k in alternatives if k is not type(None)), kind)
-    inner = typing.get_args(kind)[:1] if typing.get_origin(kind) is tuple else ()
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         known = typing.get_type_hints(kind)
         if isinstance(value, str):
@@ -127,13 +127,24 @@ def _check_names(kind: Any, value: Any, name: str, where: str) -> None:
             if first not in known:
                 raise ValueError(f"{where}there is no setting {full!r}; {_remedy(first, full, name, list(known))}")
             _check_names(known[first], {rest: one} if rest else one, full, where)
-    elif inner and dataclasses.is_dataclass(inner[0]):
+    elif origin is tuple and dataclasses.is_dataclass(inner[0]):
         value = _yaml(value) if isinstance(value, str) else value
         if not isinstance(value, list):
-            form = "{" + ", ".join(f"{field}: …" for field in typing.get_type_hints(inner[0])) + "}"
-            raise ValueError(f"{where}{name} is {value!r}; it must be a list, say [{form}]")
+            raise ValueError(f"{where}{name} is {value!r}; it must be a list, say [{_form(inner[0])}]")
         for i, one in enumerate(value):
             _check_names(inner[0], one, f"{name}[{i}]", where)
+    elif origin is dict and dataclasses.is_dataclass(inner[1]):
+        value = _yaml(value) if isinstance(value, str) else value
+        if not isinstance(value, dict):
+            raise ValueError(f"{where}{name} is {value!r}; it must be named groups, say {{NAME: {_form(inner[1])}}}")
+        for key, one in value.items():
+            first, _, rest = str(key).partition(".")
+            _check_names(inner[1], {rest: one} if rest else one, f"{name}.{first}", where)
+
+
+def _form(kind: Any) -> str:
+    """How a group of settings is written."""
+    return "{" + ", ".join(f"{field}: …" for field in typing.get_type_hints(kind)) + "}"
 
 
 def _remedy(first: str, full: str, group: str, known: list[str]) -> str:

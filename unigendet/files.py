@@ -8,6 +8,7 @@
   the old ones; then they change places, which is a few renames, and while that lasts the folder carries a mark. What a
   process that ended meanwhile has left, ``finish_replacing`` brings to its end, so one who calls that first finds the
   old files or the new ones. A reader that is still reading when a save comes to its renames may find some of either.
+* ``claim_folder``: a folder that a command may write into, and clear, carries the command's mark.
 
 A process that is killed leaves names with a leading dot behind, which the next writer clears away.
 """
@@ -43,7 +44,7 @@ def naming(file: str | Path) -> Iterator[None]:
 
 
 @contextmanager
-def telling(file: str | Path) -> Iterator[None]:
+def rust_errors(file: str | Path) -> Iterator[None]:
     """Within it, an error that a library written in Rust tells as text (``… (os error 28)``) becomes an OSError."""
     try:
         yield
@@ -142,6 +143,32 @@ def remove_folder(path: Path) -> None:
     os.replace(path, gone)
     sync(path.parent)
     shutil.rmtree(gone)
+
+
+def claim_folder(out: Path, mark: str, parts: Sequence[str], *, by: str, note: str) -> None:
+    """Make a folder, with a mark, that one kind of job may write into; one that is there already must be such a folder.
+
+    Afterwards the folder holds the mark, parts, and what killed processes left while they wrote parts; nothing else.
+
+    Args:
+        out: the folder, as the argument of this name that the job got.
+        mark: name of the file that says whose folder it is: without it, it is not the job's, whatever names it holds.
+        parts: names of the files and folders that the job leaves.
+        by: who leaves such folders, for the error: "a study".
+        note: what the mark says to whoever opens it.
+
+    Raises:
+        ValueError: ``out`` is a file, or holds something else. Nothing was changed then.
+    """
+    half = beside(out / mark, PARTIAL)  # what a process that was killed right here leaves
+    present = sorted(path.name for path in out.iterdir() if path != half) if out.is_dir() else []
+    ours = {mark, *parts, *(beside(out / part, kind).name for part in parts for kind in (PARTIAL, OLD, GONE))}
+    foreign = [name for name in present if name not in ours]
+    if foreign or (present and mark not in present) or (out.exists() and not out.is_dir()):
+        what = f"holds {', '.join((foreign or present)[:5])}" if out.is_dir() else "is a file"
+        raise ValueError(f"out is {str(out)!r}, which {what}; it must be a new folder, or one that {by} left")
+    make_folder(out)
+    write_text(out / mark, note + "\n")
 
 
 def settle(path: Path) -> None:

@@ -46,8 +46,9 @@ from unigendet.data.tokenizer import Tokenizer
 from unigendet.evaluation import scoring
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.generation import DigitJudge
-from unigendet.evaluation.report import format_table, write_report
+from unigendet.evaluation.quickstart_report import format_table, write_report
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples
+from unigendet.files import claim_folder
 from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
@@ -261,19 +262,12 @@ def run(
 
 
 def _prepare(out: Path) -> None:
-    """Make the folder; clear what an earlier quickstart left there, and nothing else: it left its mark."""
-    present = sorted(p.name for p in out.iterdir()) if out.is_dir() else []
-    foreign = [name for name in present if name not in (*PARTS, MARK)]
-    if foreign or (present and MARK not in present) or (out.exists() and not out.is_dir()):
-        what = f"holds {', '.join((foreign or present)[:5])}" if out.is_dir() else "is a file"
-        raise ValueError(f"out is {str(out)!r}, which {what}; it must be a new folder, or one that a quickstart left")
-    for name in PARTS:
-        path = out / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / MARK).write_text(
-        "A quickstart made this folder; the next one may replace what it left here.\n", encoding="utf-8"
-    )
+    """Make the folder, and clear what an earlier quickstart left there: nothing else is in it once it is claimed."""
+    note = "A quickstart made this folder; the next one may replace what it left here."
+    claim_folder(out, MARK, PARTS, by="a quickstart", note=note)
+    for path in out.iterdir():
+        if path.name != MARK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def thin(history: Sequence[dict[str, Any]], points: int = 100) -> list[dict[str, float]]:

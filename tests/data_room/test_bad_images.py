@@ -12,7 +12,7 @@ from image_zoo import BAD, GOOD, ORIENTATION, UPRIGHT, oriented, saving
 from PIL import Image
 
 from unigendet.config import ImageConfig
-from unigendet.data.transforms import ImageTransform, read_image, resized_size, to_rgb
+from unigendet.data.transforms import ImageTransform, read_image, to_rgb
 
 VIEWS = {"latent": ImageConfig(min_size=512, max_size=1024, stride=16),
          "ViT": ImageConfig(min_size=224, max_size=980, stride=14)}  # fmt: skip
@@ -43,10 +43,9 @@ def test_views(tmp_path, name):
     image = read_image(path)
     for view in VIEWS.values():
         for channels in (1, 3):
-            pixels = ImageTransform.from_config(view, channels)(image)
-            width, height = resized_size(
-                *image.size, min_size=view.min_size, max_size=view.max_size, stride=view.stride
-            )
+            transform = ImageTransform.from_config(view, channels)
+            pixels = transform(image)
+            width, height = transform.size_of(*image.size)
             assert pixels.shape == (channels, height, width)
             assert torch.isfinite(pixels).all()
             assert pixels.abs().max() <= 1

@@ -5,8 +5,8 @@ import os
 
 import pytest
 
-from unigendet.data import files
-from unigendet.data.files import list_images
+from unigendet.data import image_files
+from unigendet.data.image_files import list_images
 from unigendet.data.labelled import read_labelled
 
 
@@ -112,5 +112,5 @@ def test_a_folder_that_may_not_be_listed_stands_for_its_images(tmp_path, monkeyp
             raise PermissionError(13, "Permission denied", str(folder))
         return listdir(folder)
 
-    monkeypatch.setattr(files.os, "listdir", refusing)
+    monkeypatch.setattr(image_files.os, "listdir", refusing)
     assert list_images(tmp_path) == [tmp_path / "a", tmp_path / "b" / "2.png"]

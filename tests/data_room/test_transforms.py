@@ -30,7 +30,7 @@ VIT = {"min_size": 224, "max_size": 980, "stride": 14}
     ],
 )
 def test_sizes(size, rule, want):
-    assert resized_size(*size, **rule) == want
+    assert resized_size(*size, **rule) == want == ImageTransform(**rule).size_of(*size)
 
 
 @settings(max_examples=300, deadline=None)

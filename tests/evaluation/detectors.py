@@ -7,29 +7,24 @@ from PIL import Image
 
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.transforms import read_image
-
-
-@dataclass(frozen=True)
-class Said:
-    """What ``Detection`` of the pipeline has, as far as scoring reads it."""
-
-    real: bool | None
-    probability: float | None
-    explanation: str
-    error: str | None = None
-    logit: float | None = None
+from unigendet.inference.detect import Detection
 
 
 @dataclass
 class BrightnessDetector:
     """Calls bright images real: its probability of real is the mean grey level, over 255.
 
-    ``calls``: the options of every call of ``detect``; ``stop_after``: images after which it is interrupted.
+    ``calls``: the options of every call of ``detect``; ``stop_after``: images after which it is interrupted; ``room``:
+    characters of the longest question and its answer's tokens together.
     """
 
     has_head: bool = True
     stop_after: int | None = None
+    room: int = 50
     calls: list = field(default_factory=list)
+
+    def default_answer(self, questions, *, with_latent=True):
+        return self.room - max(len(question or "") for question in questions)
 
     def detect(self, images, *, question, transform, with_latent, max_new_tokens, batch_size, calibration, on_error):
         images = list(images)
@@ -44,7 +39,7 @@ class BrightnessDetector:
             try:
                 image = read_image(path)
             except (ValueError, OSError) as error:
-                yield Said(None, None, "", str(error))
+                yield Detection(str(path), None, None, "", str(error))
                 continue
             if transform is not None:
                 image = transform(image)
@@ -53,7 +48,7 @@ class BrightnessDetector:
                 : None if max_new_tokens is None else 8 * max_new_tokens
             ]
             says_so = self.has_head or len(text) > 20
-            yield Said((p >= 0.5) if says_so else None, p if self.has_head else None, text)
+            yield Detection(str(path), (p >= 0.5) if says_so else None, p if self.has_head else None, text)
 
 
 LEVELS = {"real": (200, 230, 100, 250), "gan": (20, 60, 150), "sd": (90, 10)}  # of the images; wrong: 100 and 150

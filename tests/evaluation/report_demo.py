@@ -11,7 +11,7 @@ from sklearn.model_selection import train_test_split
 
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.generation import DigitJudge
-from unigendet.evaluation.report import write_report
+from unigendet.evaluation.quickstart_report import write_report
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples
 
 WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]

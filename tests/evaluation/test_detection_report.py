@@ -21,8 +21,8 @@ from unigendet.evaluation.detection_report import (
 )
 from unigendet.evaluation.detection_run import Predictions, RunSettings, complete, prepare_folder
 from unigendet.evaluation.figures import MAX_POINTS
+from unigendet.evaluation.pages import percent
 from unigendet.evaluation.reliability import reliability_bins
-from unigendet.evaluation.report import percent
 from unigendet.evaluation.robustness import Disturbance
 
 HOW = RunSettings(disturbances=(Disturbance("jpeg", 75), Disturbance("resize", 0.5), Disturbance("blur", 2)))

@@ -6,7 +6,6 @@ import json
 import pytest
 from detectors import BrightnessDetector, write_images
 
-from unigendet.data.hashes import model_hash
 from unigendet.data.transforms import read_image
 from unigendet.evaluation.detection_run import (
     UNDISTURBED,
@@ -114,7 +113,11 @@ def test_an_image_that_could_not_be_read_is_judged_again(folder, records, root, 
 def test_without_a_head_a_verdict_needs_words(folder, records, root):
     detector = BrightnessDetector(has_head=False)
     finish(folder, records, root, DISTURBED, detector)
-    assert [call["max_new_tokens"] for call in detector.calls] == [None, VERDICT_TOKENS, VERDICT_TOKENS]
+    assert [call["max_new_tokens"] for call in detector.calls] == [35, VERDICT_TOKENS, VERDICT_TOKENS]
+    little = prepare_folder(folder.parent / "little", IDENTITY)
+    detector = BrightnessDetector(has_head=False, room=25)
+    finish(little, records, root, DISTURBED, detector)
+    assert [call["max_new_tokens"] for call in detector.calls] == [10, 10, 10]
     short = prepare_folder(folder.parent / "short", IDENTITY)
     detector = BrightnessDetector(has_head=False)
     finish(short, records, root, dataclasses.replace(DISTURBED, max_new_tokens=3), detector)
@@ -237,23 +240,7 @@ def test_a_folder_that_is_not_ours_is_refused(tmp_path, content):
         prepare_folder(tmp_path, IDENTITY)
 
 
-def test_hashes_see_what_verdicts_depend_on(records, root, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"weights")
-    (model / "notes.md").write_text("one")
-    first = model_hash(model)
-    (model / "notes.md").write_text("two")
-    assert model_hash(model) == first
-    (tmp_path / "ae.safetensors").write_bytes(b"autoencoder")
-    assert model_hash(model, tmp_path / "ae.safetensors") != first == model_hash(model, None)
-    (model / "model.safetensors").write_bytes(b"Weights")
-    assert model_hash(model) != first
-    with pytest.raises(FileNotFoundError, match="no model folder at"):
-        model_hash(tmp_path / "nowhere")
-    with pytest.raises(FileNotFoundError, match="lost"):
-        model_hash(model, tmp_path / "lost.safetensors")
-
+def test_the_data_s_hash_sees_what_verdicts_depend_on(records, root, tmp_path):
     before = data_hash(records, root)
     assert before == data_hash(list(records), root)
     moved = root.rename(tmp_path / "moved")

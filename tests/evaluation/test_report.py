@@ -15,7 +15,8 @@ from rich.console import Console
 
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.figures import data_uri, line_chart, save_image_grid, tile
-from unigendet.evaluation.report import format_table, number, percent, seconds, write_report
+from unigendet.evaluation.pages import number, percent, seconds
+from unigendet.evaluation.quickstart_report import format_table, write_report
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples, environment
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}

@@ -8,12 +8,12 @@ import pytest
 from PIL import Image
 
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
-from unigendet.evaluation.robustness import LEVELS, Disturbance, robustness_curves
+from unigendet.evaluation.robustness import KINDS, Disturbance, robustness_curves
 
 RNG = np.random.default_rng(0)
 PHOTO = Image.fromarray(RNG.integers(0, 256, (20, 31, 3), dtype=np.uint8))
 DIGIT = Image.fromarray(RNG.integers(0, 17, (8, 8), dtype=np.uint8) * 15)
-EVERY = [Disturbance(kind, level) for kind, levels in LEVELS.items() for level in levels]
+EVERY = [Disturbance(name, level) for name, kind in KINDS.items() for level in kind.levels]
 
 
 def values(image):
@@ -102,6 +102,14 @@ def test_transparency_is_on_white_as_for_the_undisturbed_image():
 def test_unfit_levels_are_named(kind, level, message):
     with pytest.raises(ValueError, match=message):
         Disturbance(kind, level)
+
+
+def test_the_usual_levels_go_from_mild_to_strong():
+    for name, kind in KINDS.items():
+        changes = [np.abs(np.asarray(Disturbance(name, level)(PHOTO).resize(PHOTO.size), float) - values(PHOTO)).mean()
+                   for level in kind.levels]  # fmt: skip
+        assert changes == sorted(changes), name
+        assert changes[0] < changes[-1]
 
 
 def test_curves():

@@ -4,13 +4,14 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from detectors import BrightnessDetector, Said, write_images
+from detectors import BrightnessDetector, write_images
 from tiny_encoder import write_encoder
 
 from unigendet.config import DataConfig
 from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.explanations import SentenceEncoder
 from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.inference.detect import Detection
 from unigendet.quickstart import detect_records
 
 
@@ -103,7 +104,7 @@ def test_answers_without_a_verdict_are_wrong_without_a_head(records):
 def test_images_in_an_unsure_band_are_wrong_and_counted(records):
     class Unsure:
         def detect(self, images, **options):
-            return (Said(None, 0.55, "This is a real image.") for _ in images)
+            return (Detection(str(path), None, 0.55, "This is a real image.", unsure=True) for path in images)
 
     overall = scored(Unsure(), records).overall
     assert (overall.accuracy, overall.unparsed, overall.unsure, overall.unreadable) == (0.0, 9, 9, 0)
@@ -114,7 +115,7 @@ def test_text_that_disagrees_with_the_head(records):
     class TwoTongued:
         def detect(self, images, **options):
             answers = ("This is a real image.", "This is a fake image.", "Who knows?")
-            return (Said(True, 0.75, answers[i % 3]) for i, _ in enumerate(images))
+            return (Detection(str(path), True, 0.75, answers[i % 3]) for i, path in enumerate(images))
 
     overall = scored(TwoTongued(), records).overall
     assert overall.accuracy == pytest.approx(4 / 9)

@@ -7,7 +7,7 @@ from test_report import Page
 
 from unigendet.evaluation.comparisons import METRICS
 from unigendet.evaluation.figures import ForestRow, forest_plot
-from unigendet.evaluation.study_report import difference, estimate, study_view, value_text, write_study
+from unigendet.evaluation.study_report import difference, estimate, study_texts, value_text, write_study
 
 METRIC = {metric.name: metric for metric in METRICS}
 
@@ -32,17 +32,17 @@ def test_page_of_one_seed(tmp_path):
     assert "one seed: no interval" in Page((tmp_path / "report.html").read_text()).text
 
 
-def test_view():
-    view = study_view(demo_study())
-    (primary,) = view["primary"]
+def test_texts_of_a_study():
+    texts = study_texts(demo_study())
+    (primary,) = texts["primary"]
     assert primary["what"] == "arm <one> against arm two"
     assert primary["verdict"] == "better"
-    assert [line["arm"] for line in view["table"]["lines"]] == ["arm <one>", "arm two"]  # of three there is no run
-    assert "Explanation ROUGE-L" not in view["table"]["titles"]  # nobody has one
+    assert [line["arm"] for line in texts["table"]["lines"]] == ["arm <one>", "arm two"]  # of three there is no run
+    assert "Explanation ROUGE-L" not in texts["table"]["titles"]  # nobody has one
     compared = [m for m in METRICS if m.compared and m.name not in ("rouge_l", "frechet")]
-    assert len(view["exploratory"]) == view["chance"]["count"] == len(compared)
-    assert view["chance"]["expected"] == "0.25"
-    assert view["cost"] == {"seconds": "9 min 12 s", "cpu_seconds": "18 min 24 s"}
+    assert len(texts["exploratory"]) == texts["chance"]["count"] == len(compared)
+    assert texts["chance"]["expected"] == "0.25"
+    assert texts["cost"] == {"seconds": "9 min 12 s", "cpu_seconds": "18 min 24 s"}
 
 
 def test_texts_of_values():

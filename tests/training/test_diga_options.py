@@ -190,7 +190,8 @@ def test_projector_in_files(tmp_path):
     mlp = tiny_model(2)
     save_pretrained(mlp, tmp_path / "mlp")
     config = tiny_config(align_projector="conv")
-    with pytest.raises(CheckpointError, match=r"2 missing: diga_conv.weight, diga_conv.bias; 4 unexpected: diga_mlp.0"):
+    want = r"2 missing: diga_conv.weight, diga_conv.bias; 4 unexpected: diga_mlp.0.* To start diga_conv afresh, name"
+    with pytest.raises(CheckpointError, match=want):
         load_pretrained(tmp_path / "mlp", config=config)
     with pytest.raises(ValueError, match=r"initialize names \['diga_mlp'\]"):
         load_pretrained(tmp_path / "mlp", config=config, initialize=["diga_mlp"])
@@ -201,8 +202,20 @@ def test_projector_in_files(tmp_path):
     assert 0.8 < fresh.align_head.conv.weight.std() * (9 * 32) ** 0.5 < 1.2
     stray = load_file(tmp_path / "mlp" / "model.safetensors") | {"diga_other.weight": torch.zeros(1)}
     save_file(stray, tmp_path / "mlp" / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"Tensors 1 unexpected: diga_other.weight\. "):
+    with pytest.raises(CheckpointError, match=r"Tensors 1 unexpected: diga_other.weight\. The weights must be"):
         load_pretrained(tmp_path / "mlp", config=config, initialize=["diga_conv"])
+    with pytest.raises(CheckpointError, match=r"5 unexpected: .*diga_other.weight\. The weights must be those"):
+        load_pretrained(tmp_path / "mlp", config=config)
+
+
+def test_projector_that_is_missing_alone(tmp_path):
+    save_pretrained(tiny_model(1, align_head=False), tmp_path)
+    with pytest.raises(CheckpointError, match=r"Tensors 2 missing: .*\. To start diga_conv afresh, name them in init"):
+        load_pretrained(tmp_path, config=tiny_config(align_projector="conv"))
+    save_pretrained(tiny_model(1), tmp_path / "mlp")
+    config = tiny_config(align_head=False)  # nothing is missing, and starting afresh no remedy
+    with pytest.raises(CheckpointError, match=r"Tensors 4 unexpected: diga_mlp.0.bias, .*\. The weights must be those"):
+        load_pretrained(tmp_path / "mlp", config=config)
 
 
 def test_projector_of_a_run(tmp_path):

@@ -332,11 +332,14 @@ def test_any_other_error_stops_the_run(make, tmp_path, monkeypatch):
 
 
 def test_progress_shows_the_last_look(make, tmp_path):
-    plain, fancy = io.StringIO(), io.StringIO()
+    plain, unscored, fancy = io.StringIO(), io.StringIO(), io.StringIO()
     make(console=Console(file=plain, width=200)).run()
     lines = [line.split("  ")[1:3] for line in plain.getvalue().splitlines()]
     assert [line[0] for line in lines] == [f"step {n}/4" for n in (0, 2, 2, 4, 4)]
     assert ["held out: accuracy" in line[1] for line in lines] == [True, False, True, False, True]
+    out = tmp_path / "pictures"
+    make("watch.detection=null", f"output={out}", "total_steps=1", console=Console(file=unscored, width=200)).run()
+    assert unscored.getvalue().splitlines()[0].endswith(f"  step 0/1  samples {out / 'watch/step-000000.png'}")
     console = Console(file=fancy, force_terminal=True, width=250)
     make("total_steps=3", f"output={tmp_path / 'other'}", console=console).run()
     assert "tokens/s  held out: accuracy" in fancy.getvalue()

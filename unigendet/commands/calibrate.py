@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
-from unigendet.commands.detect import question_options, quiet_pillow
+from unigendet.commands.common import (
+    Commands,
+    UserError,
+    detector_options,
+    load_pipeline,
+    model_options,
+    quiet_pillow,
+    say,
+)
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import check_out
 
@@ -28,9 +34,11 @@ ROWS = (("nll", "negative log-likelihood"), ("ece", "expected calibration error"
 
 def add(commands: Commands) -> None:
     """Describe the command."""
+    asked = "the one it was trained with; of every image: annotations' own questions are not used"
     calibrate = commands.add(
-        "calibrate", run, "Fit probabilities and threshold to labelled images.", model_options(), epilog=EPILOG
-    )
+        "calibrate", run, "Fit probabilities and threshold to labelled images.", model_options(),
+        detector_options(asked, verdicts=False), epilog=EPILOG,
+    )  # fmt: skip
     calibrate.add_argument("data", type=Path, metavar="DATA",
                            help="annotation file in FakeClue's format, or a folder with real/ and fake/")  # fmt: skip
     calibrate.add_argument("--image-root", type=Path, metavar="FOLDER",
@@ -42,22 +50,22 @@ def add(commands: Commands) -> None:
                            help="largest share of real images called fake (default: as is best)")  # fmt: skip
     calibrate.add_argument("--confident-accuracy", type=float, metavar="SHARE",
                            help="leave as few unsure as lets this share of the others be right")  # fmt: skip
-    question_options(calibrate, "; of every image: annotations' own questions are not used")
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation.calibration import check_request, fit_calibration
+    from unigendet.inference.model_files import folder_config
 
     records = read_labelled(options.data, image_root=options.image_root)
     check_present(records)
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)
     check_out(options.out, options.overwrite)
-    pipeline = load_pipeline(options)
-    if pipeline.model.class_head is None:
+    if not folder_config(options.model).class_head:
         raise UserError(f"the model {options.model} has no real/fake head; there is nothing to calibrate")
+    pipeline = load_pipeline(options)
     quiet_pillow()
     logits, labels = _judge(options, pipeline, records)
     fitted = fit_calibration(logits, labels, **targets)
@@ -66,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     print("\n".join(_table(fitted)))
     if not fitted.measured["temperature_found"]:
         why = "these images determine no temperature (the logits do not tell them apart); it stays 1"
-        print(f"unigendet calibrate: {why}", file=sys.stderr)
+        say(options, why)
     print(f"The calibration: {options.out}")
     return 0
 
@@ -80,7 +88,7 @@ def _judge(
         [record.image for record in records], question=options.question, with_latent=not options.no_latent,
         max_new_tokens=0, batch_size=options.batch_size, on_error="row",
     )  # fmt: skip
-    with Progress("unigendet calibrate", len(records)) as progress:
+    with Progress(options.label, len(records)) as progress:
         for record, one in zip(records, detections, strict=True):
             if one.error is None:
                 logits.append(one.logit)
@@ -89,7 +97,7 @@ def _judge(
                 failed.append(one.error)
             progress.advance()
     for error in failed:
-        print(f"unigendet calibrate: left out: {error}", file=sys.stderr)
+        say(options, f"left out: {error}")
     return logits, labels
 
 

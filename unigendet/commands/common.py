@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -10,8 +12,6 @@ if TYPE_CHECKING:
     import torch
 
     from unigendet.inference.pipeline import Pipeline
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # of pictures to be written
 
 
 class UserError(Exception):
@@ -37,16 +37,24 @@ class Commands:
     def add(
         self, name: str, run: object, text: str, *parents: argparse.ArgumentParser, epilog: str | None = None
     ) -> argparse.ArgumentParser:
-        """A command with the common options; ``run`` takes the parsed options and returns the exit code."""
+        """A command with the common options; ``run`` takes the parsed options and returns the exit code.
+
+        The options have the command's whole name as ``label``, with which all its messages begin.
+        """
         command = self._subparsers.add_parser(
             name, help=text, description=text, parents=[self._common, *parents], epilog=epilog
         )
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, label=command.prog)
         return command
 
     def group(self, name: str, text: str) -> Commands:
         """A command that has commands of its own, which are added to what this returns."""
         return Commands(self._subparsers.add_parser(name, help=text, description=text), dest="subcommand")
+
+
+def say(options: argparse.Namespace, text: str) -> None:
+    """A message on standard error, after the command's name."""
+    print(f"{options.label}: {text}", file=sys.stderr)
 
 
 def model_options(required: bool = True) -> argparse.ArgumentParser:
@@ -60,6 +68,28 @@ def model_options(required: bool = True) -> argparse.ArgumentParser:
     device.add_argument("--dtype", default="auto", choices=["auto", "float32", "bfloat16"],
                         help="of the weights (default: bfloat16 on cuda, float32 elsewhere)")  # fmt: skip
     return device
+
+
+def detector_options(question: str, *, verdicts: bool = True) -> argparse.ArgumentParser:
+    """How a detector is asked, as a parent parser.
+
+    ``question``: what it is asked by default. ``verdicts``: with the options of answers and calibrated verdicts, too.
+    """
+    parent = argparse.ArgumentParser(add_help=False)
+    options = parent.add_argument_group("judging")
+    options.add_argument("--question", help=f"what the model is asked (default: {question})")
+    options.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
+    options.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
+    if verdicts:
+        text = "longest explanation; 0 = verdict only (default: 256, or the model's room)"
+        options.add_argument("--max-tokens", type=int, metavar="N", help=text)
+        options.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
+    return parent
+
+
+def quiet_pillow() -> None:
+    """Pillow's warnings (large pictures, odd metadata) name no file, and what it cannot read becomes an error."""
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def device_and_dtype(options: argparse.Namespace) -> tuple[torch.device, torch.dtype]:

@@ -7,11 +7,10 @@ import dataclasses
 import math
 import os
 import sys
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, load_pipeline, model_options
+from unigendet.commands.common import Commands, detector_options, load_pipeline, model_options, quiet_pillow, say
 from unigendet.commands.inputs import find_pictures
 from unigendet.commands.progress import Progress
 from unigendet.commands.rows import FORMATS, RowWriter, check_out, format_of
@@ -30,8 +29,9 @@ nothing could be done."""
 def add(commands: Commands) -> None:
     """Describe the command."""
     detect = commands.add(
-        "detect", run, "Tell real images from generated ones; one row per picture.", model_options(), epilog=EPILOG
-    )
+        "detect", run, "Tell real images from generated ones; one row per picture.", model_options(),
+        detector_options("the one it was trained with"), epilog=EPILOG,
+    )  # fmt: skip
     detect.set_defaults(wrong=detect.error)
     detect.add_argument(
         "paths", nargs="*", metavar="PATH", help="files, folders (searched recursively) or patterns: 'shots/**/*.png'"
@@ -39,25 +39,13 @@ def add(commands: Commands) -> None:
     detect.add_argument("--list", metavar="FILE", help="also the files named in FILE, one per line; - = standard input")
     detect.add_argument("--format", choices=FORMATS, help="default: as --out ends (.jsonl, .csv), otherwise table")
     detect.add_argument("--out", type=Path, metavar="FILE", help="write the rows here, each as soon as it is there")
-    question_options(detect)
-    detect.add_argument("--max-tokens", type=int, metavar="N",
-                        help="longest explanation; 0 = verdict only (default: 256, or the model's room)")  # fmt: skip
     verdict = detect.add_argument_group("the verdict")
-    verdict.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
     verdict.add_argument("--threshold", type=float, metavar="P",
                          help="real from this probability on (default: the calibration's, or 0.5); alone, it drops "
                               "a calibration's unsure band that it lies outside of")  # fmt: skip
     verdict.add_argument("--unsure", type=float, nargs=2, metavar=("LOW", "HIGH"),
                          help="no verdict between these two (default: the calibration's, or none); alone, it moves "
                               "a threshold that lies outside to its middle, in logits")  # fmt: skip
-
-
-def question_options(command: argparse.ArgumentParser, note: str = "") -> None:
-    """How a model is asked; ``calibrate`` must ask as ``detect`` will. ``note``: on the question, for the help."""
-    text = f"what the model is asked (default: the question it was trained with{note})"
-    command.add_argument("--question", help=text)
-    command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
-    command.add_argument("--batch-size", type=int, default=16, help="images judged together (default: 16)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -76,7 +64,7 @@ def run(options: argparse.Namespace) -> int:
     failed = 0
     heads = {"path": min(max(map(len, paths)), 40), "verdict": 9, "p(real)": 7}
     writer = RowWriter(COLUMNS, heads, format_of(options.format, options.out), options.out)
-    progress = Progress("unigendet detect", len(paths))
+    progress = Progress(options.label, len(paths))
     try:
         with progress, writer:
             for one in detections:
@@ -89,17 +77,12 @@ def run(options: argparse.Namespace) -> int:
     except BaseException:
         if progress.done:
             kept = "" if options.out is None else f", in {options.out}"
-            print(f"unigendet detect: {progress.done} of {len(paths)} rows were written{kept}", file=sys.stderr)
+            say(options, f"{progress.done} of {len(paths)} rows were written{kept}")
         raise
     if failed:
         were = "was not judged; its row says why" if failed == 1 else "were not judged; their rows say why"
-        print(f"unigendet detect: {failed} of {len(paths)} images {were}", file=sys.stderr)
+        say(options, f"{failed} of {len(paths)} images {were}")
     return 1 if failed else 0
-
-
-def quiet_pillow() -> None:
-    """Pillow's warnings (large pictures, odd metadata) name no file, and what it cannot read becomes an error."""
-    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _calibration(options: argparse.Namespace) -> Calibration | None:
@@ -118,11 +101,12 @@ def _calibration(options: argparse.Namespace) -> Calibration | None:
         low, high = unsure
         if options.unsure is None and 0 <= threshold <= 1:
             unsure = None
-            _say(f"--threshold {threshold:g} lies outside the unsure band of {options.calibration}, from {low:g} to "
-                 f"{high:g}; there is no band")  # fmt: skip
+            band = f"the unsure band of {options.calibration}, from {low:g} to {high:g}"
+            say(options, f"--threshold {threshold:g} lies outside {band}; there is no band")
         elif options.threshold is None and 0 <= low <= high <= 1:
             before, threshold = threshold, _middle(low, high)
-            _say(f"the threshold {before:g} lies outside --unsure {low:g} {high:g}; it is {threshold:g} instead")
+            instead = f"it is {threshold:g} instead"
+            say(options, f"the threshold {before:g} lies outside --unsure {low:g} {high:g}; {instead}")
     return dataclasses.replace(calibration, threshold=threshold, unsure=unsure)
 
 
@@ -130,10 +114,6 @@ def _middle(low: float, high: float) -> float:
     """The probability whose logit is the mean of two probabilities'; not of 0 and 1."""
     real, fake = math.sqrt(low * high), math.sqrt((1 - low) * (1 - high))
     return min(max(low, real / (real + fake)), high)
-
-
-def _say(text: str) -> None:
-    print(f"unigendet detect: {text}", file=sys.stderr)
 
 
 def _row(one: Detection) -> dict[str, Any]:

@@ -3,34 +3,37 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigendet import __version__
-from unigendet.commands.common import Commands, UserError, device_and_dtype, load_pipeline, model_options
-from unigendet.commands.detect import quiet_pillow
+from unigendet.commands.common import (
+    Commands,
+    UserError,
+    detector_options,
+    device_and_dtype,
+    load_pipeline,
+    model_options,
+    quiet_pillow,
+    say,
+)
 from unigendet.commands.progress import Progress
+from unigendet.evaluation.robustness import KINDS, Disturbance
 
 if TYPE_CHECKING:
     from unigendet.data.datasets import DetectionRecord
     from unigendet.evaluation.detection_run import Predictions, RunSettings
-    from unigendet.evaluation.robustness import Disturbance
-    from unigendet.inference.pipeline import Pipeline
 
-DISTURBANCES = {
-    "jpeg": (int, "Q", "JPEG qualities"),
-    "resize": (float, "F", "factors, below 1, that both edges are scaled by"),
-    "blur": (float, "S", "standard deviations of a Gaussian blur, in pixels"),
-}
 CALIBRATION = ("temperature", "threshold", "unsure")  # what of one moves verdicts
 
 
 def add(commands: Commands) -> None:
     """Describe the command."""
+    asked = "each annotation's own question; for a folder, the one it was trained with"
     command = commands.add(
         "detection", run, "Score a model's verdicts and explanations on labelled images.", model_options(),
+        detector_options(asked),
         epilog="An interrupted evaluation goes on where it stopped: give the same command again. Images that are "
                "there but cannot be read count as wrong verdicts.",
     )  # fmt: skip
@@ -44,39 +47,27 @@ def add(commands: Commands) -> None:
                          help="what the paths in an annotation file are relative to (default: its folder)")  # fmt: skip
     command.add_argument("--limit", type=int, metavar="N",
                          help="judge N images only, spread evenly over real and fake and over the groups")  # fmt: skip
-    command.add_argument("--question",
-                         help="what the model is asked (default: each annotation's own question; for a folder, the one "
-                              "the model was trained with)")  # fmt: skip
-    command.add_argument("--no-latent", action="store_true", help="leave out the latent view (no symbiotic attention)")
-    command.add_argument(
-        "--max-tokens",
-        type=int,
-        metavar="N",
-        help="longest explanation; 0 = verdict only (default: 256, or the model's room)",
-    )
-    command.add_argument("--batch-size", type=int, default=16, metavar="N", help="images judged together (default: 16)")
-    command.add_argument("--calibration", type=Path, metavar="FILE", help="what 'unigendet calibrate' wrote")
     command.add_argument("--sentence-encoder", type=Path, metavar="FOLDER",
                          help="local sentence encoder (safetensors) for the semantic similarity of explanations, CSS; "
                               "without it, only words are compared")  # fmt: skip
     group = command.add_argument_group("disturbed images", "Verdicts again on images that were disturbed first.")
     group.add_argument("--robustness", action="store_true", help="under all three kinds, at the usual levels")
-    for kind, (convert, metavar, what) in DISTURBANCES.items():
-        group.add_argument(f"--{kind}", type=convert, nargs="*", metavar=metavar,
-                           help=f"{what}; none = the usual ones; without --robustness, only this kind")  # fmt: skip
+    for name, kind in KINDS.items():
+        which = f"{kind.option}; none = the usual ones; without --robustness, only this kind"
+        group.add_argument(f"--{name}", type=kind.parse, nargs="*", metavar=kind.metavar, help=which)
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from rich.console import Console
 
-    from unigendet.data.hashes import model_hash
+    from unigendet.data.hashes import files_hash
     from unigendet.data.labelled import check_present, read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
     from unigendet.evaluation.explanations import SentenceEncoder
     from unigendet.evaluation.scoring import limit_evenly
-    from unigendet.model.checkpoint import stored_config
+    from unigendet.inference.model_files import folder_config, model_files
 
     settings = _settings(options)
     everything = read_labelled(options.data, image_root=options.image_root)
@@ -85,11 +76,12 @@ def run(options: argparse.Namespace) -> int:
     _check_questions(settings, {record.question for record in records})
     root = options.image_root or (options.data if options.data.is_dir() else options.data.parent)
     device, dtype = device_and_dtype(options)
+    config = folder_config(options.model)
     encoder = None if options.sentence_encoder is None else SentenceEncoder(options.sentence_encoder, device)
-    print("reading model and data", file=sys.stderr, flush=True)
+    say(options, "reading model and data")
     identity = {
         "settings": _identifying(options, settings, dtype),
-        "model": model_hash(options.model, options.autoencoder),
+        "model": files_hash((path.name, path) for path in model_files(options.model, config, options.autoencoder)),
         "data": folders.data_hash(records, root),
     }
     predictions = folders.Predictions(folders.prepare_folder(options.out, identity), records, root)
@@ -110,7 +102,7 @@ def run(options: argparse.Namespace) -> int:
         encoder,
         title=title,
         available=len(everything),
-        has_head=stored_config(options.model).class_head,
+        has_head=config.class_head,
         settings=shown,
     )
     page = write_detection_report(options.out, report)
@@ -133,9 +125,9 @@ def _complete(
     left = sum(len(predictions.missing(condition)) for condition in settings.conditions)
     total = len(records) * len(settings.conditions)
     if left < total:
-        print(f"{options.out} has {total - left} of {total} verdicts already", file=sys.stderr)
+        say(options, f"{options.out} has {total - left} of {total} verdicts already")
     quiet_pillow()
-    with Progress("unigendet evaluate detection", left, "verdicts") as bar:
+    with Progress(options.label, left, "verdicts") as bar:
         complete(
             predictions,
             records,
@@ -143,22 +135,7 @@ def _complete(
             lambda: load_pipeline(options),
             root=root,
             progress=bar.advance,
-            answer_length=lambda pipeline: _answer_length(pipeline, records, settings),
         )
-
-
-def _answer_length(pipeline: Pipeline, records: Sequence[DetectionRecord], settings: RunSettings) -> int | None:
-    """The longest answer by default, in tokens: what there is room for after the longest question of all records. None
-    where a question leaves no room: the pipeline says so.
-    """
-    from unigendet.inference.detect import answer_room
-    from unigendet.inference.pipeline import DEFAULT_ANSWER
-
-    asked = {record.question or pipeline.data.question for record in records}
-    texts = map(pipeline.builder.text, asked if settings.question is None else {settings.question})
-    config, latent = pipeline.model.config, settings.with_latent
-    room = min(answer_room(config, text, with_latent=latent) for text in texts)
-    return min(DEFAULT_ANSWER, room) if room > 0 else None
 
 
 def _settings(options: argparse.Namespace) -> RunSettings:
@@ -187,17 +164,15 @@ def _check_questions(settings: RunSettings, asked: set[str]) -> None:
 
 
 def _disturbances(options: argparse.Namespace) -> Iterator[Disturbance]:
-    from unigendet.evaluation.robustness import LEVELS, Disturbance
-
-    for kind in DISTURBANCES:
-        levels = getattr(options, kind)
+    for name, kind in KINDS.items():
+        levels = getattr(options, name)
         if levels is None and not options.robustness:
             continue
-        for level in dict.fromkeys(levels or LEVELS[kind]):
+        for level in dict.fromkeys(levels or kind.levels):
             try:
-                yield Disturbance(kind, level)
+                yield Disturbance(name, level)
             except ValueError as error:
-                raise UserError(f"--{kind}: {error}") from error
+                raise UserError(f"--{name}: {error}") from error
 
 
 def _identifying(options: argparse.Namespace, settings: RunSettings, dtype: object) -> dict[str, Any]:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
-from unigendet.commands.generation import (
+from unigendet.commands.common import Commands, UserError, load_pipeline, model_options, say
+from unigendet.commands.inputs import find_pictures
+from unigendet.commands.progress import Progress
+from unigendet.commands.sampling import (
     GUIDANCE_NOTE,
     check_grid,
     entries_of,
@@ -20,8 +21,6 @@ from unigendet.commands.generation import (
     sampling_options,
     save_grid,
 )
-from unigendet.commands.inputs import find_pictures
-from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
     from unigendet.data.prompts import PromptRecord
@@ -75,7 +74,7 @@ def run(options: argparse.Namespace) -> int:
     features = _features(options)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.images is not None:
-        images, prompts, made = _found(options.images)
+        images, prompts, made = _found(options)
         _check_apart(images, reference)
     else:
         images, prompts, made = _generated(options, records, reference)
@@ -88,7 +87,7 @@ def run(options: argparse.Namespace) -> int:
     print(format_scores(scores))
     print(f"The numbers: {path}")
     for warning in scores.warnings:
-        print(f"unigendet evaluate: note: {warning}", file=sys.stderr)
+        say(options, f"note: {warning}")
     return 0
 
 
@@ -188,7 +187,7 @@ def _features(options: argparse.Namespace) -> InceptionFeatures | None:
         raise UserError(str(error)) from error
 
 
-def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
+def _found(options: argparse.Namespace) -> tuple[list[Path], list[str | None], dict[str, Any]]:
     """Pictures to score, their prompts as far as they are known, and what settings say of them.
 
     Those of the manifest where there is one; otherwise all that are no contact sheets.
@@ -196,6 +195,7 @@ def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
     from unigendet.data.image_folder import MANIFEST, read_manifest
     from unigendet.evaluation.contact_sheet import is_contact_sheet
 
+    folder = options.images
     everything, manifest = _below(folder), dict(sorted(read_manifest(folder).items()))
     if not (folder / MANIFEST).is_file():
         images = [path for path in everything if not is_contact_sheet(path)]
@@ -213,7 +213,7 @@ def _found(folder: Path) -> tuple[list[Path], list[str | None], dict[str, Any]]:
         why = f"are not in its {MANIFEST}"
     left_out = len(set(everything) - set(images))
     if left_out:
-        print(f"unigendet evaluate: note: {left_out} files of {folder} {why} and are left out", file=sys.stderr)
+        say(options, f"note: {left_out} files of {folder} {why} and are left out")
     return images, prompts, {"images": str(folder), "left_out": left_out, **made}
 
 
@@ -251,7 +251,7 @@ def _generated(
     requests = pipeline.check_requests(requests)
     folder = ImageFolder(target, overwrite=options.overwrite)
     entries = entries_of(requests, options, pipeline, guidance)
-    images = fill_folder(folder, entries, pipeline, requests, guidance, options.batch_size)
+    images = fill_folder(folder, entries, pipeline, requests, guidance, options)
     if options.grid is not None:
         save_grid(options.grid, rows, images)
     made = {
@@ -274,5 +274,5 @@ def _scored(
 
     if features is None:
         return score_digits(images, prompts)
-    with Progress("unigendet evaluate generation", len(images) + len(reference), "images seen") as progress:
+    with Progress(options.label, len(images) + len(reference), "images seen") as progress:
         return score_inception(images, reference, features, batch_size=options.batch_size, done=progress.advance)

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from pathlib import Path
 
-from unigendet.commands.common import Commands, UserError
+from unigendet.commands.common import Commands, UserError, say
 
 
 def add(commands: Commands) -> None:
@@ -44,11 +43,10 @@ def run(options: argparse.Namespace) -> int:
     )
     print(options.out)
     if needs_autoencoder(options.out):
-        print("unigendet export: no autoencoder was written: commands that use the model will need --autoencoder FILE",
-              file=sys.stderr)  # fmt: skip
+        say(options, "no autoencoder was written: commands that use the model will need --autoencoder FILE")
     if unsaid:
-        print(f"unigendet export: the published files have no word for {', '.join(unsaid)}: config.json says it, which "
-              "unigendet reads and other programs do not", file=sys.stderr)  # fmt: skip
+        reads = "config.json says it, which unigendet reads and other programs do not"
+        say(options, f"the published files have no word for {', '.join(unsaid)}: {reads}")
     return 0
 
 

@@ -7,8 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unigendet.commands.common import IMAGE_SUFFIXES, Commands, UserError, load_pipeline, model_options
-from unigendet.commands.generation import (
+from unigendet.commands.common import Commands, UserError, load_pipeline, model_options
+from unigendet.commands.progress import Progress
+from unigendet.commands.sampling import (
     GUIDANCE_NOTE,
     check_grid,
     entries_of,
@@ -21,7 +22,6 @@ from unigendet.commands.generation import (
     sampling_options,
     save_grid,
 )
-from unigendet.commands.progress import Progress
 
 if TYPE_CHECKING:
     from unigendet.config import GuidanceConfig
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from unigendet.inference.pipeline import Pipeline
     from unigendet.inference.requests import ImageRequest
 
+WRITABLE = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"}  # the formats of --out, by suffix
 EPILOG = f"""Prompt files: *.json holds a list, *.jsonl an entry a line; an entry is a string or an object with "prompt"
 and, if need be, "seed", "size" [height, width], "images" [paths], "image_path" (a reference, as in LAION annotations,
 not used here). Any other file is text: a prompt a line; blank lines and lines that begin with # are left out. A folder
@@ -80,7 +81,7 @@ def _folder(
 
     folder = ImageFolder(options.out, overwrite=options.overwrite)
     entries = entries_of(requests, options, pipeline, guidance)
-    return fill_folder(folder, entries, pipeline, requests, guidance, options.batch_size)
+    return fill_folder(folder, entries, pipeline, requests, guidance, options)
 
 
 def _one_picture(
@@ -88,7 +89,7 @@ def _one_picture(
 ) -> list[Path]:
     from unigendet.data.image_folder import save_image
 
-    with Progress("unigendet generate", 1, "pictures") as progress:
+    with Progress(options.label, 1, "pictures") as progress:
         (image,) = pipeline.generate_each(
             [request], guidance=guidance, batch_size=options.batch_size, progress=progress.steps
         )
@@ -112,15 +113,13 @@ def _records(options: argparse.Namespace) -> list[PromptRecord]:
 def _single(options: argparse.Namespace, count: int) -> bool:
     """Whether ``--out`` is one picture, not a folder. Raises UserError where it fits neither."""
     out, suffix = options.out, options.out.suffix.lower()
-    target = out.parent if suffix in IMAGE_SUFFIXES else out
-    if suffix in IMAGE_SUFFIXES and count > 1:
+    target = out.parent if suffix in WRITABLE else out
+    if suffix in WRITABLE and count > 1:
         raise UserError(f"--out {out} is one picture, but {count} images are asked for; name a folder")
     if target.exists() and not target.is_dir():
         raise UserError(f"--out: {target} is a file; it must be a folder")
-    if count == 1 and suffix and suffix not in IMAGE_SUFFIXES and not out.is_dir():
-        raise UserError(
-            f"--out {out} names no picture format; use one of {', '.join(sorted(IMAGE_SUFFIXES))}, or a folder"
-        )
-    if suffix in IMAGE_SUFFIXES and out.exists() and not options.overwrite:
+    if count == 1 and suffix and suffix not in WRITABLE and not out.is_dir():
+        raise UserError(f"--out {out} names no picture format; use one of {', '.join(sorted(WRITABLE))}, or a folder")
+    if suffix in WRITABLE and out.exists() and not options.overwrite:
         raise UserError(f"--out {out} is there already; name another, or give --overwrite")
-    return suffix in IMAGE_SUFFIXES
+    return suffix in WRITABLE

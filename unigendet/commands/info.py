@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from typing import Any
 
 from unigendet import __version__
@@ -32,32 +33,49 @@ def run(options: argparse.Namespace) -> int:
 def gather_info() -> dict[str, dict[str, str | list[str]]]:
     """Versions, devices, implementations of each op, and installed extras, as ``info`` shows them."""
     import platform
-    from importlib.metadata import PackageNotFoundError, version
 
     import torch
 
     from unigendet.ops.backends import available, extension_facts
 
-    def installed(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "not installed"
-
     versions = {"unigendet": __version__, "python": platform.python_version(), "torch": torch.__version__}
-    versions |= {name: installed(name) for name in ("triton", "numpy")}
+    versions |= {name: _installed(name) for name in ("triton", "numpy")}
     devices = {"cpu": f"{torch.get_num_threads()} threads"}
     for i in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(i)
         devices[f"cuda:{i}"] = f"{torch.cuda.get_device_name(i)} (sm_{major}{minor})"
-    extras = "transformers, diffusers, tokenizers, safetensors, pillow, scikit-learn, jsonargparse, rich"
     return {
         "versions": versions,
         "devices": devices,
         "ops (backends built)": available(),
         "compiled extension": _extension(extension_facts()),
-        "extra 'train'": {name: installed(name) for name in extras.split(", ")},
+        **_extras(),
     }
+
+
+def _installed(name: str) -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _extras() -> dict[str, dict[str, str]]:
+    """The packages of each extra that a user may want, as the installed ``unigendet`` declares them."""
+    from importlib.metadata import PackageNotFoundError, requires
+
+    try:
+        requirements = requires("unigendet") or []
+    except PackageNotFoundError:  # its folder is on the path, and nothing says what it needs
+        return {"extras": {"unigendet": "not installed, so what its extras hold is not known"}}
+    extras: dict[str, dict[str, str]] = {}
+    for requirement in requirements:  # 'jsonargparse[signatures]>=4.49; extra == "train"'
+        found = re.match(r"""([\w.-]+)[^;]*;.*\bextra *== *["']([\w.-]+)["']""", requirement)
+        if found is not None and found[2] != "dev":
+            extras.setdefault(f"extra '{found[2]}'", {})[found[1]] = _installed(found[1])
+    return extras
 
 
 def _extension(facts: dict[str, Any]) -> dict[str, str | list[str]]:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from unigendet.commands.common import UserError
-from unigendet.data.files import IMAGE_SUFFIXES, list_images
+from unigendet.data.image_files import IMAGE_SUFFIXES, list_images
 
 
 def find_pictures(arguments: Sequence[str], list_file: str | None = None) -> list[str]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import shlex
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unigendet.commands.common import Commands
+from unigendet.commands.common import Commands, say
 
 if TYPE_CHECKING:
     from unigendet.training import TrainResult
@@ -43,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     result = train(config, resume=options.resume, catch_signals=True)
     if result.stopped_by is None:
         return 0
-    print(_stopped(options, result), file=sys.stderr)
+    say(options, _stopped(options, result))
     return 128 + result.stopped_by
 
 
@@ -56,4 +55,4 @@ def _stopped(options: argparse.Namespace, result: TrainResult) -> str:
         where, how, command = "nothing is saved", "go on again with", [*command, "--resume", str(options.resume)]
     else:
         where, how = "nothing is saved", "start again with"
-    return f"unigendet train: {result.stopped_by.name} after step {result.step}; {where}; {how}: {shlex.join(command)}"
+    return f"{result.stopped_by.name} after step {result.step}; {where}; {how}: {shlex.join(command)}"

@@ -177,6 +177,8 @@ def load_data_config(folder: str | Path) -> DataConfig:
 class SampleBuilder:
     """Turns records, or an image and a text, into samples. Picklable; one is shared by all data workers.
 
+    Attributes ``latent_view``, ``vit_view``: the transforms that make the two views.
+
     Args:
         model: sizes of the model; they fix the views' channels and strides.
         tokenizer: its special tokens must be the model's.
@@ -220,8 +222,8 @@ class SampleBuilder:
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self._encode = encode
         grey_or_rgb = model.latent.channels if model.latent.autoencoder == "pixels" else 3
-        self._latent_view = ImageTransform.from_config(data.latent_view, grey_or_rgb)
-        self._vit_view = ImageTransform.from_config(data.vit_view, model.vision.num_channels)
+        self.latent_view = ImageTransform.from_config(data.latent_view, grey_or_rgb)
+        self.vit_view = ImageTransform.from_config(data.vit_view, model.vision.num_channels)
 
     def views(self, image: Any) -> tuple[Tensor, Tensor]:
         """A PIL image, or the path of one → (latent, or pixels without ``encode``; the ViT's pixels), each from the
@@ -229,8 +231,8 @@ class SampleBuilder:
         """
         if isinstance(image, str | Path):
             image = read_image(image)
-        latent = self._latent_view(image)
-        return (latent if self._encode is None else self._encode(latent)), self._vit_view(image)
+        latent = self.latent_view(image)
+        return (latent if self._encode is None else self._encode(latent)), self.vit_view(image)
 
     def text(self, text: str, **flags: bool) -> Text:
         """The text segment of ``text``; ``flags`` are ``Text``'s."""
@@ -259,7 +261,7 @@ class SampleBuilder:
         return self._generation(record, latent), self._teacher(record, latent, pixels)
 
     def _latent_of(self, record: CaptionRecord) -> Tensor:
-        latent = self._latent_view(read_image(record.image))
+        latent = self.latent_view(read_image(record.image))
         return latent if self._encode is None else self._encode(latent)
 
     def _generation(self, record: CaptionRecord, latent: Tensor) -> Sample:

@@ -6,18 +6,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-# What a model folder's pictures and verdicts follow from beside its weights; names that may be missing. Sampling
-# settings (generation.json) are not among them: whoever uses them says which.
-SETTINGS = ("config.json", "llm_config.json", "vit_config.json", "data.json", "tokenizer.json", "vocab.json",
-            "merges.txt", "tokenizer_config.json", "added_tokens.json")  # fmt: skip
-MODEL_SUFFIXES = {".json", ".safetensors", ".txt"}
 _WHOLE = 64 * 2**20  # bytes; larger files are sampled by ``fingerprint``
 _SLICES, _SLICE = 64, 2**18
-
-
-def settings_files(folder: str | Path) -> list[Path]:
-    """A model folder's settings, views and tokenizer, as far as it has them."""
-    return [path for name in SETTINGS if (path := Path(folder) / name).is_file()]
 
 
 def fingerprint(files: Iterable[str | Path]) -> str:
@@ -49,16 +39,3 @@ def files_hash(files: Iterable[tuple[str, Path]]) -> str:
     for name, path in files:
         total.update(name.encode(errors="surrogateescape") + b"\0" + file_hash(path))
     return total.hexdigest()
-
-
-def model_hash(folder: str | Path, *files: str | Path | None) -> str:
-    """SHA-256 over the names and contents of a model folder's files (weights, settings, tokenizer) and of ``files``.
-
-    Raises FileNotFoundError if there is no such folder or file.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"no model folder at {folder}")
-    inside = sorted(path for path in folder.iterdir() if path.suffix in MODEL_SUFFIXES and path.is_file())
-    given = (Path(file) for file in files if file is not None)
-    return files_hash((path.name, path) for path in (*inside, *given))

@@ -7,11 +7,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unigendet.data.datasets import DetectionRecord, read_detection
-from unigendet.data.files import is_image_name, list_images
+from unigendet.data.image_files import is_image_name, list_images
 
-REAL, FAKE = "real", "fake"
+REAL_NAME, FAKE_NAME = "real", "fake"
 VERDICTS = ("This is a fake image.", "This is a real image.")  # indexed by label; what ``parse_verdict`` reads
-_FORM = f"it must hold images in {REAL}/, {FAKE}/ or both, those in {FAKE}/ in one sub-folder per generator or directly"
+_FORM = (
+    f"it must hold images in {REAL_NAME}/, {FAKE_NAME}/ or both, those in {FAKE_NAME}/ in one sub-folder per generator "
+    "or directly"
+)
 
 
 def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> list[DetectionRecord]:
@@ -19,7 +22,7 @@ def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> 
 
     Args:
         path: a FakeClue annotation file (see ``unigendet.data.datasets``); or a folder with ``real/`` and ``fake/``,
-            or one of them. Images are looked for at any depth (``unigendet.data.files.list_images``).
+            or one of them. Images are looked for at any depth (``unigendet.data.image_files.list_images``).
         image_root: of an annotation file: what its paths are relative to; default: the file's folder.
 
     Returns:
@@ -43,11 +46,11 @@ def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> 
     entries = sorted(entry for entry in path.iterdir() if not entry.name.startswith("."))
     folders = [entry.name for entry in entries if entry.is_dir()]
     others = [entry.name for entry in entries if entry.is_file() and is_image_name(entry)]
-    others += [f"{name}/" for name in folders if name not in (REAL, FAKE)]
+    others += [f"{name}/" for name in folders if name not in (REAL_NAME, FAKE_NAME)]
     if others or not folders:
         raise ValueError(f"folder {path} holds {', '.join(others) or 'no sub-folders'}; {_FORM}")
-    records = _records(path / REAL, 1, REAL) if REAL in folders else []
-    return records + (_fakes(path / FAKE) if FAKE in folders else [])
+    records = _records(path / REAL_NAME, 1, REAL_NAME) if REAL_NAME in folders else []
+    return records + (_fakes(path / FAKE_NAME) if FAKE_NAME in folders else [])
 
 
 def with_texts(records: Sequence[DetectionRecord], question: str) -> list[DetectionRecord]:
@@ -73,13 +76,13 @@ def check_present(records: Sequence[DetectionRecord], root_option: str = "--imag
 
 def _fakes(folder: Path) -> list[DetectionRecord]:
     entries = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
-    records = [_record(entry, 0, FAKE) for entry in entries if not entry.is_dir() and is_image_name(entry)]
+    records = [_record(entry, 0, FAKE_NAME) for entry in entries if not entry.is_dir() and is_image_name(entry)]
     generators = [entry for entry in entries if entry.is_dir()]
     if not records and not generators:
         raise ValueError(f"folder {folder} holds no images; {_FORM}")
     for generator in generators:
-        if generator.name == REAL:
-            raise ValueError(f"folder {generator} would be a generator of the name {REAL!r}; rename it")
+        if generator.name == REAL_NAME:
+            raise ValueError(f"folder {generator} would be a generator of the name {REAL_NAME!r}; rename it")
         records += _records(generator, 0, generator.name)
     return records
 

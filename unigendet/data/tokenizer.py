@@ -12,7 +12,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from unigendet.config import SpecialTokens
 from unigendet.data.prompts import is_text
-from unigendet.files import telling
+from unigendet.files import rust_errors
 
 SHOWN = 40  # letters of a text in an error message
 
@@ -66,7 +66,7 @@ class Tokenizer:
         """Write ``tokenizer.json`` into ``folder``, which is created."""
         file = Path(folder) / "tokenizer.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        with telling(file):
+        with rust_errors(file):
             self._backend.save(str(file))
 
     def save_as_published(self, folder: str | Path) -> bool:
@@ -81,7 +81,7 @@ class Tokenizer:
             return False
         added = {token.pop("id"): token for token in state["added_tokens"]}
         config = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": SPECIAL_TOKENS[1], "added_tokens_decoder": added}
-        with telling(folder):
+        with rust_errors(folder):
             self._backend.model.save(str(folder))
         text = json.dumps(config, indent=2, ensure_ascii=False)
         (Path(folder) / "tokenizer_config.json").write_text(text, encoding="utf-8")

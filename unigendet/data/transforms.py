@@ -6,6 +6,7 @@ other would lose the very traces a detector looks for.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import stat
@@ -184,21 +185,18 @@ class ImageTransform:
         """The transform with the sizes of ``config``."""
         return cls(config.min_size, config.max_size, config.stride, config.max_pixels, channels)
 
+    def size_of(self, width: int, height: int) -> tuple[int, int]:
+        """The (width, height) of the view of an image of this size, see ``resized_size``."""
+        return resized_size(width, height, **dataclasses.asdict(self.config))
+
     def __call__(self, image: Image.Image) -> Tensor:
         """The original image, of any mode → float32 [channels, H, W] in [-1, 1]. An image that already has its size is
         not resampled.
         """
-        config = self.config
         image = to_rgb(image)
         if self.channels == 1:
             image = image.convert("L")
-        size = resized_size(
-            *image.size,
-            min_size=config.min_size,
-            max_size=config.max_size,
-            stride=config.stride,
-            max_pixels=config.max_pixels,
-        )
+        size = self.size_of(*image.size)
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)  # PIL's resampling is antialiased
         values = torch.from_numpy(np.asarray(image, np.float32) / 255)

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from unigendet.config import check
-from unigendet.data.transforms import read_image, to_rgb
+from unigendet.data.transforms import read_image
 from unigendet.files import whole_file
 
 MARK = ("Software", "unigendet contact sheet")  # PNG metadata, by which a sheet is known
@@ -88,7 +88,7 @@ def is_contact_sheet(path: Path) -> bool:
 
 
 def _fitted(path: Path, size: int) -> Image.Image:
-    picture = to_rgb(read_image(path))
+    picture = read_image(path)
     factor = size // max(picture.size)
     if factor >= 2:
         return picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)

@@ -16,9 +16,7 @@ from sklearn.metrics import precision_recall_curve, roc_curve
 from unigendet.evaluation.detection import FAKE, DetectionOutcome, fake_ranking
 from unigendet.evaluation.figures import GOOD, GREY, INK, LINE, MAX_POINTS, clean, svg_chart
 from unigendet.evaluation.reliability import ReliabilityBin
-from unigendet.evaluation.robustness import CurvePoint
-
-LABELS = {"jpeg": "JPEG quality", "resize": "scale of both edges", "blur": "Gaussian blur, σ in pixels"}
+from unigendet.evaluation.robustness import KINDS, CurvePoint
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def robustness_chart(kind: str, points: Sequence[CurvePoint], *, name: str) -> s
             axes.plot(places, values, style, color=colour, linewidth=1.6, markersize=3.5, label=label)
         axes.set_xticks(places, ["none" if p.level is None else f"{p.level:g}" for p in points])
         least = min(0.4, *low, *(min(values) for _, values, _, _ in lines))
-        axes.set(ylim=(least - 0.03, 1.03), xlabel=LABELS[kind])
+        axes.set(ylim=(least - 0.03, 1.03), xlabel=KINDS[kind].axis)
         _in_percent(axes.yaxis)
         figure.legend(frameon=False, fontsize=7.5, loc="outside upper left", ncols=3, handlelength=2.2)
         clean(axes)

@@ -18,7 +18,6 @@ from unigendet.data.datasets import DetectionRecord
 from unigendet.data.transforms import read_image
 from unigendet.evaluation.detection import REAL, DetectionMetrics, DetectionOutcome, DetectionSummary, probabilities
 from unigendet.evaluation.detection_curves import (
-    LABELS,
     detector_curves,
     precision_recall_chart,
     reliability_chart,
@@ -28,17 +27,16 @@ from unigendet.evaluation.detection_curves import (
 from unigendet.evaluation.detection_run import UNDISTURBED, Predictions, RunSettings, write_whole
 from unigendet.evaluation.explanations import SentenceEncoder
 from unigendet.evaluation.figures import data_uri
+from unigendet.evaluation.pages import compact_table, detection_table, jinja_environment, number, percent
 from unigendet.evaluation.reliability import reliability_bins
-from unigendet.evaluation.report import compact_table, format_table, jinja_environment, number, percent
-from unigendet.evaluation.results import Example, RunResults, environment, first_examples, plain
-from unigendet.evaluation.robustness import Disturbance, robustness_curves
+from unigendet.evaluation.results import Example, environment, first_examples, plain
+from unigendet.evaluation.robustness import KINDS, Disturbance, robustness_curves
 from unigendet.evaluation.scoring import summarise
 
 SCHEMA = 1  # of evaluation.json; rises when a key changes its meaning or goes
 REPORT_FILES = ("evaluation.json", "evaluation.html")
 THUMBNAIL = 192  # pixels of height, at most
 SHOWN = 2  # right and wrong examples of a group
-_TITLES = {"jpeg": "JPEG compression", "resize": "Smaller images", "blur": "Blurred images"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,6 +137,7 @@ def write_detection_report(folder: str | Path, report: DetectionReport) -> Path:
         "tiles": list(_tiles(overall, report.encoder is not None)),
         "charts": list(_charts(report)),
         "robustness": list(_robustness_charts(report)),
+        "kinds": KINDS.values(),
         "answered": overall.explained > 0 or overall.text_accuracy is not None,
         "encoder": report.encoder,
         "examples": [
@@ -213,28 +212,29 @@ def _charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
     curves, overall = detector_curves(report.outcomes), report.summary.overall
     if curves["roc"] is not None and curves["precision_recall"] is not None:
         svg = roc_chart(curves["roc"], name="ROC curve")
-        yield {"name": "ROC", "value": f"AUC {percent(overall.roc_auc)}", "svg": Markup(svg)}
+        yield {"title": "ROC", "value": f"AUC {percent(overall.roc_auc)}", "svg": Markup(svg)}
         svg = precision_recall_chart(
             curves["precision_recall"], overall.fake / overall.count, name="Precision by recall of the fakes"
         )
-        yield {"name": "Precision", "value": f"AP {percent(overall.average_precision)}", "svg": Markup(svg)}
+        yield {"title": "Precision", "value": f"AP {percent(overall.average_precision)}", "svg": Markup(svg)}
     if overall.calibration_error is not None:
         bins = reliability_bins(probabilities(report.outcomes), [o.label for o in report.outcomes])
         svg = reliability_chart(bins, name="Share of right verdicts by confidence")
         value = f"calibration error {percent(overall.calibration_error)}"
-        yield {"name": "Reliability", "value": value, "svg": Markup(svg)}
+        yield {"title": "Reliability", "value": value, "svg": Markup(svg)}
 
 
 def _robustness_charts(report: DetectionReport) -> Iterator[dict[str, Any]]:
     for kind, points in robustness_curves(report.summary, report.disturbed).items():
-        svg = robustness_chart(kind, points, name=f"Accuracy, balanced accuracy and AUC by {LABELS[kind]}")
-        yield {"title": _TITLES[kind], "axis": LABELS[kind], "svg": Markup(svg), "points": points}
+        title, axis = KINDS[kind].title, KINDS[kind].axis
+        svg = robustness_chart(kind, points, name=f"Accuracy, balanced accuracy and AUC by {axis}")
+        yield {"title": title, "value": "", "axis": axis, "svg": Markup(svg), "points": points}
 
 
 def format_detection(report: DetectionReport) -> Group:
     """The end of an evaluation in the terminal: notes, the table per group, and the disturbances."""
     parts: list[Any] = [Text(note) for note in _notes(report)]
-    parts.append(format_table(RunResults(title=report.title, detection=report.summary)))
+    parts += ["", detection_table(report.summary)]
     if report.disturbed:
         table = compact_table("Disturbed images", "disturbance", "accuracy", "balanced", "AUC")
         for disturbance, summary in report.disturbed.items():

@@ -225,7 +225,6 @@ def complete(
     *,
     root: Path,
     progress: Callable[[], None] = lambda: None,
-    answer_length: Callable[[Any], int | None] = lambda detector: None,
 ) -> None:
     """Judge what ``predictions`` lack.
 
@@ -236,8 +235,6 @@ def complete(
         load: makes the detector; called only if anything is missing.
         root: what image names are relative to.
         progress: called after every outcome.
-        answer_length: what ``max_new_tokens`` None stands for, given the detector. A detector left to itself may go by
-            the questions that it is given at once, which are fewer when a run is continued.
 
     Raises:
         ValueError: a setting that the detector cannot do.
@@ -248,8 +245,11 @@ def complete(
     detector = load()
     need = "positive: without a real/fake head, the verdict is in the text"
     check(detector.has_head or settings.with_text, "max_new_tokens", settings.max_new_tokens, need)
-    longest = answer_length(detector) if settings.max_new_tokens is None else settings.max_new_tokens
-    verdict_only = 0 if detector.has_head else min(settings.max_new_tokens or VERDICT_TOKENS, VERDICT_TOKENS)
+    longest = settings.max_new_tokens
+    if longest is None:  # by all questions: those that are missing are fewer when a run is continued
+        asked = [r.question or None for r in records] if settings.question is None else [settings.question]
+        longest = detector.default_answer(asked, with_latent=settings.with_latent)
+    verdict_only = 0 if detector.has_head else min(longest, VERDICT_TOKENS)
     for name, places in todo.items():
         disturbance = settings.conditions[name]
         outcomes = judge(

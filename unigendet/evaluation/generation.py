@@ -1,7 +1,7 @@
 """Generation metrics: the Fréchet distance of any two feature sets, and a judge of generated digits.
 
-Fréchet distance: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; for the digits it is defined on 20 principal components
-of the pixels.
+Fréchet distance: Heusel et al. 2017 (arXiv 1706.08500), eq. 6; for the digits it is defined on ``COMPONENTS`` principal
+components of the pixels.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from unigendet.config import check
 from unigendet.evaluation.detection import wilson_interval
 
 PIXEL_MAX = 16.0  # the digits' pixels are counts of a 4×4 block: 0..16
+COMPONENTS = 20  # features of the digits' Fréchet distance
 SVM_GAMMA = 0.001  # the kernel width of scikit-learn's own digits example
 REFERENCE_DRAWS = 10
 
@@ -99,7 +100,7 @@ class DigitJudge:
         test_images: ArrayLike,
         test_digits: ArrayLike,
         *,
-        components: int = 20,
+        components: int = COMPONENTS,
     ) -> None:
         train, test = _pixels(train_images, "train_images"), _pixels(test_images, "test_images")
         self.train_digits = _digits(train_digits, "train_digits", len(train))

@@ -1,8 +1,8 @@
 """Scores of generated images against real ones: Fréchet distance, and agreement with the prompts where they are digits.
 
-Two kinds of features. ``inception``: 2048 of the Inception network, for images of any kind. ``digits``: 20 principal
-components of 8×8 pixels, fitted to the quickstart's training digits and compared with its test digits; an SVM then also
-reads whether a picture shows the digit that its prompt asks for.
+Two kinds of features. ``inception``: 2048 of the Inception network, for images of any kind. ``digits``: those of
+``DigitJudge``, fitted to the quickstart's training digits and compared with its test digits; its SVM then also reads
+whether a picture shows the digit that its prompt asks for.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unigendet.config import check
 from unigendet.data.quickstart import CAPTIONS, SIDE, WHITE, caption, load_digits, quantise
 from unigendet.data.transforms import read_image
-from unigendet.evaluation.generation import Agreement, DigitJudge, JudgeReference, frechet_distance
+from unigendet.evaluation.generation import COMPONENTS, Agreement, DigitJudge, JudgeReference, frechet_distance
 from unigendet.evaluation.inception import FEATURES, SHA256, InceptionFeatures
 from unigendet.evaluation.results import environment, plain
 from unigendet.files import write_text
@@ -27,7 +27,6 @@ from unigendet.files import write_text
 SCHEMA = 1  # of generation.json; rises when a key changes its meaning or goes
 KIND = "unigendet generation scores"
 FILE = "generation.json"
-COMPONENTS = 20
 ENOUGH = 10  # images per feature; below, the distance's upward bias is large (it falls as 1 / images)
 
 
@@ -79,9 +78,7 @@ def score_digits(images: Sequence[Path], prompts: Sequence[str | None]) -> Gener
     """
     check(len(images) >= 2, "images", f"{len(images)} files", "two or more: a distance of distributions needs a spread")
     digits = load_digits()
-    judge = DigitJudge(
-        digits.train_images, digits.train_labels, digits.test_images, digits.test_labels, components=COMPONENTS
-    )
+    judge = DigitJudge(digits.train_images, digits.train_labels, digits.test_images, digits.test_labels)
     levels = np.stack([_levels(path) for path in images])
     asked = digits_of(prompts)
     real = len(digits.test_labels)

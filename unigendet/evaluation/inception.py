@@ -8,7 +8,6 @@ Source: Heusel et al. 2017 (arXiv 1706.08500); torch-fidelity, Obukhov et al. 20
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -19,7 +18,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unigendet.data.transforms import read_image, to_rgb
+from unigendet.data.hashes import file_hash
+from unigendet.data.transforms import read_image
 
 WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
 SHA256 = "6726825d"  # the hash of the published file begins so, as its name says
@@ -57,8 +57,7 @@ class InceptionFeatures:
             ) from error
         self._network = self._network.to(device)
         self._device = torch.device(device)
-        with weights.open("rb") as stream:
-            self.sha256 = hashlib.file_digest(stream, "sha256").hexdigest()
+        self.sha256 = file_hash(weights).hex()
         self.published = self.sha256.startswith(SHA256)
 
     @torch.no_grad()
@@ -101,7 +100,7 @@ def _alike(images: Sequence[Path], batch_size: int) -> Iterator[list[Tensor]]:
     """uint8 [3, H, W] each, in batches of consecutive images of one size."""
     group: list[Tensor] = []
     for path in images:
-        pixels = torch.from_numpy(np.array(to_rgb(read_image(path)))).permute(2, 0, 1)
+        pixels = torch.from_numpy(np.array(read_image(path))).permute(2, 0, 1)
         if group and (len(group) == batch_size or pixels.shape != group[0].shape):
             yield group
             group = []

@@ -19,27 +19,22 @@ if TYPE_CHECKING:
 
     from unigendet.evaluation.explanations import SentenceEncoder
     from unigendet.inference.calibration import Calibration
-
-
-class Verdict(Protocol):
-    """What a detector says of one image, as ``Detection`` of the pipeline."""
-
-    real: bool | None
-    probability: float | None
-    logit: float | None
-    explanation: str
-    error: str | None
+    from unigendet.inference.detect import Detection
 
 
 class Detector(Protocol):
-    """Whatever judges images as ``Pipeline.detect`` does, one verdict per image and in their order."""
+    """Whatever judges images as ``Pipeline.detect`` does, one detection per image and in their order."""
 
     @property
     def has_head(self) -> bool:
         """Whether verdicts come from a real/fake head, so that no text is needed for them."""
         ...
 
-    def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Any]:
+    def default_answer(self, questions: Iterable[str | None], *, with_latent: bool = True) -> int:
+        """The longest answer, in tokens, where ``max_new_tokens`` is None and these are asked."""
+        ...
+
+    def detect(self, images: Iterable[Any], **options: Any) -> Iterator[Detection]:
         """Judge images; ``options`` are ``question``, ``transform``, ``with_latent``, ``max_new_tokens``,
         ``batch_size``, ``calibration``, ``on_error``.
         """
@@ -105,7 +100,7 @@ def judge(
     Raises:
         ValueError: of the detector, for an unfit option.
     """
-    verdicts = detector.detect(
+    detections = detector.detect(
         [record.image for record in records],
         question=[record.question or None for record in records] if question is None else question,
         transform=transform,
@@ -115,22 +110,22 @@ def judge(
         calibration=calibration,
         on_error="row",
     )
-    for record, verdict in zip(records, verdicts, strict=True):
+    for record, detection in zip(records, detections, strict=True):
         name = record.image if root is None else record.image.relative_to(root)
-        yield _outcome(str(name), record, verdict, record.answer if max_new_tokens != 0 else "")
+        yield _outcome(str(name), record, detection, record.answer if max_new_tokens != 0 else "")
 
 
-def _outcome(name: str, record: DetectionRecord, verdict: Verdict, reference: str) -> DetectionOutcome:
+def _outcome(name: str, record: DetectionRecord, detection: Detection, reference: str) -> DetectionOutcome:
     return DetectionOutcome(
         name=name,
         group=record.category,
         label=record.label,
-        verdict=None if verdict.real is None else int(verdict.real),
-        probability=verdict.probability,
-        logit=verdict.logit,
-        explanation=verdict.explanation,
+        verdict=None if detection.real is None else int(detection.real),
+        probability=detection.probability,
+        logit=detection.logit,
+        explanation=detection.explanation,
         reference=reference,
-        error=verdict.error,
+        error=detection.error,
     )
 
 

@@ -8,13 +8,15 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from markupsafe import Markup
 
-from unigendet.evaluation.comparisons import METRICS, Estimate, Metric, t_interval
+from unigendet.evaluation.comparisons import METRICS, Metric
 from unigendet.evaluation.figures import ForestRow, forest_plot
-from unigendet.evaluation.report import jinja_environment, number, percent, seconds
+from unigendet.evaluation.pages import jinja_environment, number, percent, seconds
+from unigendet.files import write_text
 
 STUDY_SCHEMA = 1  # of study.json; rises when a key changes its meaning or goes
 _METRICS = {metric.name: metric for metric in METRICS}
@@ -31,24 +33,25 @@ def write_study(folder: str | Path, study: dict[str, Any]) -> dict[str, Any]:
       seconds, cpu_seconds {what: seconds}}];
     - ``environments``: those of the runs, each once; null where a number does not exist.
 
-    The same study gives the same bytes.
+    Each is written whole or not at all. The same study gives the same bytes.
     """
     study = {"schema": STUDY_SCHEMA, **study}
     text = json.dumps(study, indent=1, ensure_ascii=False, allow_nan=False)
-    (Path(folder) / "study.json").write_text(text + "\n", encoding="utf-8")
-    template = jinja_environment().get_template("study.html")
-    (Path(folder) / "report.html").write_text(template.render(study_view(study)), encoding="utf-8")
+    write_text(Path(folder) / "study.json", text + "\n")
+    forests = [{"title": metric.title, "svg": Markup(svg)} for metric, svg in _forests(study)]
+    page = jinja_environment().get_template("study.html").render(study=study, forests=forests, **study_texts(study))
+    write_text(Path(folder) / "report.html", page)
     return study
 
 
-def study_view(study: Mapping[str, Any]) -> dict[str, Any]:
-    """A study's numbers as texts and pictures, by the names that the template uses.
+def study_texts(study: Mapping[str, Any]) -> dict[str, Any]:
+    """A study's numbers as texts, for the page and for documents, by the names that the template uses.
 
-    Those for documents too: ``primary`` and ``exploratory`` [fields of ``difference``], ``table`` {``titles``,
-    ``lines`` [{``arm``, ``seeds``, ``values``}]}, ``chance`` {``count``, ``apart``, ``expected``}, ``reference``,
-    ``cost``, ``seeds``.
+    ``primary`` and ``exploratory`` [fields of ``difference``], ``joint``: the confidence of the primary ones' wider
+    intervals, ``table`` {``titles``, ``lines`` [{``arm``, ``seeds``, ``values``}]}, ``chance`` {``count``, ``apart``,
+    ``expected``}, ``reference``, ``cost``, ``seeds``.
     """
-    titles = {arm["name"]: arm["title"] for arm in study["arms"]}
+    titles = _titles(study)
     entries = [difference(entry, titles) for entry in study["comparisons"]]
     primary = [entry for entry in entries if entry["primary"]]
     exploratory = [entry for entry in entries if not entry["primary"]]
@@ -59,13 +62,11 @@ def study_view(study: Mapping[str, Any]) -> dict[str, Any]:
             values = [estimate(own.get(m.name), m) for m in shown]
             lines.append({"arm": arm["title"], "seeds": len(arm["seeds"]), "values": values})
     return {
-        "study": study,
         "primary": primary,
         "exploratory": exploratory,
         "joint": percent(study["joint_confidence"]),
         "table": {"titles": [m.title for m in shown], "lines": lines},
         "chance": _chance(study["comparisons"]),
-        "forests": [{"title": metric.title, "svg": Markup(svg)} for metric, svg in _forests(study, titles)],
         "reference": reference(study["runs"]),
         "cost": {what: seconds(sum(sum(run[what].values()) for run in study["runs"])) for what in _COSTS},
         "seeds": sorted({run["seed"] for run in study["runs"]}),
@@ -73,6 +74,10 @@ def study_view(study: Mapping[str, Any]) -> dict[str, Any]:
 
 
 _COSTS = ("seconds", "cpu_seconds")
+
+
+def _titles(study: Mapping[str, Any]) -> dict[str, str]:
+    return {arm["name"]: arm["title"] for arm in study["arms"]}
 
 
 def value_text(value: float | None, metric: Metric, *, signed: bool = False) -> str:
@@ -136,15 +141,14 @@ def _chance(comparisons: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def reference(runs: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """What real digits score, over the seeds: as texts, by the name of the metric."""
     by_seed = {run["seed"]: run["reference"] for run in runs}
-    found: dict[str, Estimate] = {
-        "agreement": t_interval([entry["svm_accuracy"] for entry in by_seed.values()]),
-        "frechet": t_interval([entry["frechet_train_matched"] for entry in by_seed.values()]),
-    }
-    return {name: value_text(values.mean, _METRICS[name]) for name, values in found.items()}
+    fields = {"agreement": "svm_accuracy", "frechet": "frechet_train_matched"}
+    means = {name: fmean(entry[field] for entry in by_seed.values()) for name, field in fields.items()}
+    return {name: value_text(mean, _METRICS[name]) for name, mean in means.items()}
 
 
-def _forests(study: Mapping[str, Any], titles: Mapping[str, str]) -> Iterator[tuple[Metric, str]]:
+def _forests(study: Mapping[str, Any]) -> Iterator[tuple[Metric, str]]:
     """A forest plot for every metric that differences are known of."""
+    titles = _titles(study)
     for metric in METRICS:
         scale = 100 if metric.kind == "percent" else 1
         rows = [

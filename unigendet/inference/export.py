@@ -10,7 +10,8 @@ import torch
 from unigendet.data.datasets import DATA_FILE, load_data_config
 from unigendet.data.tokenizer import load_tokenizer
 from unigendet.files import replaced_files
-from unigendet.inference.pipeline import FLUX_WEIGHTS, GUIDANCE_FILE, load_guidance
+from unigendet.inference.model_files import FLUX_WEIGHTS
+from unigendet.inference.pipeline import GUIDANCE_FILE, load_guidance
 from unigendet.model.checkpoint import OURS, PUBLISHED, stored_config
 from unigendet.model.export import export_weights
 from unigendet.model.settings import CONFIG_FILE

@@ -30,17 +30,17 @@ from unigendet.files import replaced_files
 from unigendet.inference.calibration import Calibration
 from unigendet.inference.detect import Detection, DetectionOutput, DetectionRequest, answer_room, detect_packed
 from unigendet.inference.generate import generate_latents, tokens_to_latent
+from unigendet.inference.model_files import autoencoder_file, folder_config
 from unigendet.inference.prefetch import map_ahead
 from unigendet.inference.requests import ImageRequest, RequestBuilder
 from unigendet.model.autoencoder import build_autoencoder
-from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, stored_config, write_pretrained
+from unigendet.model.checkpoint import OWN_WEIGHTS, load_pretrained, write_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Text, VitImage
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-FLUX_WEIGHTS = "ae.safetensors"
 GUIDANCE_FILE = "generation.json"
 _DECODING = threading.Lock()  # pictures that were opened elsewhere are decoded one at a time
 DEFAULT_ANSWER = 256  # tokens, where the model has room for as many
@@ -110,15 +110,10 @@ class Pipeline:
             FileNotFoundError: a part is missing; says which.
             ValueError: the parts do not fit each other.
         """
-        folder = Path(folder)
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no model folder at {folder}")
-        model = load_pretrained(folder, config=stored_config(folder), device=device, dtype=dtype)
-        if autoencoder is None and model.config.latent.autoencoder == "flux":
-            autoencoder = folder / FLUX_WEIGHTS
-            if not autoencoder.is_file():
-                raise FileNotFoundError(f"{autoencoder} does not exist; say where the autoencoder's weights are")
-        vae = build_autoencoder(model.config.latent, autoencoder)
+        config = folder_config(folder)
+        autoencoder = autoencoder_file(folder, config, autoencoder)  # before the weights, which may take minutes
+        model = load_pretrained(folder, config=config, device=device, dtype=dtype)
+        vae = build_autoencoder(config.latent, autoencoder)
         return cls(model, load_tokenizer(folder), vae.to(device), load_data_config(folder), load_guidance(folder))
 
     def save(self, folder: str | Path) -> None:
@@ -157,7 +152,7 @@ class Pipeline:
             question: what the model is asked, of every image or one per image; None: the question it was trained with.
             transform: applied, in those threads, to every original image, before the model's views of it are made.
             with_latent: show the model the latent view too (symbiotic attention).
-            max_new_tokens: longest answer; 0 skips the explanation; default: 256, or what the model has room for.
+            max_new_tokens: longest answer; 0 skips the explanation; default: ``default_answer`` of the questions.
             temperature: 0 = greedy.
             seed: of sampled answers.
             batch_size: images decoded together; up to as many more are read ahead.
@@ -180,14 +175,21 @@ class Pipeline:
         for one in set(asked if calibration is not None else ()):
             calibration.check_use(self.model, self.data, one, with_latent)
         texts = [self.builder.text(one) for one in asked]
-        longest = max(texts, key=lambda text: len(text.ids), default=Text(()))
         options = {
-            "max_new_tokens": self._answer_length(longest, with_latent, max_new_tokens),
+            "max_new_tokens": self._answer_length(texts, with_latent, max_new_tokens),
             "temperature": temperature,
             "generator": torch.Generator(self.model.device).manual_seed(seed),
         }
         call = _Call(transform, with_latent, batch_size, calibration or Calibration(), on_error, options)
         return self._judge_all(_paired(images, texts[0] if for_all else texts), call)
+
+    def default_answer(self, questions: Iterable[str | None], *, with_latent: bool = True) -> int:
+        """The longest answer of ``detect`` by default, in tokens: 256, or what the longest question leaves room for.
+
+        Arguments and errors as ``detect``'s; ``questions``: one or more.
+        """
+        asked = {self.data.question if one is None else one for one in questions}
+        return self._answer_length([self.builder.text(one) for one in asked], with_latent, None)
 
     def _judge_all(self, pairs: Iterable[tuple[str | Path | Image, Text]], call: _Call) -> Iterator[Detection]:
         prepare, threads = functools.partial(self._prepare, call=call), min(4, os.cpu_count() or 1)
@@ -211,9 +213,10 @@ class Pipeline:
                     raise ValueError(result.error)
             yield result
 
-    def _answer_length(self, question: Text, with_latent: bool, max_new_tokens: int | None) -> int:
-        """``max_new_tokens`` or its default; ValueError if the question, or the answer after it, is too long."""
-        room, tokens = answer_room(self.model.config, question, with_latent=with_latent), len(question.ids)
+    def _answer_length(self, questions: Sequence[Text], with_latent: bool, max_new_tokens: int | None) -> int:
+        """``max_new_tokens`` or its default; ValueError if a question, or the answer after it, is too long."""
+        longest = max(questions, key=lambda text: len(text.ids), default=Text(()))
+        room, tokens = answer_room(self.model.config, longest, with_latent=with_latent), len(longest.ids)
         if room < 1:
             most = f"at most {tokens + room - 1}, for a model of {self.model.config.max_position} positions"
             raise ValueError(f"question (--question) has {tokens} tokens; it must have {most}")

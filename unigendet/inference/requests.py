@@ -18,7 +18,7 @@ from torch import Tensor
 
 from unigendet.config import check
 from unigendet.data.datasets import SampleBuilder
-from unigendet.data.transforms import read_image, resized_size, to_rgb
+from unigendet.data.transforms import read_image, to_rgb
 from unigendet.inference.generate import GenerationRequest, latent_grid
 from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import LatentImage, Text, VitImage
@@ -96,7 +96,7 @@ class RequestBuilder:
     def _latent_view_size(self, image: str | Path | Image) -> tuple[int, int]:
         """Height and width of the latent view. The file is read as a whole, so that a damaged one is found now."""
         size = (read_image(image) if isinstance(image, str | Path) else to_rgb(image)).size  # of the picture upright
-        width, height = resized_size(*size, **dataclasses.asdict(self._samples.data.latent_view))
+        width, height = self._samples.latent_view.size_of(*size)
         return height, width
 
     def build(self, group: Sequence[ImageRequest]) -> tuple[list[GenerationRequest], list[Tensor]]:

@@ -157,7 +157,7 @@ def find_tensors(targets: Mapping[str, Tensor], path: str | Path, *, initialize:
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
         lines = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
-        remedy = _remedy(missing, others=bool(unexpected or misshapen))
+        remedy = _remedy(missing, [*unexpected, *misshapen])
         raise CheckpointError(f"{path} does not fit the model. Tensors {'; '.join(lines)}. {remedy}")
     return found
 
@@ -167,9 +167,13 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(names[:LISTED]) + more
 
 
-def _remedy(missing: Sequence[str], *, others: bool) -> str:
+def _remedy(missing: Sequence[str], others: Sequence[str]) -> str:
+    """What to do about tensors that are missing and ``others`` that do not fit."""
+    projectors = set(PROJECTORS.values())
     modules = list(dict.fromkeys(name.partition(".")[0] for name in missing))
-    if not others and set(modules) <= set(HEADS.values()):
+    replaced = projectors - set(modules) if projectors & set(modules) else set()  # φ afresh leaves its other form aside
+    others = [name for name in others if name.partition(".")[0] not in replaced]
+    if not others and set(modules) <= {HEADS["class_head"], *projectors}:
         return f"To start {' and '.join(modules)} afresh, name them in initialize (training: model.initialize)"
     return "The weights must be those of a model with the settings beside them, or with those that were given"
 

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unigendet.files import naming, telling
+from unigendet.files import naming, rust_errors
 
 SHARD_BYTES = 5 * 2**30
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -46,7 +46,7 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
     """Write a safetensors file. Raises OSError that names the file if the disk is full or cannot be written."""
     from safetensors.torch import save_file
 
-    with naming(file), telling(file):
+    with naming(file), rust_errors(file):
         save_file(dict(tensors), file, metadata={"format": "pt"})
 
 

@@ -15,10 +15,10 @@ from rich.console import Console
 from unigendet.config import check
 from unigendet.config_file import load_settings
 from unigendet.evaluation.comparisons import METRICS, summarise
-from unigendet.evaluation.report import seconds as duration
+from unigendet.evaluation.pages import seconds as duration
 from unigendet.evaluation.results import environment, plain
 from unigendet.evaluation.study_report import write_study
-from unigendet.files import PARTIAL, beside, make_folder, write_text
+from unigendet.files import claim_folder, make_folder, write_text
 from unigendet.quickstart import default_config
 from unigendet.study.config import StudyConfig
 from unigendet.study.work import SeedWork
@@ -89,14 +89,8 @@ class _Study:
 
     def prepare(self) -> None:
         """Make the folder, with its mark."""
-        half = beside(self.out / MARK, PARTIAL)  # what a process that was killed right here leaves
-        present = sorted(p.name for p in self.out.iterdir() if p != half) if self.out.is_dir() else []
-        foreign = [name for name in present if name not in (*PARTS, MARK)]
-        if foreign or (present and MARK not in present) or (self.out.exists() and not self.out.is_dir()):
-            what = f"holds {', '.join((foreign or present)[:5])}" if self.out.is_dir() else "is a file"
-            raise ValueError(f"out is {str(self.out)!r}, which {what}; it must be a new folder, or a study's")
-        self.out.mkdir(parents=True, exist_ok=True)
-        write_text(self.out / MARK, "A study made this folder, and goes on in it.\n")
+        note = "A study made this folder, and goes on in it."
+        claim_folder(self.out, MARK, PARTS, by="a study", note=note)
 
     def work(self, seed: int) -> SeedWork:
         """What is needed to run arms of a seed."""

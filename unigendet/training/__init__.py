@@ -1,4 +1,7 @@
-"""Training: stages (what is learnt), trainer (the loop), state (checkpoints, averages), run (settings to run)."""
+"""Training: ``config`` (settings), ``stages`` (what is learnt), ``trainer`` (the loop), ``state`` (checkpoints,
+averages), ``signals`` (ending a run), ``metrics`` (what a run tells), ``watch`` (looks at the model meanwhile), ``run``
+(settings to run).
+"""
 
 from typing import Any
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from unigendet.config import PRESETS, ModelConfig
 from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions
-from unigendet.data.labelled import FAKE, REAL, read_labelled, with_texts
+from unigendet.data.labelled import FAKE_NAME, REAL_NAME, read_labelled, with_texts
 from unigendet.data.shards import Item, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.model.settings import load_config, require_whole
@@ -67,7 +67,7 @@ def _detection(entry: AnnotationFile, build: Callable[..., Item], question: str)
     records = with_texts(read_labelled(entry.file, image_root=entry.image_root), question)
     if not entry.balance:
         return [Source(_with_label(records, entry, entry.label), build, entry.weight, entry.file)]
-    labels = ((1, REAL), (0, FAKE))
+    labels = ((1, REAL_NAME), (0, FAKE_NAME))
     return [Source(_with_label(records, entry, label), build, entry.weight / 2, f"{entry.file} ({name})")
             for label, name in labels]  # fmt: skip
 

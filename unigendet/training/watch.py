@@ -160,23 +160,23 @@ class Watcher:
         averaged = self.config.watch.use_ema and state.ema is not None
         row: Row = {"step": state.step, "seconds": 0.0, "averaged": averaged}
         scores: dict[str, float | None] = {}
-        samples, texts = None, []
+        samples, text = None, ""
         with self._at_rest(state, averaged):
             if self.watched.held_out:
                 scores, about = self._judge(ends)
                 row |= {"images": len(self.watched.held_out), **scores, **about}
-                texts.append(_describe(scores, about))
+                text = _describe(scores, about)
             if self.watched.prompts:
                 samples = self._sample(ends)
                 row["samples"] = self._save(samples, state.step)
-                texts.append(f"samples {self._output / row['samples']}")
+                text = text or f"samples {self._output / row['samples']}"  # beside a bar there is room for one
         row["seconds"] = time.perf_counter() - started
         path = self._output / WATCH_FILE
         with naming(path), path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         sync(path)  # a later checkpoint counts on it: the look is not made again
         numbers = {name: value for name, value in {**scores, "seconds": row["seconds"]}.items() if value is not None}
-        return Look(state.step, numbers, samples, texts[0])
+        return Look(state.step, numbers, samples, text)
 
     @contextmanager
     def _at_rest(self, state: TrainState, averaged: bool) -> Iterator[None]:

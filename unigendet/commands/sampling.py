@@ -107,18 +107,14 @@ def entries_of(
     requests: Sequence[ImageRequest], options: argparse.Namespace, pipeline: Pipeline, guidance: GuidanceConfig
 ) -> list[dict[str, Any]]:
     """What the manifest says of each image: all that the picture follows from."""
-    from unigendet.data.hashes import fingerprint, settings_files
-    from unigendet.inference.pipeline import FLUX_WEIGHTS
-    from unigendet.model.checkpoint import weight_files
+    from unigendet.data.hashes import fingerprint
+    from unigendet.inference.model_files import model_files
 
-    files = [*weight_files(options.model), *settings_files(options.model)]
-    if pipeline.model.config.latent.autoencoder == "flux":
-        files.append(options.autoencoder or options.model / FLUX_WEIGHTS)
     inputs = {image: fingerprint([image]) for image in {image for request in requests for image in request.images}}
     shared = {
         "guidance": dataclasses.asdict(guidance),
         "model": str(options.model),
-        "weights": fingerprint(files),
+        "weights": fingerprint(model_files(options.model, pipeline.model.config, options.autoencoder)),
         "dtype": str(next(pipeline.model.parameters()).dtype).removeprefix("torch."),
     }
     return [
@@ -151,7 +147,7 @@ def fill_folder(
     pipeline: Pipeline,
     requests: Sequence[ImageRequest],
     guidance: GuidanceConfig,
-    batch_size: int,
+    options: argparse.Namespace,
 ) -> list[Path]:
     """Make the images that are not in the folder yet, each saved as it comes; a line of standard output for each.
 
@@ -159,9 +155,9 @@ def fill_folder(
     """
     todo = folder.missing(entries)
     paths = [folder.path / entry["file"] for entry in entries]
-    with Progress("unigendet", len(todo), "pictures") as progress:
+    with Progress(options.label, len(todo), "pictures") as progress:
         images = pipeline.generate_each(
-            [requests[i] for i in todo], guidance=guidance, batch_size=batch_size, progress=progress.steps
+            [requests[i] for i in todo], guidance=guidance, batch_size=options.batch_size, progress=progress.steps
         )
         folder.begin()
         remaining = set(todo)

@@ -1,4 +1,4 @@
-"""The report of a run.
+"""The report of a quickstart.
 
 ``report.json`` holds the numbers, ``report.html`` is a page to look at, and ``format_table`` ends the run in the
 terminal.
@@ -13,18 +13,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from unigendet.evaluation.figures import data_uri, line_chart, save_image_grid
+from unigendet.evaluation.generation import COMPONENTS
+from unigendet.evaluation.pages import (
+    MISSING,
+    compact_table,
+    detection_table,
+    jinja_environment,
+    number,
+    percent,
+    seconds,
+)
 from unigendet.evaluation.results import Aim, ImageGrid, RunResults, plain
-
-_MISSING = "–"
-_NBSP = "\u00a0"  # a number does not part from its unit at the end of a line
+from unigendet.files import write_text
 
 
 def write_report(folder: str | Path, results: RunResults) -> Path:
@@ -43,41 +49,27 @@ def write_report(folder: str | Path, results: RunResults) -> Path:
       ``agreement`` {what: fields of ``Agreement``}; ``frechet`` {what: distance};
       ``reference`` null or fields of ``JudgeReference``; ``grids`` [{title, rows}].
 
-    The same results give the same bytes: no time stamps, no random ids.
+    Each text is written whole or not at all. The same results give the same bytes: no time stamps, no random ids.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     data = results.to_dict()
     text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
-    (folder / "report.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "report.json", text + "\n")
     for i, grid in enumerate(results.grids):
         slug = re.sub(r"[^a-z0-9]+", "-", grid.title.lower()).strip("-")
         images, (_, columns, height) = grid.images.reshape(-1, *grid.images.shape[2:]), grid.images.shape[:3]
         path = folder / "grids" / f"{i:02d}-{slug}.png"
         save_image_grid(images, path, columns=columns, scale=max(1, 64 // height), high=grid.high)
     page = folder / "report.html"
-    page.write_text(_render(results, data), encoding="utf-8")
+    write_text(page, _render(results, data))
     return page
-
-
-def jinja_environment() -> jinja2.Environment:
-    """The templates of the pages, with the filters ``percent``, ``number``, ``seconds`` and ``flat``."""
-    # StrictUndefined: a name that the template and this file spell differently is an error, not a blank.
-    jinja = jinja2.Environment(
-        loader=jinja2.PackageLoader("unigendet.evaluation"),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    jinja.filters.update(percent=percent, number=number, seconds=seconds, flat=lambda value: list(_flat(value)))
-    return jinja
 
 
 def _render(results: RunResults, data: dict[str, Any]) -> str:
     return (
         jinja_environment()
-        .get_template("report.html")
+        .get_template("quickstart.html")
         .render(
             run=data,
             aims=[aim_view(aim) for aim in results.aims],
@@ -89,32 +81,8 @@ def _render(results: RunResults, data: dict[str, Any]) -> str:
             ],
             digits=sorted({digit for a in results.agreement.values() for digit in a.per_digit}),
             bars=_bars(data),
+            components=COMPONENTS,
         )
-    )
-
-
-def percent(value: float | None) -> str:
-    """A fraction as "97.3 %"; a dash if undefined."""
-    return _MISSING if value is None else f"{100 * value:.1f}{_NBSP}%"
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A number with ``digits`` significant digits; a dash if undefined."""
-    if value is None:
-        return _MISSING
-    rounded = float(f"{value:.{digits}g}")
-    return f"{rounded:,.0f}" if abs(rounded) >= 10 ** (digits - 1) else f"{rounded:.9g}"
-
-
-def seconds(value: float | None) -> str:
-    """A duration as "2 min 41 s", or "3.2 s" below a minute; a dash if undefined."""
-    if value is None:
-        return _MISSING
-    if value < 59.95:
-        return f"{value:.1f}{_NBSP}s"
-    whole = round(value)
-    return (
-        f"{whole // 60} min {whole % 60:02d} s" if whole < 3600 else f"{whole // 3600} h {whole % 3600 // 60:02d} min"
     )
 
 
@@ -156,8 +124,8 @@ def _charts(curves: Mapping[str, list[dict[str, float | None]]]) -> dict[str, li
             if known:
                 steps, values = zip(*known, strict=True)
                 svg = line_chart(steps, values, name=f"{stage}: {name} by step", salt=f"{stage}/{name}")
-                last = {"step": number(steps[-1], 9), "value": number(values[-1])}
-                charts[stage].append({"name": name, "svg": Markup(svg), "last": last})
+                last = f"{number(values[-1])} at step {number(steps[-1], 9)}"
+                charts[stage].append({"title": name, "value": last, "svg": Markup(svg)})
     return charts
 
 
@@ -190,15 +158,6 @@ def _bars(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [{**bar, "share": round(100 * (bar["value"] or 0) / longest, 1) if longest else 0} for bar in bars]
 
 
-def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
-    """Nested settings as ("a.b.c", "value") pairs."""
-    if isinstance(value, Mapping):
-        for key, entry in value.items():
-            yield from _flat(entry, f"{name}.{key}" if name else str(key))
-    else:
-        yield name, json.dumps(value, ensure_ascii=False) if not isinstance(value, str) else value
-
-
 def format_table(results: RunResults) -> Group:
     """The end of a run in the terminal: headline numbers against their aims, detection per group, generation.
 
@@ -208,21 +167,10 @@ def format_table(results: RunResults) -> Group:
     if results.aims:
         parts += ["", _aims_table(results)]
     if results.detection is not None:
-        parts += ["", _detection_table(results)]
+        parts += ["", detection_table(results.detection, results.roles)]
     if results.agreement or results.frechet:
         parts += ["", _generation_table(results)]
     return Group(*parts)
-
-
-def compact_table(title: str, first: str, *numbers: str) -> Table:
-    """A table for a terminal, with names in its first column and numbers in the others."""
-    # No lines between the columns, and single spaces of padding: it has to fit a terminal of 80 columns.
-    compact = {"box": box.SIMPLE, "show_edge": False, "pad_edge": False, "collapse_padding": True}
-    table = Table(title=title, title_justify="left", title_style="bold", **compact)
-    table.add_column(first)
-    for name in numbers:
-        table.add_column(name, justify="right")
-    return table
 
 
 def _aims_table(results: RunResults) -> Table:
@@ -232,25 +180,7 @@ def _aims_table(results: RunResults) -> Table:
     for view in map(aim_view, results.aims):
         # Text, not str: a name with square brackets is not markup.
         table.add_row(
-            Text(view["name"]), view["value"], view["aim"] or _MISSING, Text(view["verdict"], styles[view["state"]])
-        )
-    return table
-
-
-def _detection_table(results: RunResults) -> Table:
-    rows = (*results.detection.groups, results.detection.overall)
-    unparsed = ["unparsed"] * any(m.unparsed for m in rows)  # a column only if there is something to tell
-    decided = ["of decided"] * len(unparsed)
-    table = compact_table("Detection", "images", "n", *unparsed, "accuracy", *decided, "balanced", "AUC", "ROUGE-L")
-    for m in rows:
-        role = results.roles.get(m.group)
-        table.add_row(
-            Text(f"{m.group} ({role})" if role and role != m.group else m.group),
-            str(m.count),
-            *[str(m.unparsed)] * len(unparsed),
-            percent(m.accuracy),
-            *[percent(m.decided_accuracy) for _ in decided],
-            *map(percent, (m.balanced_accuracy, m.roc_auc, m.rouge_l)),
+            Text(view["name"]), view["value"], view["aim"] or MISSING, Text(view["verdict"], styles[view["state"]])
         )
     return table
 
