@@ -101,7 +101,9 @@ def test_the_other_task_s_annotations(fails, folder):
 
 
 def test_no_annotations(fails, folder):
-    assert f"annotation file {folder} is a folder" in fails(f"datasets.detection=[{{file: {folder}}}]")
+    assert f"annotation file {folder} is a folder" in fails(f"datasets.captions=[{{file: {folder}}}]")
+    assert f"folder {folder} holds 0.png, 1.png, " in fails(f"datasets.detection=[{{file: {folder}}}]")
+    assert "labelled images: lost.json does not exist" in fails("datasets.detection=[{file: lost.json}]")
     assert "annotation file lost.json does not exist" in fails("datasets.captions=[{file: lost.json}]")
     line = fails("datasets.detection=[]", "datasets.captions=[]")
     assert "datasets.detection and datasets.captions are empty; GDUF needs annotation files" in line

@@ -20,7 +20,6 @@ import numpy as np
 
 from unigendet.config import DataConfig, ImageConfig
 from unigendet.data.labelled import VERDICTS
-from unigendet.data.labelled import VERDICTS
 from unigendet.data.tokenizer import Tokenizer, train_tokenizer
 
 SIDE = 8
