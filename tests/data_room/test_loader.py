@@ -1,7 +1,9 @@
+import dataclasses
 import functools
 import json
 import logging
 import operator
+import os
 import traceback
 from collections import Counter
 from itertools import islice
@@ -303,6 +305,31 @@ def test_encoding_in_the_consuming_process(parts):
         config = LoaderConfig(300, 200, num_workers=1)
         packs.append(next(iter(Loader([source], config, length=b.length, model=model, **kwargs))))
     assert all(same(a, b) for a, b in zip(*packs, strict=True))
+
+
+def test_only_encoding_is_left_to_the_consuming_process(parts):
+    """With an autoencoder that runs there, images are still decoded, resized and tokenized by the workers."""
+    model, builder, _, captions = parts
+    late = SampleBuilder(model, builder.tokenizer, data_config())
+
+    def build(record):
+        sample = late.generation(record)
+        return dataclasses.replace(sample, name=f"{os.getpid()}")
+
+    encoded = []
+
+    def encode(pixels):
+        encoded.append(os.getpid())
+        return pixels.clone()
+
+    stream = Loader(
+        [Source(captions, build)], LoaderConfig(300, 200, num_workers=2), length=late.length, model=model, encode=encode
+    )
+    packs = list(islice(stream, 2))
+    builders = {name for pack in packs for name in pack.names}
+    assert len(builders) == 2
+    assert str(os.getpid()) not in builders
+    assert encoded == [os.getpid()] * sum(len(pack.names) for pack in packs)
 
 
 def test_spawned_workers(parts):

@@ -41,7 +41,8 @@ def add(commands: Commands) -> None:
                        help="look at N images of each data set only (of a balanced one, of either label), evenly "
                             "spread; numbers are then estimates")  # fmt: skip
     check.add_argument("--workers", type=int, default=None, metavar="N",
-                       help=f"processes that decode (default: one per CPU, at most {MOST_WORKERS}; 0: none besides this)")  # fmt: skip
+                       help=f"processes that decode (default: one per CPU, at most {MOST_WORKERS}; 0: none "
+                            "besides this one)")  # fmt: skip
     check.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all that is broken")
 
 
