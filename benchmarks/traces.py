@@ -133,7 +133,8 @@ def _caption_and_picture(rng: np.random.Generator, sides: tuple[int, ...] = GENE
     return int(rng.integers(8, 80)), _Picture.draw(rng, sides)
 
 
-def _generation(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES) -> Sample:
+def draw_generation(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES) -> Sample:
+    """A generation sample, its lengths drawn from ``rng``."""
     caption, picture = _caption_and_picture(rng, sides)
     return _text(caption), picture.latent("noise")
 
@@ -144,12 +145,13 @@ def _teacher(rng: np.random.Generator, sides: tuple[int, ...] = GENERATION_SIDES
     return picture.latent("full"), _text(caption + TEACHER_PROMPT), picture.vit()
 
 
-def _gduf(rng: np.random.Generator) -> Sample:
-    return _detection(rng) if rng.random() < DETECTION_SHARE else _generation(rng)
+def draw_gduf(rng: np.random.Generator) -> Sample:
+    """A sample as GDUF draws them, detection or generation."""
+    return _detection(rng) if rng.random() < DETECTION_SHARE else draw_generation(rng)
 
 
 def _gduf_for_cpus(rng: np.random.Generator) -> Sample:
-    draw = _detection if rng.random() < DETECTION_SHARE else _generation
+    draw = _detection if rng.random() < DETECTION_SHARE else draw_generation
     return draw(rng, CPU_SIDES)
 
 
@@ -183,16 +185,16 @@ def fill_for_cpus(limit: int) -> tuple[Sample, ...]:
 
 def _diga(limit: int, sides: tuple[int, ...], *, teacher: bool = False) -> tuple[Sample, ...]:
     """Generation samples, or those of their teacher."""
-    samples = _fill(functools.partial(_generation, sides=sides), limit)
+    samples = _fill(functools.partial(draw_generation, sides=sides), limit)
     rng = np.random.default_rng(0)
     return tuple(_teacher(rng, sides) for _ in samples) if teacher else samples
 
 
 _TRACES: dict[str, Callable[[], tuple[Sample, ...]]] = {
-    "gduf_32k": lambda: _fill(_gduf, 32_768),
+    "gduf_32k": lambda: _fill(draw_gduf, 32_768),
     "diga_23k": lambda: _diga(23_000, GENERATION_SIDES),
     "diga_23k_teacher": lambda: _diga(23_000, GENERATION_SIDES, teacher=True),
-    "gduf_64k": lambda: _fill(_gduf, 65_536),
+    "gduf_64k": lambda: _fill(draw_gduf, 65_536),
     "gduf_4k": lambda: fill_for_cpus(4_096),
     "diga_4k": lambda: _diga(4_096, CPU_SIDES),
     "diga_4k_teacher": lambda: _diga(4_096, CPU_SIDES, teacher=True),

@@ -101,10 +101,13 @@ def test_the_other_task_s_annotations(fails, folder):
 
 
 def test_no_annotations(fails, folder):
-    wrong = f"datasets.detection[0].file is '{folder}'; it must be a file"
-    assert wrong in fails(f"datasets.detection=[{{file: {folder}}}]")
-    lost = "datasets.captions[0].file is 'lost.json'; there is no such file"
-    assert lost in fails("datasets.captions=[{file: lost.json}]")
+    assert f"datasets.captions[0].file is '{folder}'; it must be a file" in fails(
+        f"datasets.captions=[{{file: {folder}}}]"
+    )
+    assert f"folder {folder} holds 0.png, 1.png, " in fails(f"datasets.detection=[{{file: {folder}}}]")
+    for kind, what in (("detection", "file or folder"), ("captions", "file")):
+        lost = f"datasets.{kind}[0].file is 'lost.json'; there is no such {what}"
+        assert lost in fails(f"datasets.{kind}=[{{file: lost.json}}]")
     line = fails("datasets.detection=[]", "datasets.captions=[]")
     assert "datasets.detection and datasets.captions are empty; GDUF needs annotation files" in line
     line = fails("stage=diga", "align_layer=2", "teacher_layer=3", "datasets.captions=[]")
@@ -118,16 +121,39 @@ def test_no_annotations(fails, folder):
 @pytest.mark.parametrize(("kind", "field"), [("detection", "image"), ("captions", "image_path")])
 def test_an_image_that_is_not_there(fails, folder, workers, kind, field):
     """Found in the middle of training, in a data worker or not: the image, the file and the entry are named."""
-    line = fails(annotate(folder, kind, put(**{field: "lost.png"})), f"loader.num_workers={workers}", "total_steps=9")
+    lost = annotate(folder, kind, put(**{field: "lost.png"}))
+    line = fails(lost, f"loader.num_workers={workers}", "total_steps=9", "loader.max_broken=0")
     assert line.startswith(f"unigendet train: image {folder / 'lost.png'} does not exist")
-    assert line.endswith(f"({folder / 'changed.json'}, entry 3; image_root says where its images are)")
+    assert f"({folder / 'changed.json'}, entry 3; image_root says where its images are)" in line
+    assert line.endswith("(1 broken image; loader.max_broken allows 0)")
 
 
 def test_an_image_that_is_none(fails, folder):
     (folder / "text.png").write_text("no image")
-    line = fails(annotate(folder, "detection", put(image="text.png")), "total_steps=9")
+    line = fails(annotate(folder, "detection", put(image="text.png")), "total_steps=9", "loader.max_broken=0")
     assert f"image {folder / 'text.png'} cannot be decoded" in line
-    assert line.endswith(f"({folder / 'changed.json'}, entry 3)")
+    assert line.endswith(f"({folder / 'changed.json'}, entry 3) (1 broken image; loader.max_broken allows 0)")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_few_broken_images_are_left_out_and_named_once(folder, workers, caplog):
+    """By default a run goes on without them; beyond the limit the last of them ends it."""
+
+    def change(entries):
+        for i, name in ((1, "lost.png"), (4, "text.png")):
+            entries[i]["image"] = name
+
+    (folder / "text.png").write_text("no image")
+    run = ["train", "--config", str(folder / "run.yaml"), annotate(folder, "detection", change),
+           f"loader.num_workers={workers}", "total_steps=9"]  # fmt: skip
+    assert main(run) == 0
+    first, second = sorted((record.getMessage() for record in caplog.records), key=lambda text: "text.png" in text)
+    assert f"image {folder / 'lost.png'} does not exist" in first
+    assert f"image {folder / 'text.png'} cannot be decoded" in second
+    assert f"({folder / 'changed.json'}, entry 4): left out (" in second
+    caplog.clear()
+    assert main([*run, "loader.max_broken=1"]) == 1
+    assert len(caplog.records) == 1
 
 
 def test_a_wrong_image_root(fails, folder):
@@ -136,6 +162,7 @@ def test_a_wrong_image_root(fails, folder):
     line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'other'}}}]")
     assert f"image {folder / 'other'}/" in line
     assert "image_root says where" in line
+    assert line.endswith(f"(so are all 6 images of {file})")
     line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'lost'}}}]")
     assert f"datasets.detection[0].image_root is '{folder / 'lost'}'; there is no such folder" in line
 

@@ -17,6 +17,7 @@ from unigendet import __version__
 from unigendet.commands import (
     bench,
     calibrate,
+    data,
     detect,
     evaluate,
     export,
@@ -29,7 +30,7 @@ from unigendet.commands import (
 from unigendet.commands.common import Commands, Parser, UserError, say
 
 # In the order of the help.
-COMMANDS = (quickstart, study, train, generate, detect, calibrate, evaluate, export, bench, info)
+COMMANDS = (quickstart, study, data, train, generate, detect, calibrate, evaluate, export, bench, info)
 NEEDS_EXTRA = {"PIL", "diffusers", "jinja2", "jsonargparse", "markupsafe", "matplotlib", "rich", "rouge_score",
                "safetensors", "scipy", "sklearn", "tensorboard", "tokenizers", "transformers", "yaml"}  # fmt: skip
 
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     parser = build_parser()
     options, rest = parser.parse_known_args(arguments)
-    if options.command == "train" and all("=" in r and not r.startswith("-") for r in rest):
+    if hasattr(options, "overrides") and all("=" in r and not r.startswith("-") for r in rest):
         options.overrides += rest  # argparse takes only the first run of them
     elif rest:
         parser.prog = options.label

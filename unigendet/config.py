@@ -266,12 +266,17 @@ class DataConfig:
 class LoaderConfig:
     """How samples are drawn and packed. The defaults are GDUF's; DIGA's ``max_tokens`` is 23,000.
 
-    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``prefetch``
-    packs per worker are made ahead. ``cache`` keeps every sample in memory once it is made (for small data).
+    A pack holds at most ``max_tokens`` tokens; a sample longer than ``max_sample_tokens`` is left out. ``lookahead``:
+    samples that each worker may hold back until a pack has room for them, so that packs are fuller; 0: the first that
+    does not fit ends its pack. ``max_broken``: broken images (missing, unreadable) that each process leaves out before
+    it stops; 0: it stops at the first. ``prefetch`` packs per worker are made ahead. ``cache`` keeps every sample in
+    memory once it is made (for small data).
     """
 
     max_tokens: int = 32768
     max_sample_tokens: int = 16384
+    lookahead: int = 0
+    max_broken: int = 100
     seed: int = 0
     shuffle: bool = True
     num_workers: int = 0
@@ -283,8 +288,8 @@ class LoaderConfig:
         check(self.max_tokens > 0, "loader.max_tokens", self.max_tokens, "positive")
         most = self.max_sample_tokens
         check(0 < most <= self.max_tokens, "loader.max_sample_tokens", most, f"in 1..max_tokens ({self.max_tokens})")
-        check(self.seed >= 0, "loader.seed", self.seed, "at least 0")
-        check(self.num_workers >= 0, "loader.num_workers", self.num_workers, "at least 0")
+        for name in ("lookahead", "max_broken", "seed", "num_workers"):
+            check(getattr(self, name) >= 0, f"loader.{name}", getattr(self, name), "at least 0")
         check(self.prefetch > 0, "loader.prefetch", self.prefetch, "positive")
 
 

@@ -38,7 +38,7 @@ def cli(run_file, capsys, monkeypatch):
     def load(*arguments):
         raise AssertionError("something was loaded before the settings were checked")
 
-    for name in ("_tokenizer", "build_model", "build_autoencoder"):
+    for name in ("build_tokenizer", "build_model", "build_autoencoder"):
         monkeypatch.setattr(run_module, name, load)
 
     def run(*arguments):

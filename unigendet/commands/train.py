@@ -21,7 +21,7 @@ def add(commands: Commands) -> None:
                        "Ctrl-C end the run after its present step, with a checkpoint and exit code 143 or 130; a "
                        "second one ends it at once.")  # fmt: skip
     train.add_argument("--config", type=Path, required=True, metavar="FILE", help="YAML file of the run")
-    train.add_argument("overrides", nargs="*", type=_setting, metavar="SETTING=VALUE",
+    train.add_argument("overrides", nargs="*", type=setting, metavar="SETTING=VALUE",
                        help="a setting that wins over the file's; dots for nested ones, values as in YAML")  # fmt: skip
     train.add_argument("--resume", nargs="?", const=True, default=False, type=Path, metavar="FOLDER",
                        help="go on from this checkpoint; without FOLDER, from the newest of the run "
@@ -34,7 +34,8 @@ def add(commands: Commands) -> None:
                             "under parallel name)")  # fmt: skip
 
 
-def _setting(text: str) -> str:
+def setting(text: str) -> str:
+    """An override of a run's settings, as argparse takes it: ``NAME=VALUE``."""
     name, equals, _ = text.partition("=")
     if not name or not equals:
         raise argparse.ArgumentTypeError(f"{text!r} is no setting; write NAME=VALUE, say optimizer.lr=1e-5")

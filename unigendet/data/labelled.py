@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from unigendet.data.datasets import DetectionRecord, read_detection
 from unigendet.data.image_files import is_image_name, list_images
 
 REAL_NAME, FAKE_NAME = "real", "fake"
+VERDICTS = ("This is a fake image.", "This is a real image.")  # indexed by label; what ``parse_verdict`` reads
 _FORM = (
     f"it must hold images in {REAL_NAME}/, {FAKE_NAME}/ or both, those in {FAKE_NAME}/ in one sub-folder per generator "
     "or directly"
@@ -49,6 +51,14 @@ def read_labelled(path: str | Path, *, image_root: str | Path | None = None) -> 
         raise ValueError(f"folder {path} holds {', '.join(others) or 'no sub-folders'}; {_FORM}")
     records = _records(path / REAL_NAME, 1, REAL_NAME) if REAL_NAME in folders else []
     return records + (_fakes(path / FAKE_NAME) if FAKE_NAME in folders else [])
+
+
+def with_texts(records: Sequence[DetectionRecord], question: str) -> list[DetectionRecord]:
+    """Records to train on: those of a folder, which have no texts, get ``question`` and the plain verdict."""
+    return [
+        record if record.question else dataclasses.replace(record, question=question, answer=VERDICTS[record.label])
+        for record in records
+    ]
 
 
 def check_present(records: Sequence[DetectionRecord], root_option: str = "--image-root") -> None:

@@ -1,207 +1,28 @@
-"""An endless, resumable stream of packs from several sources.
+"""An endless, resumable stream of packs from several sources (``unigendet.data.shards`` says how they are read).
 
-Every source is an endless sequence: the shuffled records of epoch 0, then those of epoch 1, and so on. Of this
-sequence, shard s of S takes the elements s, s + S, s + 2S, …, where a shard is one data worker of one rank. So no two
-workers read the same element, every record is read once per epoch, and a shard's whole position is one number per
-source. Which source comes next is decided by the number of samples drawn so far, without randomness: the mixture is
-exact at every moment.
+A shard's position is one number per source and the places of the samples that wait in its look-ahead buffer. The
+positions of all ranks together are the run's: with them, the same number of ranks and workers goes on with exactly the
+packs that would have followed, and any other number reads exactly the records that were left.
 """
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader
 
 from unigendet.config import LoaderConfig, ModelConfig
 from unigendet.data.datasets import encode_latents
-from unigendet.packing import ConditionDropout, PackedBatch, Sample, pack
+from unigendet.data.position import Position, Remaining, what_remains
+from unigendet.data.shards import END, FAILED, Batch, Broken, Packer, Shards, Source, TooLong
+from unigendet.packing import ConditionDropout, Sample
 
 logger = logging.getLogger(__name__)
-
-Item = Sample | tuple[Sample, ...]  # one sample, or a student and its teacher
-Batch = list[Item] | PackedBatch | tuple[PackedBatch, ...]
-
-_END, _FAILED = -1, -2  # in place of a pack's number: the shard has nothing left; its batch is an error of the data
-
-
-@dataclass(frozen=True)
-class Source:
-    """Records and how one becomes a sample (or a tuple of samples, of which the first counts for the token budget).
-
-    ``weight``: samples drawn from this source in proportion to the other sources' weights. ``build`` must be
-    picklable if workers are spawned: a method of a ``SampleBuilder`` is.
-    """
-
-    records: Sequence[Any]
-    build: Callable[[Any], Item]
-    weight: float = 1.0
-    name: str = "source"
-
-    def __post_init__(self) -> None:
-        if len(self.records) == 0:
-            raise ValueError(f"{self.name}.records is empty; a source needs at least one record")
-        if not self.weight > 0:
-            raise ValueError(f"{self.name}.weight is {self.weight}; it must be positive")
-
-
-@dataclass
-class _Position:
-    """Where one shard stands: samples drawn per source, samples left out as too long, packs made."""
-
-    drawn: list[int]
-    skipped: int = 0
-    packs: int = 0
-
-
-@dataclass
-class _Packer:
-    """Makes one model input of a list of items; picklable."""
-
-    model: ModelConfig | None
-    dropout: ConditionDropout | None
-    seed: int
-
-    def __call__(self, items: list[Item], shard: int, index: int) -> Batch:
-        if self.model is None:
-            return items
-        # Condition dropout must not depend on who packs or on what was packed before, or a resumed run would differ.
-        rng = np.random.default_rng([self.seed, shard, index])
-        if isinstance(items[0], Sample):
-            return pack(items, self.model, dropout=self.dropout, rng=rng)
-        student, *others = zip(*items, strict=True)
-        first = pack(student, self.model, dropout=self.dropout, rng=rng)
-        return (first, *(pack(samples, self.model) for samples in others))
-
-
-class _Shards(IterableDataset):
-    """The data set that torch's DataLoader iterates, in each worker over its own shard.
-
-    Yields (batch, worker number, number of the pack in its shard, _END or _FAILED, position after it). An error of the
-    data is yielded, since one that a worker raises reaches the consumer as a text, traceback and all.
-    """
-
-    def __init__(
-        self,
-        sources: Sequence[Source],
-        config: LoaderConfig,
-        length: Callable[[Sample], int],
-        packer: _Packer | None,
-        epochs: int | None,
-        rank: int,
-        world_size: int,
-    ) -> None:
-        self.sources, self.config, self.length, self.packer = list(sources), config, length, packer
-        self.epochs = epochs
-        self.workers = max(1, config.num_workers)
-        self.first_shard, self.num_shards = rank * self.workers, world_size * self.workers
-        self.positions = [_Position([0] * len(sources)) for _ in range(self.workers)]
-        self.next_worker = 0
-        self._too_long = [0] * len(sources)  # samples left out since the last one that was not, by source
-        self._cache: dict[tuple[int, int], Item] = {}
-        self._orders: dict[int, tuple[int, np.ndarray]] = {}
-
-    def __iter__(self) -> Iterator[tuple[Batch | Exception, int, int, _Position]]:
-        info = get_worker_info()
-        # DataLoader asks its workers in turn, from 0; on resuming, worker 0 plays the one whose turn it is.
-        worker = (self.next_worker + (info.id if info else 0)) % self.workers
-        shard = self.first_shard + worker
-        position = copy.deepcopy(self.positions[worker])
-        while True:
-            try:
-                items = self._gather(shard, position)
-                index = position.packs
-                batch = items if self.packer is None or not items else self.packer(items, shard, index)
-            except (ValueError, OSError) as error:
-                yield error, worker, _FAILED, position
-                return
-            if not items:
-                yield [], worker, _END, position  # samples left out after the last pack still count
-                return
-            position.packs += 1
-            yield batch, worker, index, copy.deepcopy(position)
-
-    def _gather(self, shard: int, position: _Position) -> list[Item]:
-        """The next pack's items; ``position`` moves on by exactly what was taken or skipped."""
-        items: list[Item] = []
-        room = self.config.max_tokens
-        while (which := self._next_source(shard, position)) is not None:
-            item = self._item(which, shard + position.drawn[which] * self.num_shards)
-            sample = item if isinstance(item, Sample) else item[0]
-            tokens = self.length(sample)
-            if tokens > self.config.max_sample_tokens:
-                position.drawn[which] += 1
-                position.skipped += 1
-                self._too_long[which] += 1
-                self._warn(sample, tokens, position, which)
-                continue
-            if tokens > room:
-                break  # drawn again as the next pack's first
-            position.drawn[which] += 1
-            self._too_long[which] = 0
-            room -= tokens
-            items.append(item)
-        return items
-
-    def _next_source(self, shard: int, position: _Position) -> int | None:
-        """The source that is furthest behind its weight, among those with records left; None at the end."""
-        best, best_turn = None, float("inf")
-        for which, source in enumerate(self.sources):
-            drawn = position.drawn[which]
-            if self.epochs is not None and shard + drawn * self.num_shards >= self.epochs * len(source.records):
-                continue
-            turn = (drawn + 0.5) / source.weight
-            if turn < best_turn:
-                best, best_turn = which, turn
-        return best
-
-    def _item(self, which: int, place: int) -> Item:
-        """Element ``place`` of a source's endless sequence."""
-        source = self.sources[which]
-        epoch, row = divmod(place, len(source.records))
-        record = int(self._order(which, epoch)[row]) if self.config.shuffle else row
-        if (which, record) in self._cache:
-            return self._cache[which, record]
-        try:
-            item = source.build(source.records[record])
-        except (ValueError, OSError) as error:
-            where = getattr(source.records[record], "where", "") or f"{source.name}, record {record}"
-            hint = "; image_root says where its images are" if isinstance(error, FileNotFoundError) else ""
-            error.add_note(where + hint)
-            raise
-        if self.config.cache:
-            self._cache[which, record] = item
-        return item
-
-    def _order(self, which: int, epoch: int) -> np.ndarray:
-        if self._orders.get(which, (None,))[0] != epoch:
-            rng = np.random.default_rng([self.config.seed, which, epoch])
-            self._orders[which] = (epoch, rng.permutation(len(self.sources[which].records)))
-        return self._orders[which][1]
-
-    def _warn(self, sample: Sample, tokens: int, position: _Position, which: int) -> None:
-        most, source, in_a_row = self.config.max_sample_tokens, self.sources[which], self._too_long[which]
-        logger.warning(
-            "sample %s has %d tokens, more than max_sample_tokens = %d: left out (%d so far)",
-            sample.name or "(unnamed)",
-            tokens,
-            most,
-            position.skipped,
-        )
-        if in_a_row >= 2 * len(source.records):  # a whole epoch lies among them, in whatever order
-            raise ValueError(
-                f"loader.max_sample_tokens is {most}; the last {in_a_row} samples of {source.name}, which has "
-                f"{len(source.records)}, were all longer (this one has {tokens} tokens)"
-            )
 
 
 class Loader:
@@ -209,6 +30,12 @@ class Loader:
 
     ``iter(loader)`` goes on from the loader's position, which moves with every pack handed out (not with those that
     workers have prefetched). The same settings and position give the same packs.
+
+    A sample longer than ``config.max_sample_tokens`` is left out, and reported by name in the first epoch. A broken
+    image (missing or unreadable) is left out too and reported by name, once by each rank that meets it. The iteration
+    ends with the last one's error when this rank has met more than ``config.max_broken`` different ones, over all its
+    workers and, with the position, over all its resumptions; ranks do not count each other's. Any other error of the
+    data is raised at once.
 
     Args:
         sources: what to draw from, by weight.
@@ -219,7 +46,7 @@ class Loader:
         encode: pixels → latent, run by the consuming process on what a ``SampleBuilder`` without ``encode`` left as
             pixels; packing then takes place in the consuming process too.
         epochs: stop when every source has been read so often; None = never. A source that ends earlier drops out of
-        the mixture. rank, world_size: this process's part of the data.
+            the mixture. rank, world_size: this process's part of the data.
         start_method: how workers start (``fork``, ``spawn``, ``forkserver``); None = torch's default.
     """
 
@@ -244,22 +71,25 @@ class Loader:
         if epochs is not None and epochs < 1:
             raise ValueError(f"epochs is {epochs}; it must be at least 1, or None for an endless stream")
         self.config = config
+        self._rank, self._world_size = rank, world_size
         self._encode = encode
-        self._packer = _Packer(model, dropout, config.seed)
+        self._packer = Packer(model, dropout, config.seed)
         self._start_method = start_method
-        self._shards = _Shards(sources, config, length, None if encode else self._packer, epochs, rank, world_size)
+        self._shards = Shards(sources, config, length, None if encode else self._packer, epochs, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
         shards, batches = self._shards, iter(self._batches())
         try:
-            for batch, worker, index, position in batches:
-                if index == _FAILED:
+            for batch, worker, index, position, reports in batches:
+                for report in reports:
+                    self._report(report, worker)
+                if index == FAILED:
                     raise batch
-                if self._encode is not None and index != _END:
+                if self._encode is not None and index != END:
                     batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
                 shards.positions[worker] = position
                 shards.next_worker = (worker + 1) % shards.workers
-                if index != _END:
+                if index != END:
                     yield batch
         finally:
             # After an error the traceback holds on to the workers, and the garbage collector then waits 5 s for each.
@@ -275,46 +105,82 @@ class Loader:
             self._shards,
             batch_size=None,
             num_workers=workers,
-            collate_fn=_as_it_is,
-            worker_init_fn=_leave_signals_to_the_parent,
+            collate_fn=as_it_is,
+            worker_init_fn=leave_signals_to_the_parent,
             prefetch_factor=self.config.prefetch if workers else None,
             multiprocessing_context=self._start_method if workers else None,
             pin_memory=self.config.pin_memory,
         )
 
+    def _report(self, report: TooLong | Broken, worker: int) -> None:
+        """Log what was left out; raise the error of a broken image that is one too many."""
+        if isinstance(report, TooLong):
+            others = self.skipped - self._shards.positions[worker].skipped
+            text = "sample %s has %d tokens, more than max_sample_tokens = %d: left out (%d so far)"
+            logger.warning(text, report.name, report.tokens, self.config.max_sample_tokens, others + report.skipped)
+            return
+        self._count_broken(report)
+
+    def _count_broken(self, report: Broken) -> None:
+        known, most = self._shards.broken, self.config.max_broken
+        if (report.which, report.record) in known:
+            return  # met by another worker, in another epoch
+        known.add((report.which, report.record))
+        count, error = len(known), report.error
+        source = self._shards.sources[report.which]
+        if count > most:
+            images = "broken image" if count == 1 else "broken images"
+            whose = f" in rank {self._rank}'s part of the data" if self._world_size > 1 else ""
+            error.add_note(f"{count} {images}{whose}; loader.max_broken allows {most}")
+            raise error
+        if sum(which == report.which for which, _ in known) == len(source.records):
+            error.add_note(f"so are all {len(source.records)} images of {source.name}")
+            raise error
+        logger.warning("%s (%s): left out (%d of at most %d)", error, "; ".join(error.__notes__), count, most)
+
     @property
     def skipped(self) -> int:
-        """Samples left out so far because they were longer than ``max_sample_tokens`` (on this rank)."""
+        """How often so far a sample was left out as longer than ``max_sample_tokens`` (on this rank)."""
         return sum(position.skipped for position in self._shards.positions)
+
+    @property
+    def broken(self) -> int:
+        """How many different broken images this rank has met, see ``max_broken``."""
+        return len(self._shards.broken)
 
     def _identity(self) -> dict[str, Any]:
         """What a saved position is bound to."""
-        shards, config = self._shards, self.config
-        return {
-            "seed": config.seed,
-            "shuffle": config.shuffle,
-            "max_tokens": config.max_tokens,
-            "max_sample_tokens": config.max_sample_tokens,
-            "first_shard": shards.first_shard,
-            "num_shards": shards.num_shards,
-            "sources": [[source.name, len(source.records), float(source.weight)] for source in shards.sources],
-        }
+        names = ("seed", "shuffle", "max_tokens", "max_sample_tokens", "lookahead")
+        sources = [[source.name, len(source.records), float(source.weight)] for source in self._shards.sources]
+        return {name: getattr(self.config, name) for name in names} | {"sources": sources}
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, as plain numbers and strings."""
+        """This rank's position, as plain numbers and strings. ``merge_states`` makes the run's of all ranks'."""
         shards = self._shards
         return {
             "identity": self._identity(),
-            "next_worker": shards.next_worker,
-            "positions": [dataclasses.asdict(position) for position in shards.positions],
+            "world_size": self._world_size,
+            "workers": shards.workers,
+            "origins": [[list(origin.left), origin.next] for origin in shards.origins],
+            "ranks": [
+                {
+                    "rank": self._rank,
+                    "next_worker": shards.next_worker,
+                    "broken": [list(pair) for pair in sorted(shards.broken)],
+                    "positions": [position.to_json() for position in shards.positions],
+                }
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved position; the next ``iter`` yields exactly the packs that would have followed.
+        """Go to a saved position of the run, ``merge_states`` of all ranks' (of one rank: what it gave itself).
+
+        With as many ranks and workers as saved it, the next ``iter`` yields exactly the packs that would have followed.
+        With other numbers, the shards share what is left: every record that the run had not yet read in its epoch is
+        read once, and none twice; a warning says so. Each rank then knows the broken images of all.
 
         Raises:
-            ValueError: the position belongs to other sources, another seed or budget, or another number of ranks or
-                workers.
+            ValueError: the position belongs to other sources, another seed or budget, or is not that of all ranks.
         """
         mine, saved = self._identity(), state["identity"]
         different = [
@@ -322,16 +188,75 @@ class Loader:
         ]
         if different:
             raise ValueError(f"the saved position does not fit this loader: {'; '.join(different)}")
-        self._shards.next_worker = state["next_worker"]
-        self._shards.positions = [_Position(**copy.deepcopy(position)) for position in state["positions"]]
+        world_size, workers = state["world_size"], state["workers"]
+        positions = [[Position.from_json(values) for values in one["positions"]] for one in state["ranks"]]
+        origins = [Remaining(tuple(left), first) for left, first in state["origins"]]
+        ranks = [one["rank"] for one in state["ranks"]]
+        if ranks != list(range(world_size)) or {len(own) for own in positions} != {workers}:
+            raise ValueError(
+                f"the saved position is that of ranks {ranks}; it must be that of all {world_size} in order, with "
+                f"{workers} workers each, as merge_states makes it"
+            )
+        shards = self._shards
+        if (world_size, workers) == (self._world_size, shards.workers):
+            own = state["ranks"][self._rank]
+            shards.origins, shards.positions = origins, positions[self._rank]
+            shards.next_worker, shards.broken = own["next_worker"], set(map(tuple, own["broken"]))
+            return
+        if self._rank == 0:
+            logger.warning(
+                "the data was read by %d × %d workers (ranks × workers of each) and now is by %d × %d: what is left of "
+                "it is dealt out anew, so the packs are others than would have followed",
+                world_size, workers, self._world_size, shards.workers,
+            )  # fmt: skip
+        self._deal(origins, [position for own in positions for position in own])
+        shards.broken = {tuple(pair) for one in state["ranks"] for pair in one["broken"]}
+
+    @staticmethod
+    def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The position of a run, for every rank's ``Loader.load_state_dict``.
+
+        Args:
+            states: ``Loader.state_dict()`` of every rank at the same step, in the order of the ranks.
+
+        Raises:
+            ValueError: they are not those of all ranks, or of different loaders.
+        """
+        if not states:
+            raise ValueError("states is empty; it must hold the state of every rank")
+        first = states[0]
+        ranks = [one for state in states for one in state["ranks"]]
+        if [one["rank"] for one in ranks] != list(range(first["world_size"])):
+            raise ValueError(
+                f"states are those of ranks {[one['rank'] for one in ranks]}; they must be those of all "
+                f"{first['world_size']} ranks in order"
+            )
+        for rank, state in enumerate(states):
+            others = sorted(key for key in first if key != "ranks" and state[key] != first[key])
+            if others:
+                raise ValueError(
+                    f"states[{rank}] differs from states[0] in {', '.join(others)}; they must be of one run"
+                )
+        return {**first, "ranks": ranks}
+
+    def _deal(self, origins: Sequence[Remaining], positions: Sequence[Position]) -> None:
+        """Begin with this rank's part of what ``positions``, those of all shards, have left."""
+        shards = self._shards
+        shards.origins = [what_remains(origin, which, positions) for which, origin in enumerate(origins)]
+        # Pack numbers go on where no shard has been: condition dropout, which is drawn by them, must not come again.
+        packs = max(position.packs for position in positions)
+        shards.positions = [Position([0] * len(origins), packs=packs) for _ in range(shards.workers)]
+        if self._rank == 0:
+            shards.positions[0].skipped = sum(position.skipped for position in positions)
+        shards.next_worker = 0
 
 
-def _as_it_is(value: Any) -> Any:
+def as_it_is(value: Any) -> Any:
     """DataLoader's default would turn arrays and numbers into tensors."""
     return value
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
+def leave_signals_to_the_parent(worker: int) -> None:
     """In a worker: let a signal to the whole process group pass, as Ctrl-C and schedulers send it.
 
     The main process finishes its step and then ends its workers. It sends SIGTERM to one that does not end, and again

@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 
 from unigendet.config import DataConfig, ImageConfig
+from unigendet.data.labelled import VERDICTS
 from unigendet.data.tokenizer import Tokenizer, train_tokenizer
 
 SIDE = 8
 WHITE = 16  # the largest grey level; levels are 0 (background) to 16 (full ink)
 QUESTION = "Is this image real or fake and why?"
-VERDICTS = ("This is a fake image.", "This is a real image.")  # indexed by label
 TEACHER_PROMPT = QUESTION + "\n{caption}"
 GENERATORS = ("gaussian_mixture", "kernel_density")  # seen in training; held out
 DIGIT_NAMES = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

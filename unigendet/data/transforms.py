@@ -20,12 +20,16 @@ from torch import Tensor
 from unigendet.config import ImageConfig
 
 
+class BrokenImageError(ValueError):
+    """An image file that is there and cannot be read as one; its text names the file and says what to do."""
+
+
 def read_image(path: str | Path) -> Image.Image:
     """The first picture of an image file, decoded completely, as ``to_rgb`` makes it: RGB, 8 bits, upright.
 
     Raises:
         FileNotFoundError: there is no such file; the message names it.
-        ValueError: it may not be read; it is no image, damaged, cut short or empty; it has more than twice
+        BrokenImageError: it may not be read; it is no image, damaged, cut short or empty; it has more than twice
             ``PIL.Image.MAX_IMAGE_PIXELS`` pixels (178,956,970, unless an application sets another limit); or ``to_rgb``
             refuses it. The message names the file and what to do.
     """
@@ -36,7 +40,7 @@ def read_image(path: str | Path) -> Image.Image:
     except FileNotFoundError as error:
         raise FileNotFoundError(f"image {path} does not exist; check the name, or whether it was moved") from error
     except Exception as error:  # on damaged files Pillow's decoders raise whatever goes wrong inside them
-        raise ValueError(f"image {path} {_reason(error)}") from error
+        raise BrokenImageError(f"image {path} {_reason(error)}") from error
 
 
 class _Refused(ValueError):

@@ -115,31 +115,42 @@ class ModelSource:
 class AnnotationFile:
     """One annotation file. Its image paths are relative to ``image_root``, by default its folder.
 
+    For detection, ``file`` may also be a folder with ``real/`` and ``fake/``. Every sample then has the question of
+    ``datasets.views`` and the plain verdict as its answer ("This is a real image.").
     ``label``: read only the detection records with this label, so that real and fake images have weights of their own.
+    ``balance``: draw real and fake images of a detection entry equally often, whatever their numbers; each label then
+    has half of the ``weight`` and epochs of its own.
     """
 
     file: str
     image_root: str | None = None
     weight: float = 1.0
     label: int | None = None
+    balance: bool = False
 
     def __post_init__(self) -> None:
         check(self.weight > 0, f"weight of {self.file}", self.weight, "positive")
         check(self.label in (None, 0, 1), f"label of {self.file}", self.label, "1 (real), 0 (fake) or null (both)")
+        check(self.label is None or not self.balance, f"balance of {self.file}", self.balance, "false with a label")
 
 
 @dataclass(frozen=True)
 class DatasetsConfig:
     """What a run reads; samples are drawn in proportion to the files' weights. DIGA reads the captions only.
 
-    ``detection``: files in FakeClue's format, ``captions``: in LAION's. ``detection_latents`` False leaves the latent
-    image out of detection samples: a detector without symbiotic attention.
+    ``detection``: files in FakeClue's format or folders, ``captions``: files in LAION's. ``detection_latents`` False
+    leaves the latent image out of detection samples: a detector without symbiotic attention.
     """
 
     detection: tuple[AnnotationFile, ...] = ()
     captions: tuple[AnnotationFile, ...] = ()
     detection_latents: bool = True
     views: DataConfig = field(default_factory=DataConfig)
+
+    def __post_init__(self) -> None:
+        for entry in self.captions:
+            labelled = entry.balance or entry.label is not None
+            check(not labelled, f"datasets.captions: {entry.file}", entry, "without label and balance")
 
 
 @dataclass(frozen=True)

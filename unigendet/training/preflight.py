@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from unigendet.config import PRESETS, ModelConfig, check
-from unigendet.data.tokenizer import load_tokenizer
+from unigendet.data.tokenizer import Tokenizer, load_tokenizer
 from unigendet.model.settings import load_config
 from unigendet.training.config import TrainConfig
 from unigendet.training.state import MODEL
@@ -95,10 +95,11 @@ def check_layers(config: TrainConfig, model: ModelConfig) -> None:
         check(1 <= layer <= model.num_layers, name, layer, need)
 
 
-def model_settings(config: TrainConfig) -> ModelConfig:
+def model_settings(config: TrainConfig, tokenizer: Tokenizer | None = None) -> ModelConfig:
     """The settings of the model that ``config.model`` names: the checkpoint's where it is there, else a preset's.
 
-    Nothing is guessed: a checkpoint that is not there has the sizes of ``model.sizes``.
+    Nothing is guessed: a checkpoint that is not there has the sizes of ``model.sizes``. ``tokenizer``: of the run, if
+    it is at hand; the quickstart's preset has its vocabulary, by default that of ``model.tokenizer``.
 
     Raises:
         ValueError: there is nothing to have them from, or the checkpoint's are not those of ``model.sizes``.
@@ -117,18 +118,18 @@ def model_settings(config: TrainConfig) -> ModelConfig:
             f"name a preset that has them, one of {sorted(PRESETS)}, say model.sizes=bagel_7b"
         )
     else:
-        settings = _preset(source.preset or source.sizes, source.tokenizer)
+        settings = _preset(source.preset or source.sizes, source.tokenizer, tokenizer)
     if source.align_projector is not None:
         settings = dataclasses.replace(settings, align_projector=source.align_projector)
     return settings
 
 
-def _preset(name: str | None, tokenizer: str | None) -> ModelConfig:
-    """A preset's settings; the quickstart's vocabulary is the tokenizer's, where that is there."""
-    if name == "quickstart" and tokenizer is not None and Path(tokenizer).is_dir():
-        words = load_tokenizer(tokenizer)
-        return PRESETS[name](words.vocab_size, words.special)
-    return PRESETS[name]()
+def _preset(name: str | None, folder: str | None, tokenizer: Tokenizer | None) -> ModelConfig:
+    if name != "quickstart":
+        return PRESETS[name]()
+    if tokenizer is None and folder is not None and Path(folder).is_dir():
+        tokenizer = load_tokenizer(folder)
+    return PRESETS[name]() if tokenizer is None else PRESETS[name](tokenizer.vocab_size, tokenizer.special)
 
 
 def _check_sizes(settings: ModelConfig, preset: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import os
 from collections.abc import Callable
@@ -13,19 +12,19 @@ from typing import TYPE_CHECKING
 import torch
 from rich.console import Console
 
-from unigendet.config import PRESETS, DataConfig
-from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions, read_detection, save_data_config
-from unigendet.data.loader import Loader, Source
-from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.config import DataConfig
+from unigendet.data.datasets import SampleBuilder, save_data_config
+from unigendet.data.loader import Loader
+from unigendet.data.tokenizer import Tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
-from unigendet.model.checkpoint import load_config, load_pretrained
-from unigendet.model.settings import require_whole
+from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
-from unigendet.training.config import AnnotationFile, DatasetsConfig, TrainConfig
+from unigendet.training.config import TrainConfig
 from unigendet.training.parallel import Parallel, processes
-from unigendet.training.preflight import check_run
+from unigendet.training.preflight import check_run, model_settings
 from unigendet.training.signals import StopSignals
+from unigendet.training.sources import build_sources, build_tokenizer
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
@@ -85,7 +84,7 @@ def build_trainer(
     check_run(config, checkpoint)
     make_watcher = prepare_watcher(config, parallel)
     torch.manual_seed(config.seed)
-    tokenizer = _tokenizer(config)
+    tokenizer = build_tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
     model = build_model(config, tokenizer, parallel.device, checkpoint, shard)
     autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(parallel.device)
@@ -115,22 +114,14 @@ def build_model(
     source = config.model
     if resume is not None:
         return load_pretrained(resume / MODEL, device=device, shard=shard)
-    projector = source.align_projector
     if source.checkpoint is not None:
-        sizes = None
-        if projector is not None:
-            sizes = dataclasses.replace(load_config(source.checkpoint), align_projector=projector)
+        sizes = None if source.align_projector is None else model_settings(config, tokenizer)
         options = {"config": sizes, "device": device, "initialize": source.initialize, "shard": shard}
         return load_pretrained(source.checkpoint, **options)
-    if source.preset is None:
-        raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
-    if source.preset == "quickstart":
-        sizes = PRESETS[source.preset](tokenizer.vocab_size, tokenizer.special)
-    else:
-        sizes = PRESETS[source.preset]()
+    sizes = model_settings(config, tokenizer)
     # New weights are drawn whole and on the host, so that every process draws the same ones.
     with torch.device(device if shard is None else "cpu"):
-        model = UniGenDet(sizes if projector is None else dataclasses.replace(sizes, align_projector=projector))
+        model = UniGenDet(sizes)
     return model if shard is None else shard(model)
 
 
@@ -178,7 +169,7 @@ def build_loader(
     encode = autoencoder.encode if here else None
     builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
     return Loader(
-        _diga_sources(datasets, builder) if config.stage == "diga" else _gduf_sources(datasets, builder),
+        build_sources(config, builder),
         config.loader,
         length=builder.length,
         model=model.config,
@@ -187,44 +178,6 @@ def build_loader(
         rank=0 if parallel is None else parallel.rank,
         world_size=1 if parallel is None else parallel.world_size,
     )
-
-
-def _gduf_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
-    if not datasets.detection and not datasets.captions:
-        raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
-    detection = functools.partial(builder.detection, with_latent=datasets.detection_latents)
-    sources = [Source(_labelled(f), detection, f.weight, f.file) for f in datasets.detection]
-    sources += [Source(read_captions(*_where(f)), builder.generation, f.weight, f.file) for f in datasets.captions]
-    return sources
-
-
-def _diga_sources(datasets: DatasetsConfig, builder: SampleBuilder) -> list[Source]:
-    if not datasets.captions:
-        raise ValueError("datasets.captions is empty; DIGA needs annotation files with captions")
-    build = builder.generation_with_teacher
-    return [Source(read_captions(*_where(f)), build, f.weight, f.file) for f in datasets.captions]
-
-
-def _labelled(source: AnnotationFile) -> list[DetectionRecord]:
-    records = read_detection(*_where(source))
-    chosen = [record for record in records if source.label in (None, record.label)]
-    if not chosen:
-        raise ValueError(
-            f"datasets.detection: label is {source.label}, and {source.file} has no record with this label"
-        )
-    return chosen
-
-
-def _where(source: AnnotationFile) -> tuple[str, str | None]:
-    return source.file, source.image_root
-
-
-def _tokenizer(config: TrainConfig) -> Tokenizer:
-    folder = config.model.tokenizer or config.model.checkpoint
-    if folder is None:
-        raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
-    require_whole(Path(folder))  # the weights are read later, and must be of the same save
-    return load_tokenizer(folder)
 
 
 def _folder(output: str) -> str:

@@ -1,0 +1,88 @@
+"""From a run's settings to the sources of its loader."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions
+from unigendet.data.labelled import FAKE_NAME, REAL_NAME, read_labelled, with_texts
+from unigendet.data.shards import Item, Source
+from unigendet.data.tokenizer import Tokenizer, load_tokenizer
+from unigendet.model.settings import require_whole
+from unigendet.training.config import AnnotationFile, TrainConfig
+
+DETECTION, CAPTIONS = "detection", "captions"
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """One entry of ``datasets``: its kind, ``DETECTION`` or ``CAPTIONS``, and what reads it into its sources.
+
+    ``read`` raises FileNotFoundError or ValueError that name what is wrong with the files.
+    """
+
+    kind: str
+    name: str
+    read: Callable[[], list[Source]]
+
+
+def data_sets(config: TrainConfig, builder: SampleBuilder) -> Iterator[DataSet]:
+    """The data sets that ``config.stage`` learns from, none of them read yet.
+
+    Raises ValueError if the settings name none.
+    """
+    datasets = config.datasets
+    if config.stage == "diga":
+        if not datasets.captions:
+            raise ValueError("datasets.captions is empty; DIGA needs annotation files with captions")
+    elif not datasets.detection and not datasets.captions:
+        raise ValueError("datasets.detection and datasets.captions are empty; GDUF needs annotation files")
+    build: Callable[..., Item]
+    if config.stage == "gduf":
+        build = functools.partial(builder.detection, with_latent=datasets.detection_latents)
+        question = datasets.views.question
+        for entry in datasets.detection:
+            yield DataSet(DETECTION, entry.file, functools.partial(_detection, entry, build, question))
+    build = builder.generation_with_teacher if config.stage == "diga" else builder.generation
+    for entry in datasets.captions:
+        yield DataSet(CAPTIONS, entry.file, functools.partial(_captions, entry, build))
+
+
+def build_sources(config: TrainConfig, builder: SampleBuilder) -> list[Source]:
+    """The sources of all data sets that ``config.stage`` learns from. Errors: those of ``data_sets`` and ``read``."""
+    return [source for data_set in data_sets(config, builder) for source in data_set.read()]
+
+
+def _captions(entry: AnnotationFile, build: Callable[..., Item]) -> list[Source]:
+    return [Source(read_captions(entry.file, entry.image_root), build, entry.weight, entry.file)]
+
+
+def _detection(entry: AnnotationFile, build: Callable[..., Item], question: str) -> list[Source]:
+    """One source; of a balanced entry one for either label, each with half of its weight."""
+    records = with_texts(read_labelled(entry.file, image_root=entry.image_root), question)
+    if not entry.balance:
+        return [Source(_with_label(records, entry, entry.label), build, entry.weight, entry.file)]
+    labels = ((1, REAL_NAME), (0, FAKE_NAME))
+    return [Source(_with_label(records, entry, label), build, entry.weight / 2, f"{entry.file} ({name})")
+            for label, name in labels]  # fmt: skip
+
+
+def _with_label(records: list[DetectionRecord], entry: AnnotationFile, label: int | None) -> list[DetectionRecord]:
+    chosen = [record for record in records if label in (None, record.label)]
+    if not chosen:
+        setting = "balance is true" if entry.balance else f"label is {label}"
+        which = f"label {label}" if entry.balance else "this label"
+        raise ValueError(f"datasets.detection: {setting}, and {entry.file} has no record with {which}")
+    return chosen
+
+
+def build_tokenizer(config: TrainConfig) -> Tokenizer:
+    """The tokenizer that ``config.model`` names. Raises ValueError if it names none; ``load_tokenizer``'s errors."""
+    folder = config.model.tokenizer or config.model.checkpoint
+    if folder is None:
+        raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
+    require_whole(Path(folder))  # the weights are read later, and must be of the same save
+    return load_tokenizer(folder)
