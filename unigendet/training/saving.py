@@ -6,8 +6,9 @@ tells every process when one has failed. What is written is ours, safetensors al
 
 * ``STEM-00002-of-00008.safetensors``: the second process's rows, with their places in the file's metadata
   (``unigendet.model.rows``); PyTorch's ``HuggingFaceStorageReader`` reads such files too;
-* ``STEM.safetensors.index.json``: the files that hold rows of each tensor. PyTorch's own writer leaves no list, so that
-  a file that is missing could pass unnoticed; it also holds a second and a third copy of all tensors while it writes.
+* ``STEM.safetensors.index.json``: the files that hold rows of each tensor.
+
+PyTorch's own writer of such files leaves no list of them, and holds two more copies of all that a process writes.
 
 All processes must see the same folder. The first one gives it its name once all files are on the disk.
 """
@@ -21,6 +22,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,8 @@ class Saving:
         """
         self.wait()
         if self._group is None:
-            self._group = dist.new_group(backend="gloo")
+            timeout = timedelta(minutes=self._parallel.config.timeout)
+            self._group = dist.new_group(backend="gloo", timeout=timeout)
         state = {f"{stem}:{name}": part for stem, parts in tensors.items() for name, part in parts.items()}
         writer = _Writer(path, folder)
         options = {"storage_writer": writer, "planner": _Planner(), "async_stager": _Copies()}
