@@ -9,8 +9,8 @@ import rank_run
 import ranks
 import torch
 
-from unigendet.training.config import ParallelConfig
-from unigendet.training.parallel import Parallel, mesh_shape
+from unigendet.training.config import ParallelConfig, TrainConfig
+from unigendet.training.parallel import Parallel, mesh_shape, processes
 
 PROGRAM = Path(rank_run.__file__)
 COMMON = {
@@ -88,12 +88,16 @@ def ended(settings):
     return ranks.finish(ranks.start(2, PROGRAM, "nowhere", json.dumps({"only": COMMON | settings})))
 
 
-def test_a_process_that_fails_ends_the_others():
-    """Process 1 fails in its second batch, when 0 waits for it: both end, each saying why."""
-    (code0, _, err0), (code1, _, err1) = ended({"stage": "gduf", "fail": 1})
-    assert code0 != 0 != code1
-    assert "OSError: the disk is gone" in err1
-    assert "process 0 ends, because process 1 ended; it failed: the disk is gone" in err0
+def test_a_process_that_fails_ends_the_job():
+    """Process 1 fails in its second batch, when 0 waits for it. Under torchrun, which would wait for half an hour."""
+    runs = json.dumps({"only": COMMON | {"stage": "gduf", "fail": 1}})
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    ((code, _, err),) = ranks.finish(ranks.start(1, *agent, PROGRAM, "nowhere", runs))
+    assert code != 0
+    assert "[rank1]: OSError: the disk is gone" in err
+    assert "process 0 ends, because process 1 ended; it failed: the disk is gone" in err
+    cause = err[err.index("Root Cause") :]
+    assert "rank      : 1 (local_rank: 1)" in cause
 
 
 def test_numbers_that_are_not_finite_end_the_run():
@@ -129,3 +133,18 @@ def test_meshes(settings, world, shape):
 def test_meshes_that_do_not_fit(settings, world, message):
     with pytest.raises(ValueError, match=message):
         mesh_shape(ParallelConfig(**settings), world)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"cpu_offload": True}, "parallel.cpu_offload is True; it must be false on a CPU"),
+        ({"shard": 2}, "parallel.shard is 2; it must be 1"),
+    ],
+)
+def test_what_one_process_cannot_do(settings, message):
+    with (
+        pytest.raises(ValueError, match=message),
+        processes(TrainConfig(device="cpu", parallel=ParallelConfig(**settings))),
+    ):
+        pass

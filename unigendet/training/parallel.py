@@ -168,10 +168,12 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(config.parallel, world_size)
-    if world_size == 1:
-        yield Parallel(device=find_device(config.device), config=config.parallel)
-        return
     device = find_device(config.device)
+    offload = config.parallel.cpu_offload
+    check(not offload or device.type == "cuda", "parallel.cpu_offload", offload, "false on a CPU")
+    if world_size == 1:
+        yield Parallel(device=device, config=config.parallel)
+        return
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
@@ -199,6 +201,13 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     shard = world_size // groups if config.shard is None else config.shard
     need = f"{world_size // groups}, so that parallel.replicate ({groups}) times it is the number of processes"
     check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size})")
+    offload = config.cpu_offload
+    check(
+        world_size > 1 or not offload,
+        "parallel.cpu_offload",
+        offload,
+        "false with one process, which has the model whole",
+    )
     return groups, shard
 
 
@@ -234,6 +243,7 @@ class _FailureWatch(threading.Thread):
                 cause = "the first process of the run is gone"
             if cause is not None and not self._ended.is_set():
                 print(f"unigendet train: process {self._rank} ends, because {cause}", file=sys.stderr, flush=True)
+                time.sleep(_PATIENCE)  # the other one is to end first: torchrun names the first to end as the cause
                 os._exit(1)
 
     def stop(self) -> None:
