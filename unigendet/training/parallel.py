@@ -170,7 +170,8 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     shape = mesh_shape(config.parallel, world_size)
     device = find_device(config.device)
     offload = config.parallel.cpu_offload
-    check(not offload or device.type == "cuda", "parallel.cpu_offload", offload, "false on a CPU")
+    fits = world_size > 1 and device.type == "cuda"
+    check(fits or not offload, "parallel.cpu_offload", offload, "false on a CPU, and with one process")
     if world_size == 1:
         yield Parallel(device=device, config=config.parallel)
         return
@@ -201,13 +202,6 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     shard = world_size // groups if config.shard is None else config.shard
     need = f"{world_size // groups}, so that parallel.replicate ({groups}) times it is the number of processes"
     check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size})")
-    offload = config.cpu_offload
-    check(
-        world_size > 1 or not offload,
-        "parallel.cpu_offload",
-        offload,
-        "false with one process, which has the model whole",
-    )
     return groups, shard
 
 
