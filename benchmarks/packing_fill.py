@@ -1,9 +1,10 @@
-"""How full packs become with a look-ahead buffer: ``python -m benchmarks.packing_fill [--record]``.
+"""How full packs become with a look-ahead buffer: ``python -m benchmarks.packing_fill [--record | --check]``.
 
 Endless samples as ``traces`` draws them for ``gduf_32k`` (and ``diga_23k``), packed by the loader's own code with
-``lookahead`` 0, 8, 16, 32 and 64, by one data worker. Nothing is timed, so the numbers are the same on every machine:
-``--record`` writes them to ``benchmarks/results/packing_fill.json``, from which documents quote; a test computes them
-anew. It needs the package's data room, with its libraries.
+``lookahead`` 0, 8, 16, 32 and 64, by one data worker. Nothing is timed, so the numbers are the same on every machine.
+``--record`` writes them to ``benchmarks/results/packing_fill.json``, and the section of ``docs/performance.md`` between
+its two marks anew; ``--check`` counts nothing and exits with 1 unless the section says what is recorded. It needs the
+package's data room, with its libraries.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import numpy as np
 from unigendet.config import LoaderConfig
 
 from . import traces
-from .environment import RESULTS
+from .environment import RESULTS, ROOT
+from .report import with_section
 
+DOCUMENT = ROOT / "docs" / "performance.md"
 RECORD = RESULTS / "packing_fill.json"
 LOOKAHEADS = (0, 8, 16, 32, 64)
 SAMPLES, PACKS = 20_000, 1000
@@ -30,13 +33,29 @@ BUDGETS = {"gduf_32k": 32_768, "diga_23k": 23_000}
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.packing_fill", description=__doc__.partition("\n")[0])
-    parser.add_argument("--record", action="store_true", help=f"write {RECORD.name} among the results")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--record", action="store_true", help="write the record and the section of the document")
+    what.add_argument("--check", action="store_true", help="only check that the document says what is recorded")
     options = parser.parse_args(arguments)
+    if options.check:
+        if documented(json.loads(RECORD.read_text(encoding="utf-8"))) == DOCUMENT.read_text(encoding="utf-8"):
+            return 0
+        print(
+            f"{DOCUMENT} does not say what is recorded; run python -m benchmarks.packing_fill --record", file=sys.stderr
+        )
+        return 1
     found = measure()
     print("\n".join(table(found)))
     if options.record:
         RECORD.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        DOCUMENT.write_text(documented(found), encoding="utf-8")
     return 0
+
+
+def documented(found: Mapping[str, Any]) -> str:
+    """The document with the table of ``found`` in its section."""
+    text = DOCUMENT.read_text(encoding="utf-8")
+    return with_section(text, "packing_fill", "\n".join(table(found)), DOCUMENT.name)
 
 
 def measure() -> dict[str, Any]:

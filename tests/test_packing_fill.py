@@ -34,6 +34,15 @@ def test_the_table_has_a_line_for_every_row(record):
     assert lines[2].startswith("| gduf_32k, 32,768 tokens | 0 | 91.9% |")
 
 
+def test_the_document_says_what_is_recorded(record, monkeypatch, tmp_path, capsys):
+    assert benchmark.main(["--check"]) == 0
+    other = tmp_path / "performance.md"
+    other.write_text(benchmark.DOCUMENT.read_text().replace(" 91.9% ", " 99.9% "))
+    monkeypatch.setattr(benchmark, "DOCUMENT", other)
+    assert benchmark.main(["--check"]) == 1
+    assert "does not say what is recorded" in capsys.readouterr().err
+
+
 def test_fill_by_hand():
     config = LoaderConfig(10, 10, shuffle=False)
     fill = packing_fill([[6, 4, 3]], [1.0], config, packs=4)  # 6+4, 3+6, 4+3, 6+4

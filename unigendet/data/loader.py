@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from unigendet.config import LoaderConfig, ModelConfig
 from unigendet.data.datasets import encode_latents
+from unigendet.data.parcel import Parcel
 from unigendet.data.position import Position, Remaining, what_remains
 from unigendet.data.shards import END, FAILED, Batch, Broken, Packer, Shards, Source, TooLong
 from unigendet.packing import ConditionDropout, Sample
@@ -85,6 +86,8 @@ class Loader:
                     self._report(report, worker)
                 if index == FAILED:
                     raise batch
+                if isinstance(batch, Parcel):
+                    batch = batch.open()
                 if self._encode is not None and index != END:
                     batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
                 shards.positions[worker] = position

@@ -16,6 +16,7 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from unigendet.config import LoaderConfig, ModelConfig
+from unigendet.data.parcel import Parcel
 from unigendet.data.position import Position, Remaining
 from unigendet.data.transforms import BrokenImageError
 from unigendet.packing import ConditionDropout, PackedBatch, Sample, pack
@@ -89,8 +90,9 @@ class Shards(IterableDataset):
     """The data set that torch's DataLoader iterates, in each worker over its own shard.
 
     Yields (batch, worker number, number of the pack in its shard, END or FAILED; position after it, what was left out
-    on the way). An error of the data is yielded, since one that a worker raises reaches the consumer as a text,
-    traceback and all. What was left out travels with the pack, so that it is reported when the pack is used, once.
+    on the way); a worker's batch is a ``Parcel``. An error of the data is yielded, since one that a worker raises
+    reaches the consumer as a text, traceback and all. What was left out travels with the pack, so that it is reported
+    when the pack is used, once.
 
     Attributes:
         origins: what is left of each source; positions count from here.
@@ -119,7 +121,7 @@ class Shards(IterableDataset):
         self._cache: dict[tuple[int, int], Item] = {}
         self._orders: dict[int, tuple[int, np.ndarray]] = {}
 
-    def __iter__(self) -> Iterator[tuple[Batch | Exception, int, int, Position, list[TooLong | Broken]]]:
+    def __iter__(self) -> Iterator[tuple[Batch | Parcel | Exception, int, int, Position, list[TooLong | Broken]]]:
         info = get_worker_info()
         # DataLoader asks its workers in turn, from 0; on resuming, worker 0 plays the one whose turn it is.
         worker = (self.next_worker + (info.id if info else 0)) % self.workers
@@ -138,6 +140,7 @@ class Shards(IterableDataset):
                 yield [], worker, END, position, reader.reports()  # samples left out after the last pack still count
                 return
             position.packs += 1
+            batch = Parcel.of(batch) if info else batch
             yield batch, worker, index, position.copy(), reader.reports()
 
     def locate(self, which: int, place: int) -> tuple[int, int]:
