@@ -83,11 +83,16 @@ def current_settings() -> dict[str, Any]:
     return plain(dataclasses.asdict(load_settings(QuickstartConfig, default_config())))
 
 
+# Values of settings that older records have under another word.
+RENAMED = {"recompute": {False: "none", True: "full"}}
+
+
 def changes(recorded: Any, current: Any, name: str = "") -> Iterator[str]:
     """Settings that a record has and that have another value now, as ``name recorded → current``."""
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         for key in recorded.keys() & current.keys():
-            yield from changes(recorded[key], current[key], f"{name}.{key}" if name else key)
+            then = RENAMED[key].get(recorded[key], recorded[key]) if key in RENAMED else recorded[key]
+            yield from changes(then, current[key], f"{name}.{key}" if name else key)
     elif recorded != current:
         yield f"`{name}` {json.dumps(recorded)} → {json.dumps(current)}"
 

@@ -237,7 +237,10 @@ def test_train_mistakes(cli, run_file, tmp_path):
         (["--config", run_file, f"output={tmp_path}/out", "--resume"], "nothing to resume"),
         (["--config", run_file, "--resume", tmp_path / "lost"], "no checkpoint at"),
         (["--config", run_file, "model.preset=null", "model.checkpoint=lost"], "lost"),
-        (["--config", run_file, "datasets.captions=[{file: lost.json}]"], "lost.json does not exist"),
+        (
+            ["--config", run_file, "datasets.captions=[{file: lost.json}]"],
+            "datasets.captions[0].file is 'lost.json'; there is no such file",
+        ),
         (
             ["--config", run_file, "device=cuda:99"],
             "device is 'cuda:99'; it must be 'auto' or a device of this machine",

@@ -89,15 +89,13 @@ def ended(settings):
 
 
 def test_a_process_that_fails_ends_the_job():
-    """Process 1 fails in its second batch, when 0 waits for it. Under torchrun, which would wait for half an hour."""
+    """Process 1 fails in its second batch, when 0 waits for it. Under torchrun."""
     runs = json.dumps({"only": COMMON | {"stage": "gduf", "fail": 1}})
     agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     ((code, _, err),) = ranks.finish(ranks.start(1, *agent, PROGRAM, "nowhere", runs))
     assert code != 0
     assert "[rank1]: OSError: the disk is gone" in err
     assert "process 0 ends, because process 1 ended; it failed: the disk is gone" in err
-    cause = err[err.index("Root Cause") :]
-    assert "rank      : 1 (local_rank: 1)" in cause
 
 
 def test_numbers_that_are_not_finite_end_the_run():

@@ -11,10 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from training_fixtures import diga_batch, gduf_batch, tiny_model
 
 from unigendet.config import DataConfig, ImageConfig, LoaderConfig
+from unigendet.model.rows import local
 from unigendet.model.shards import read_tensors
 from unigendet.training.config import DatasetsConfig, ParallelConfig, TrainConfig
 from unigendet.training.footprint import Footprint, pack_bytes
-from unigendet.training.parallel import Parallel, local, make_mesh
+from unigendet.training.parallel import Parallel, make_mesh
 from unigendet.training.plan import make_plan
 from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
 from unigendet.training.stages import make_stage

@@ -56,7 +56,7 @@ def everything(made):
         "average": [tensor.clone() for tensor in state.ema.tensors],
         "optimizer": copy.deepcopy(state.optimizer.state_dict()),
         "teacher": {name: tensor.clone() for name, tensor in made.stage.state_dict().items()},
-        "generators": [state.generator.get_state(), torch.get_rng_state()],
+        "generators": [*(g.get_state() for g in state.generators), torch.get_rng_state()],
         "other generators": [random.getstate(), np.random.get_state()],  # noqa: NPY002
         "position": made.batches.state_dict(),
         "step": state.step,

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 _POLL = 0.25  # seconds between two looks for another process's failure
+_GRACE = 5.0  # seconds until it ends this process: torchrun names as the cause the process that ends first
 _PATIENCE = 8 * _POLL  # what a process waits for the cause of a failed collective, which is another one's failure
 
 
@@ -237,7 +238,7 @@ class _FailureWatch(threading.Thread):
                 cause = "the first process of the run is gone"
             if cause is not None and not self._ended.is_set():
                 print(f"unigendet train: process {self._rank} ends, because {cause}", file=sys.stderr, flush=True)
-                time.sleep(_PATIENCE)  # the other one is to end first: torchrun names the first to end as the cause
+                time.sleep(_GRACE)
                 os._exit(1)
 
     def stop(self) -> None:
