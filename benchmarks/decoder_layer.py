@@ -15,12 +15,13 @@ from torch import Tensor
 
 from unigendet.config import ModelConfig
 from unigendet.layout import Layout
+from unigendet.model import flops
 from unigendet.model.transformer import DecoderLayer
 from unigendet.model.unigendet import init_weights
 from unigendet.ops import rope_table
 from unigendet.ops.backends import resolve
 
-from . import packs, traces, work
+from . import packs, traces
 from .candidate import Candidate, incoming
 from .contest import Case, Work
 from .judge import Truth, allowances
@@ -43,8 +44,8 @@ def case(
 ) -> Case:
     """A layer with random weights on a trace's pack; x [T, hidden] is stream-major."""
     layout = trace.layout.to(device)
-    counted = work.decoder_layer(config, trace.layout)
-    flops = {"forward": counted.forward, "backward": counted.backward, "both": counted.total}
+    counted = flops.decoder_layer(config, trace.layout)
+    work = {"forward": counted.forward, "backward": counted.backward, "both": counted.total}
 
     def inputs(seed: int) -> tuple[Tensor]:
         return (random(device, dtype, seed)(layout.num_queries, config.hidden_size).requires_grad_(),)
@@ -58,7 +59,7 @@ def case(
         f"hidden {config.hidden_size}, {config.num_heads}/{config.num_kv_heads} heads, MLP {config.intermediate_size}",
         dtype,
         inputs,
-        {name: Work(flops[name]) for name in directions},
+        {name: Work(work[name]) for name in directions},
         candidates,
         frozenset({"published"}),
         truth=lambda case, inputs: _truth(trace, layout, config, inputs[0]),

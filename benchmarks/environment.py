@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import platform
 import re
-import subprocess
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from unigendet.device import device_name
+from unigendet.environment import driver_version, output_of
 
 # The root of a checkout; in an installed package, the package's folder: ``kernels`` lies in both.
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_mib": properties.total_memory // 2**20,
-            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+            "driver": driver_version(),
         }
     return {
         "time": datetime.now(UTC).isoformat(timespec="minutes"),
@@ -65,34 +66,10 @@ def _processor() -> str | None:
 
 
 def _commit() -> str | None:
-    commit = _output("git", "rev-parse", "HEAD")
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
+    git = ("git", "-C", str(ROOT))
+    commit = output_of(*git, "rev-parse", "HEAD")
+    changed = output_of(*git, "status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results")
     return commit + "+changes" if commit and changed else commit
-
-
-def device_name(device: torch.device) -> str:
-    """What the device calls itself."""
-    return (
-        torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPUs {platform.machine()}"
-    )
-
-
-# Dense bfloat16 TFLOP/s of data sheets, which published utilisations refer to; the first name that a device's has.
-DATA_SHEETS = {
-    "H100 PCIe": 756.5,
-    "H100 NVL": 835.5,
-    "H100": 989.5,
-    "H200": 989.5,
-    "H800": 989.5,
-    "A100": 312.0,
-    "A800": 312.0,
-}
-
-
-def data_sheet_tflops(device: torch.device) -> float | None:
-    """The data sheet's dense bfloat16 rate of a GPU; None of a device that is not known."""
-    name = device_name(device) if device.type == "cuda" else ""
-    return next((rate for known, rate in DATA_SHEETS.items() if known in name), None)
 
 
 def device_slug(name: str) -> str:
@@ -111,15 +88,6 @@ def kernels_hash(*folders: Path) -> str:
             for part in (path.name.encode(), path.read_bytes()):
                 digest.update(len(part).to_bytes(8, "big") + part)
     return digest.hexdigest()
-
-
-def _output(*command: str) -> str | None:
-    """What a program prints; None if it is not there or fails."""
-    try:
-        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=20)
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return result.stdout.strip()
 
 
 def short_commit(environment: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ A step is what a trainer does with a batch that has arrived: forward pass, losse
 Both start from the same weights, noise and times, and update only what the stage trains. On CPUs they take turns; a GPU
 holds one at a time, each with the largest number of decoder layers that fits both.
 
-Useful work is counted exactly (``benchmarks/work.py``); ``mfu`` is its rate over the measured matmul rate, and
+Useful work is counted exactly (``unigendet.model.flops``); ``mfu`` is its rate over the measured matmul rate, and
 ``mfu_published`` the utilisation by the convention published for BAGEL, over the rate of the device's data sheet: of
 GDUF, on devices whose data sheet is known. ``shares`` says where our step's time goes, by op and direction. A step is
 judged, before any update, on a pack with a sample of each kind: its final hidden states where they are read, and the
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.config import ModelConfig
+from unigendet.device import data_sheet_tflops
+from unigendet.model.flops import StepWork, diga_step, gduf_step
 from unigendet.model.losses import (
     Counts,
     NoisedLatents,
@@ -36,16 +38,16 @@ from unigendet.model.unigendet import UniGenDet
 from unigendet.packing import PackedBatch
 from unigendet.training.stages import DIGAStage, GDUFStage, alignment_grids
 
-from . import packs, traces, work
+from . import packs, traces
 from .candidate import dtype_name
 from .contest import Entry, Measurement, Run, Work, free, make_rows, race
 from .decoder_layer import default_backend
-from .environment import data_sheet_tflops
 from .harness import CannotRun, first_call, peak_mib, reason
 from .judge import Truth, allowances
 from .profile import step_shares
 from .published import PublishedAlignment, PublishedModel, PublishedPack
 from .record import table
+from .work import published_convention
 
 ERROR_FACTOR = 4.0  # as for attention, which decides it
 WEIGHTS = {"mse": 1.0, "ce": 1.0, "label": 0.2, "diga": 0.5}
@@ -138,12 +140,12 @@ class StepCase:
         """Useful work of a step."""
         return {"step": Work(self._count().total)}
 
-    def _count(self) -> work.StepWork:
+    def _count(self) -> StepWork:
         batch = packs.pack_of(self.packed, self.config)
         if self.teacher is None:
-            return work.gduf_step(self.config, batch)
+            return gduf_step(self.config, batch)
         teacher = packs.pack_of(self.teacher, self.config)
-        return work.diga_step(self.config, batch, teacher, align_layer=self.layer, teacher_layer=self.layer)
+        return diga_step(self.config, batch, teacher, align_layer=self.layer, teacher_layer=self.layer)
 
     def run(self, run: Run) -> None:
         """A row for each candidate."""
@@ -235,7 +237,7 @@ class StepCase:
         peak = data_sheet_tflops(self.device)
         if self.teacher is None and peak is not None:
             lengths = layout.cu_seqlens_q.diff().tolist()
-            flops = work.published_convention(self.config, layout.num_queries, lengths)
+            flops = published_convention(self.config, layout.num_queries, lengths)
             columns["mfu_published"] = flops / ms / 1e9 / peak
         return columns
 

@@ -101,10 +101,13 @@ def test_the_other_task_s_annotations(fails, folder):
 
 
 def test_no_annotations(fails, folder):
-    assert f"annotation file {folder} is a folder" in fails(f"datasets.captions=[{{file: {folder}}}]")
+    assert f"datasets.captions[0].file is '{folder}'; it must be a file" in fails(
+        f"datasets.captions=[{{file: {folder}}}]"
+    )
     assert f"folder {folder} holds 0.png, 1.png, " in fails(f"datasets.detection=[{{file: {folder}}}]")
-    assert "labelled images: lost.json does not exist" in fails("datasets.detection=[{file: lost.json}]")
-    assert "annotation file lost.json does not exist" in fails("datasets.captions=[{file: lost.json}]")
+    for kind, what in (("detection", "file or folder"), ("captions", "file")):
+        lost = f"datasets.{kind}[0].file is 'lost.json'; there is no such {what}"
+        assert lost in fails(f"datasets.{kind}=[{{file: lost.json}}]")
     line = fails("datasets.detection=[]", "datasets.captions=[]")
     assert "datasets.detection and datasets.captions are empty; GDUF needs annotation files" in line
     line = fails("stage=diga", "align_layer=2", "teacher_layer=3", "datasets.captions=[]")
@@ -154,10 +157,14 @@ def test_a_few_broken_images_are_left_out_and_named_once(folder, workers, caplog
 
 
 def test_a_wrong_image_root(fails, folder):
-    line = fails(f"datasets.detection=[{{file: {folder / 'detection.json'}, image_root: {folder / 'lost'}}}]")
-    assert f"image {folder / 'lost'}/" in line
+    (folder / "other").mkdir()
+    file = folder / "detection.json"
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'other'}}}]")
+    assert f"image {folder / 'other'}/" in line
     assert "image_root says where" in line
-    assert line.endswith(f"(so are all 6 images of {folder / 'detection.json'})")
+    assert line.endswith(f"(so are all 6 images of {file})")
+    line = fails(f"datasets.detection=[{{file: {file}, image_root: {folder / 'lost'}}}]")
+    assert f"datasets.detection[0].image_root is '{folder / 'lost'}'; there is no such folder" in line
 
 
 def test_texts_that_are_too_long(fails, folder):
@@ -185,7 +192,7 @@ def test_texts_that_are_too_long(fails, folder):
         ("total_steps=many", "total_steps is 'many'; it must be of type int"),
         ("total_steps=1.5", "total_steps is '1.5'; it must be of type int"),
         ("total_steps=null", "total_steps is None; it must be of type int"),
-        ("recompute=perhaps", "recompute is 'perhaps'; it must be of type bool"),
+        ("recompute=perhaps", "recompute is 'perhaps'; it must be one of 'none', 'full', 'attention', 'selective'"),
         ("optimizer.lr=fast", "optimizer.lr is 'fast'; it must be of type float"),
         ("optimizer.betas=[0.9]", "optimizer.betas is '[0.9]'; it must be of type tuple with 2 elements"),
         ("optimizer=3", "optimizer is 3; it must be a group of settings: lr, betas, "),
@@ -193,7 +200,7 @@ def test_texts_that_are_too_long(fails, folder):
         ("datasets.captions=[os.path]", "datasets.captions[0] is 'os.path'; it must be a group of settings: file, "),
         ("total_steps=0", "total_steps is 0; it must be positive"),
         ("model.preset=big", "model.preset is 'big'; it must be one of ['bagel_7b', 'quickstart']"),
-        ("model.tokenizer=lost", "tokenizer folder lost does not exist"),
+        ("model.tokenizer=lost", "model.tokenizer is 'lost'; there is no such folder"),
         ("model.tokenizer=null", "model.tokenizer is null; it must be a folder"),
         ("loader.max_sample_tokens=300", "loader.max_sample_tokens is 300; it must be in 1..max_tokens (200)"),
         ("loader.num_workers=-1", "loader.num_workers is -1; it must be at least 0"),

@@ -9,7 +9,6 @@ import torch
 from benchmarks import (
     contest,
     decoder_layer,
-    environment,
     packing_cost,
     packs,
     profile,
@@ -20,6 +19,8 @@ from benchmarks import (
 )
 from benchmarks.progress import Progress
 from benchmarks.record import Record, table
+from unigendet import device
+from unigendet.model import flops
 
 CPU = torch.device("cpu")
 OWN = decoder_layer.default_backend(CPU)  # as ours is called: after what attention takes
@@ -45,7 +46,7 @@ def test_a_decoder_layer():
         assert own[direction]["correct"] is peer[direction]["correct"] is True
         assert own[direction]["speedup_over"] == {"published": peer[direction]["ms"] / own[direction]["ms"]}
     config = packs.small_config(32, 1, heads=4, kv_heads=2, intermediate=48)
-    assert own["both"]["flops"] == work.decoder_layer(config, traces.tiny().layout).total
+    assert own["both"]["flops"] == flops.decoder_layer(config, traces.tiny().layout).total
 
 
 def test_a_layer_that_mixes_up_streams_is_wrong(monkeypatch):
@@ -83,22 +84,22 @@ def test_a_training_step(case, monkeypatch):
     assert "shares" not in peer
     if case.stage == "gduf":
         lengths = case.packed.layout.cu_seqlens_q.diff().tolist()
-        flops = work.published_convention(case.config, own["tokens"], lengths)
-        assert own["mfu_published"] == pytest.approx(flops / own["ms"] / 1e9 / 0.2)
+        expected = work.published_convention(case.config, own["tokens"], lengths)
+        assert own["mfu_published"] == pytest.approx(expected / own["ms"] / 1e9 / 0.2)
     else:
         assert "mfu_published" not in own
 
 
 def test_data_sheets(monkeypatch):
-    assert environment.data_sheet_tflops(CPU) is None
+    assert device.data_sheet_tflops(CPU) is None
     for name, rate in (
         ("NVIDIA H200", 989.5),
         ("NVIDIA H100 80GB HBM3", 989.5),
         ("NVIDIA H100 PCIe", 756.5),
         ("X", None),
     ):
-        monkeypatch.setattr(environment, "device_name", lambda device, name=name: name)
-        assert environment.data_sheet_tflops(torch.device("cuda")) == rate
+        monkeypatch.setattr(device, "device_name", lambda _, name=name: name)
+        assert device.data_sheet_tflops(torch.device("cuda")) == rate
 
 
 def test_a_step_updates_only_what_its_stage_trains():

@@ -8,6 +8,8 @@ from benchmark_cases import ALIGN, GDUF, GENERATIONS, TEACHERS, prepared, tiny_m
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import packs, published, traces, work
+from unigendet.model import flops
+from unigendet.model.alignment import ConvProjector
 
 PRODUCTS = (torch.ops.aten.mm, torch.ops.aten.addmm)
 
@@ -38,7 +40,7 @@ def test_gduf_step(model, samples):
     batch, pack, latents = prepared(samples, model, torch.float32)
     total, forward = counted(lambda: sum(baseline.gduf_losses(pack, latents).values()))
     _, backward = counted(total.backward)
-    step = work.gduf_step(model.config, dataclasses.replace(batch, readout=None))  # the baseline computes all rows
+    step = flops.gduf_step(model.config, dataclasses.replace(batch, readout=None))  # the baseline computes all rows
     assert without_attention(step) == (forward, backward)
     assert step.total == step.forward + step.backward == sum(part.total for part in step.parts.values())
 
@@ -52,7 +54,7 @@ def test_diga_step(model, teacher_layer):
     total, forward = counted(lambda: sum(alignment.losses(pack, latents, teacher_pack).values()))
     _, backward = counted(total.backward)
     batch = dataclasses.replace(batch, readout=None)
-    step = work.diga_step(model.config, batch, teacher_batch, align_layer=ALIGN, teacher_layer=teacher_layer)
+    step = flops.diga_step(model.config, batch, teacher_batch, align_layer=ALIGN, teacher_layer=teacher_layer)
     teacher_pairs = visible_pairs(TEACHERS) * teacher_layer * model.config.hidden_size
     teacher_pairs += sum((h * w) ** 2 for h, w in teacher_batch.vit_sizes) * 2 * 64  # the quickstart's ViT
     assert without_attention(step) == (forward + 4 * teacher_pairs, backward)
@@ -68,7 +70,7 @@ def test_decoder_layer(model, trained):
     rope = published.rope_of(pack, model.config, x.dtype)
     y, forward = counted(lambda: layer(x, pack, rope))
     _, backward = counted(y.sum().backward)
-    own = work.decoder_layer(model.config, batch.layout, trained)
+    own = flops.decoder_layer(model.config, batch.layout, trained)
     assert without_attention(own) == (forward, backward)
 
 
@@ -81,9 +83,9 @@ def visible_pairs(samples):
 def test_attention(samples):
     config = packs.small_config(64, 3, heads=4)
     batch = packs.pack_of(traces.Trace("test", samples), config)
-    step = work.gduf_step(config, dataclasses.replace(batch, readout=None))
+    step = flops.gduf_step(config, dataclasses.replace(batch, readout=None))
     pairs = visible_pairs(samples)
-    assert step.parts["decoder attention"] == work.Work(4 * 64 * 3 * pairs, 8 * 64 * 3 * pairs)
+    assert step.parts["decoder attention"] == flops.Work(4 * 64 * 3 * pairs, 8 * 64 * 3 * pairs)
     grids = [s.grid for sample in samples for s in sample if s.grid and not s.latent]
     assert step.parts["ViT attention"].forward == 4 * 256 * 4 * sum((h * w) ** 2 for h, w in grids)
 
@@ -92,7 +94,7 @@ def test_of_the_last_layer_counts_what_is_read(model):
     """Keys and values of all tokens; queries, attention and the rest of those from the first split on that is read."""
     config = model.config
     batch, _, _ = prepared(GDUF["mixed"], model, torch.float32)
-    full, own = (work.gduf_step(config, b).parts for b in (dataclasses.replace(batch, readout=None), batch))
+    full, own = (flops.gduf_step(config, b).parts for b in (dataclasses.replace(batch, readout=None), batch))
     assert {name for name in full if full[name] != own[name]} == {"decoder linear layers", "decoder attention"}
     read = torch.zeros(batch.layout.num_queries, dtype=torch.bool)
     read[batch.layout.stream_to_sequence[batch.readout.stream_rows]] = True
@@ -111,10 +113,28 @@ def test_an_aligned_last_layer_is_read_whole(model):
     batch, _, _ = prepared(GENERATIONS, model, torch.float32)
     teacher_batch, _, _ = prepared(TEACHERS, model, torch.float32)
     last, third, whole = (
-        work.diga_step(model.config, b, teacher_batch, align_layer=layer, teacher_layer=1).total
+        flops.diga_step(model.config, b, teacher_batch, align_layer=layer, teacher_layer=1).total
         for b, layer in ((batch, 4), (batch, 3), (dataclasses.replace(batch, readout=None), 3))
     )
     assert last == whole > third
+
+
+def test_alignment_by_convolution(model):
+    """φ's other form, the alignment left out, and nothing else that they change."""
+    config = dataclasses.replace(model.config, align_projector="conv")
+    batch, _, _ = prepared(GENERATIONS, model, torch.float32)
+    teacher_batch, _, _ = prepared(TEACHERS, model, torch.float32)
+    step, usual = (flops.diga_step(c, batch, teacher_batch, teacher_layer=1) for c in (config, model.config))
+    assert {name for name in step.parts if step.parts[name] != usual.parts[name]} == {"alignment head"}
+    projector = ConvProjector(config.hidden_size)
+    rows = torch.randn(batch.noised_tokens.shape[0], config.hidden_size, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        projected = projector(rows, batch.latent_sizes)
+        forward = counter.get_total_flops()
+        projected.sum().backward()
+    assert step.parts["alignment head"] == flops.Work(forward, counter.get_total_flops() - forward)
+    alone = flops.diga_step(config, batch, None, align_layer=4, teacher_layer=1)
+    assert alone.parts == {n: w for n, w in usual.parts.items() if n not in ("alignment head", "teacher")}
 
 
 def test_published_convention(model):
@@ -128,4 +148,4 @@ def test_published_convention(model):
 def test_a_teacher_deeper_than_the_model(model):
     batch, _, _ = prepared(GENERATIONS, model, torch.float32)
     with pytest.raises(ValueError, match=r"teacher_layer is 8; it must be in 1\.\.4"):
-        work.diga_step(model.config, batch, batch)
+        flops.diga_step(model.config, batch, batch)

@@ -249,3 +249,12 @@ def test_train_mistakes(cli, run_file, tmp_path):
         assert result.err.startswith("unigendet train: ")
         assert message in result.err
     assert not (tmp_path / "out").exists()
+
+
+def test_a_reader_that_has_seen_enough():
+    """``unigendet info | head -1``: quiet, as ``ls | head -1`` is."""
+    command = [sys.executable, "-m", "unigendet", "info"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1

@@ -17,7 +17,8 @@ from unigendet.data.datasets import SampleBuilder
 from unigendet.data.loader import Loader
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.training.config import load_train_config
-from unigendet.training.sources import build_sources, build_tokenizer, data_sets, model_sizes
+from unigendet.training.preflight import model_settings
+from unigendet.training.sources import build_sources, build_tokenizer, data_sets
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_tokens_are_those_of_training(checked, folder, stage):
     _, found = checked(*settings)
     config = load_train_config(folder / "run.yaml", settings)
     tokenizer = build_tokenizer(config)
-    model = model_sizes(config, tokenizer)
+    model = model_settings(config, tokenizer)
     encode = build_autoencoder(model.latent).encode
     builder = SampleBuilder(model, tokenizer, config.datasets.views, encode=encode)
     sources = build_sources(config, builder)
@@ -218,7 +219,7 @@ def test_nothing_is_read_before_it_is_asked_for(folder):
     config = load_train_config(folder / "run.yaml")
     tokenizer = build_tokenizer(config)
     sizes = {folder / f"{i}.png": (8, 8) for i in range(6)}
-    builder = check.SizedBuilder(model_sizes(config, tokenizer), tokenizer, config.datasets.views, sizes)
+    builder = check.SizedBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views, sizes)
     first, second = data_sets(config, builder)
     with pytest.raises(ValueError, match="field 'label' is 7"):
         first.read()

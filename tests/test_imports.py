@@ -20,16 +20,20 @@ MAY_IMPORT = {
     "config": set(),
     "config_file": {"config"},
     "device": set(),
+    "environment": set(),
     "files": set(),
     "schedule": {"layout"},
     "ops": {"layout", "schedule"},
     "packing": {"config", "layout"},
     "model": {"config", "files", "layout", "ops", "packing"},
     "data": {"config", "config_file", "files", "layout", "packing"},
-    "evaluation": {"config", "config_file", "files", "packing", "model", "data", "inference"},
+    "evaluation": {"config", "config_file", "environment", "files", "packing", "model", "data", "inference"},
     "inference": {"config", "config_file", "files", "layout", "ops", "packing", "model", "data"},
     "integrations": {"layout", "ops"},
-    "training": {"config", "config_file", "device", "files", "layout", "ops", "packing", "model", "data", *LOOKS},
+    "training": {
+        *("config", "config_file", "device", "environment", "files", "layout", "ops", "packing", "model", "data"),
+        *LOOKS,
+    },
 }
 TOP = {"cli", "commands", "quickstart", "study", "__main__"}  # may import everything
 KERNELS = {"kernels", "_C"}

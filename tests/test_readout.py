@@ -89,7 +89,7 @@ def losses_and_gradients(model, batch, **options):
 
 
 @pytest.mark.parametrize("backend", ["reference", "torch"])
-@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("recompute", ["none", "full", "attention", "selective"])
 def test_losses_and_gradients_are_those_of_the_whole(model, backend, recompute, monkeypatch):
     monkeypatch.setattr(model, "backend", backend)
     monkeypatch.setattr(model.decoder, "recompute", recompute)

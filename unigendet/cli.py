@@ -8,6 +8,8 @@ signal stopped: 128 + signal. A user's mistake gives one line, not a traceback; 
 from __future__ import annotations
 
 import argparse
+import os
+import select
 import sys
 from collections.abc import Sequence
 
@@ -46,15 +48,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.prog = options.label
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
-        return options.run(options)
+        code = options.run(options)
+        sys.stdout.flush()  # here, where what goes wrong is still told
+        return code
     except KeyboardInterrupt:
         say(options, "interrupted")
         return 130
     except (UserError, ValueError, OSError, ModuleNotFoundError, RuntimeError, MemoryError) as error:
-        if options.traceback:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nothing is left to be flushed at the end
+        elif options.traceback:
             raise
-        say(options, _explain(error))
+        else:
+            say(options, _explain(error))
         return 1
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output is a pipe of which the reader has seen enough and gone."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), select.POLLOUT)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def _explain(error: Exception) -> str:

@@ -172,4 +172,6 @@ def _plain(message: str) -> str:
     if found is None:
         return message
     name, kind, value = found.groups()
-    return f"{name} is {value if value == 'None' else repr(value)}; it must be of type {kind}"
+    choices = re.fullmatch(r"(?:typing\.)?Literal\[(.+)\]", kind)
+    need = f"one of {choices[1]}" if choices else f"of type {kind}"
+    return f"{name} is {value if value == 'None' else repr(value)}; it must be {need}"

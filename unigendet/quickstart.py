@@ -53,7 +53,7 @@ from unigendet.inference.pipeline import Pipeline
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import AnnotationFile, TrainConfig
-from unigendet.training.metrics import TIMING
+from unigendet.training.metrics import AROUND
 from unigendet.training.run import build_loader, build_model, companions, prepare_watcher
 from unigendet.training.stages import make_stage
 from unigendet.training.trainer import Trainer
@@ -274,7 +274,7 @@ def thin(history: Sequence[dict[str, Any]], points: int = 100) -> list[dict[str,
     """A history as at most ``points`` means over equal runs of steps, for the curves."""
     size = max(1, -(-len(history) // points))
     chunks = [history[i : i + size] for i in range(0, len(history), size)]
-    names = [n for n in history[0] if n not in (*TIMING, "lr", "tokens", "grad_norm")] if history else []
+    names = [n for n in history[0] if n == "step" or n not in AROUND] if history else []
     return [
         {n: c[-1]["step"] if n == "step" else float(np.mean([r[n] for r in c if n in r])) for n in names}
         for c in chunks

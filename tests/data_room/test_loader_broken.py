@@ -9,7 +9,7 @@ from itertools import islice
 import pytest
 from loader_cases import loader, names, records, text_sample
 
-from unigendet.data.loader import Source, merge_states
+from unigendet.data.loader import Loader, Source
 from unigendet.data.transforms import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -106,7 +106,7 @@ def test_a_resumed_run_has_the_count(workers, caplog):
         list(islice(first, 1))
         steps += 1
     second = make()
-    second.load_state_dict(merge_states([first.state_dict()]))
+    second.load_state_dict(Loader.merge_states([first.state_dict()]))
     assert second.broken == first.broken
     caplog.clear()
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
@@ -130,7 +130,7 @@ def test_ranks_count_for_themselves():
         list(islice(one_too_many, 60))
     assert "in rank 0's part of the data; loader.max_broken allows" in caught.value.__notes__[-1]
     after = loader(source(30, LOST + TORN), max_broken=4, epochs=2, seed=3)
-    after.load_state_dict(merge_states([one.state_dict() for one in ranks]))
+    after.load_state_dict(Loader.merge_states([one.state_dict() for one in ranks]))
     assert after.broken == 5  # a rank that takes over knows them all
     assert len(flat(after)) == 30
 

@@ -8,7 +8,7 @@ from itertools import islice
 import pytest
 from loader_cases import loader, names, odd_records, text_sample
 
-from unigendet.data.loader import Source, merge_states
+from unigendet.data.loader import Loader, Source
 from unigendet.data.position import Position, Remaining, what_remains
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -33,7 +33,7 @@ def steps(ranks, count):
 
 
 def position(ranks):
-    return json.loads(json.dumps(merge_states([one.state_dict() for one in ranks])))
+    return json.loads(json.dumps(Loader.merge_states([one.state_dict() for one in ranks])))
 
 
 def resumed(shape, state, **settings):
@@ -131,14 +131,14 @@ def test_positions_that_are_not_the_run_s():
         two.load_state_dict(two.state_dict())
     states = [one.state_dict(), two.state_dict()]
     with pytest.raises(ValueError, match=r"states are those of ranks \[1, 0\]; they must be those of all 2 ranks"):
-        merge_states(states[::-1])
+        Loader.merge_states(states[::-1])
     with pytest.raises(ValueError, match="states is empty"):
-        merge_states([])
+        Loader.merge_states([])
     other = loader(A, B, rank=1, world_size=2).state_dict()
     with pytest.raises(ValueError, match=r"states\[1\] differs from states\[0\] in identity"):
-        merge_states([states[0], other])
+        Loader.merge_states([states[0], other])
     lone = run((1, 0))[0].state_dict()
-    assert merge_states([lone]) == lone
+    assert Loader.merge_states([lone]) == lone
 
 
 def test_what_remains_by_hand():

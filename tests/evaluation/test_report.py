@@ -13,11 +13,12 @@ from PIL import Image
 from report_demo import ENVIRONMENT, demo_results
 from rich.console import Console
 
+from unigendet.environment import environment
 from unigendet.evaluation.detection import DetectionOutcome, evaluate_detection
 from unigendet.evaluation.figures import data_uri, line_chart, save_image_grid, tile
 from unigendet.evaluation.pages import number, percent, seconds
 from unigendet.evaluation.quickstart_report import format_table, write_report
-from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples, environment
+from unigendet.evaluation.results import Aim, ImageGrid, RunResults, choose_examples
 
 VOID = {"meta", "img", "br", "link", "input", "hr"}
 

@@ -180,8 +180,8 @@ def test_the_metric_file_is_full(trained, tmp_path):
     file, output = trained
     shutil.copytree(output, tmp_path / "out")
     metrics = tmp_path / "out" / "metrics.jsonl"
-    room = metrics.stat().st_size + 600  # for two rows or three; the checkpoints would be larger
-    setting = [f"output={tmp_path / 'out'}", "save_every=0", "total_steps=50", "log_every=50"]
+    room = 2 * (tmp_path / "out" / "run.json").stat().st_size + 600  # for its next entry, and for part of the rows
+    setting = [f"output={tmp_path / 'out'}", "save_every=0", "total_steps=200", "log_every=200"]
     code, err = run("train", "--config", file, *setting, "--resume", wrapped=[f"limit:{room}"])
     assert code == 1
     assert "Traceback" not in err

@@ -14,7 +14,8 @@ from unigendet.data.labelled import VERDICTS
 from unigendet.data.loader import Loader
 from unigendet.model.autoencoder import build_autoencoder
 from unigendet.training.config import AnnotationFile, DatasetsConfig, load_train_config
-from unigendet.training.sources import build_sources, build_tokenizer, model_sizes
+from unigendet.training.preflight import model_settings
+from unigendet.training.sources import build_sources, build_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def folder(tmp_path_factory):
 def sources(folder, *overrides):
     config = load_train_config(folder / "run.yaml", overrides)
     tokenizer = build_tokenizer(config)
-    model = model_sizes(config, tokenizer)
+    model = model_settings(config, tokenizer)
     builder = SampleBuilder(model, tokenizer, config.datasets.views, encode=build_autoencoder(model.latent).encode)
     return build_sources(config, builder), builder, config
 

@@ -172,20 +172,6 @@ def test_diga_refuses_unsuitable_batches_and_layers():
         diga(tiny_model(align_head=False))
 
 
-def test_stage_state_restores_the_teacher():
-    model, fixed = tiny_model(), diga_batch(9)[1]
-    stage = diga(model)
-    features, state = stage.features(fixed), {name: t.clone() for name, t in stage.state_dict().items()}
-    descend(stage, diga_batch(), steps=2)
-    later = diga(model)
-    assert not torch.equal(later.features(fixed), features)
-    later.load_state_dict(state)
-    assert torch.equal(later.features(fixed), features)
-    state.pop("vae2llm.bias")
-    with pytest.raises(ValueError, match=r"vae2llm\.bias"):
-        later.load_state_dict(state)
-
-
 def test_stages_follow_one_another_on_one_model():
     model = tiny_model()
     GDUFStage(model).losses(gduf_batch(), rng()).total.backward()
@@ -198,7 +184,7 @@ def test_stages_follow_one_another_on_one_model():
 
 def test_recompute_gives_the_same_gradients():
     gradients = []
-    for recompute in (False, True):
+    for recompute in ("none", "full", "selective"):
         model = with_velocity(tiny_model())
         model.decoder.recompute = recompute
         GDUFStage(model).losses(gduf_batch(), rng()).total.backward()

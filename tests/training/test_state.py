@@ -110,6 +110,19 @@ def test_missing_teacher_is_an_error(tmp_path):
         trainer(stage="diga").resume(path)
 
 
+@pytest.mark.parametrize("change", ["drop", "reshape", "add"])
+def test_a_teacher_that_does_not_fit_is_an_error(tmp_path, change):
+    path = trainer(stage="diga", output=str(tmp_path)).run(until=1).checkpoint
+    state = load_file(path / "stage.safetensors")
+    bias = state.pop("vae2llm.bias")
+    state |= {"drop": {}, "reshape": {"vae2llm.bias": bias[1:]}, "add": {"vae2llm.bias": bias, "other": bias + 1}}[
+        change
+    ]
+    save_file(state, path / "stage.safetensors")
+    with pytest.raises(CheckpointError, match=r"stage diga has missing, .*: (vae2llm\.bias|other)$"):
+        trainer(stage="diga").resume(path)
+
+
 def test_missing_checkpoint_is_an_error(tmp_path):
     """docs/model.md §12.3: a misspelt path does not start afresh."""
     with pytest.raises(FileNotFoundError, match=r"no checkpoint at .*step-9: there is no such folder"):
@@ -169,9 +182,9 @@ def test_everything_is_safetensors_or_json(tmp_path):
         load_file(file) if file.suffix == ".safetensors" else json.loads(file.read_text())
 
 
-@pytest.mark.parametrize(("generator", "match"), [("0g", "generator is not"), ("00" * 16, "on the kind of device")])
+@pytest.mark.parametrize(("generator", "match"), [("0g", "generators are not"), ("00" * 16, "on the kind of device")])
 def test_random_state_of_another_kind_is_an_error(saved, generator, match):
-    record = json.loads((saved / "training.json").read_text()) | {"generator": generator}
+    record = json.loads((saved / "training.json").read_text()) | {"generators": [generator]}
     (saved / "training.json").write_text(json.dumps(record))
     with pytest.raises(CheckpointError, match=rf"training\.json.*{match}"):
         trainer().resume(saved)

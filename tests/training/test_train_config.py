@@ -83,7 +83,7 @@ def test_missing_file_is_an_error(tmp_path):
 
 def test_published_recipes():
     """docs/model.md §11, except for the warm-up, which must fit (§12.7)."""
-    gduf, diga = (load_train_config(CONFIGS / f"{name}_bagel_7b.yaml") for name in ("gduf", "diga"))
+    gduf, diga = (load_train_config(CONFIGS / f"{name}_bagel7b.yaml") for name in ("gduf", "diga"))
     for config in (gduf, diga):
         optimizer = config.optimizer
         assert (optimizer.lr, optimizer.betas, optimizer.eps, optimizer.weight_decay) == (2e-5, (0.9, 0.95), 1e-15, 0)

@@ -62,13 +62,13 @@ def test_resume_goes_on_where_the_data_were(configure, tmp_path):
 
 def test_wrong_paths_are_errors(configure, tmp_path):
     """docs/model.md §12.3: never random weights, never an empty start."""
-    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"model\.checkpoint is 'nowhere'; there is no such file or folder"):
         train(configure("model.preset=null", "model.checkpoint=nowhere"), quiet=True)
     with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere"):
         train(configure(), resume="nowhere", quiet=True)
     with pytest.raises(FileNotFoundError, match="holds no checkpoints"):
         train(configure(), resume=True, quiet=True)
-    with pytest.raises(FileNotFoundError, match=r"nowhere\.json does not exist"):
+    with pytest.raises(FileNotFoundError, match=r"datasets\.detection\[0\]\.file is 'nowhere\.json'; there is no such"):
         train(configure("datasets.detection=[{file: nowhere.json}]"), quiet=True)
 
 

@@ -29,7 +29,7 @@ def cli(run_file, tmp_path, capsys, monkeypatch):
     def load(*arguments):
         raise AssertionError("something was loaded before the settings were checked")
 
-    monkeypatch.setattr(run_module, "_tokenizer", load)
+    monkeypatch.setattr(run_module, "build_tokenizer", load)
 
     def run(*overrides):
         assert main(["train", "--config", str(run_file), *overrides]) == 1

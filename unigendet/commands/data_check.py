@@ -71,11 +71,12 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, config: TrainConfig) -> tuple[list[SourceCheck], list[str]]:
     """What was found in each source, and the errors of data sets that cannot be read at all."""
     from unigendet.data.check import SizedBuilder, check_source, chosen_records, decode_all
-    from unigendet.training.sources import build_tokenizer, data_sets, model_sizes
+    from unigendet.training.preflight import model_settings
+    from unigendet.training.sources import build_tokenizer, data_sets
 
     tokenizer = build_tokenizer(config)
     sizes: dict[Path, Any] = {}
-    builder = SizedBuilder(model_sizes(config, tokenizer), tokenizer, config.datasets.views, sizes)
+    builder = SizedBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views, sizes)
     sources: list[Source] = []
     unread = []
     for data_set in data_sets(config, builder):

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,9 +69,8 @@ def run(options: argparse.Namespace) -> int:
                 writer.write(_row(one))
                 progress.advance()
                 failed += one.error is not None
-    except BrokenPipeError:  # whoever read our output has seen enough; nothing is left to be flushed at the end
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError:
+        raise
     except BaseException:
         if progress.done:
             kept = "" if options.out is None else f", in {options.out}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from unigendet.commands.common import Commands, say
+from unigendet.commands.common import Commands, UserError, say
 
 if TYPE_CHECKING:
-    from unigendet.training import TrainResult
+    from unigendet.training import TrainConfig, TrainResult
 
 
 def add(commands: Commands) -> None:
@@ -25,6 +26,12 @@ def add(commands: Commands) -> None:
     train.add_argument("--resume", nargs="?", const=True, default=False, type=Path, metavar="FOLDER",
                        help="go on from this checkpoint; without FOLDER, from the newest of the run "
                             "(put --resume last then)")  # fmt: skip
+    train.add_argument("--dry-run", action="store_true",
+                       help="show what the run would need (memory, tokens, disk, communication) and end; it takes "
+                            "neither a GPU nor weights nor data, and names the files that are not there")  # fmt: skip
+    train.add_argument("--world-size", type=int, metavar="N",
+                       help="with --dry-run: plan for N processes (default: torchrun's, or those that the settings "
+                            "under parallel name)")  # fmt: skip
 
 
 def setting(text: str) -> str:
@@ -39,17 +46,37 @@ def run(options: argparse.Namespace) -> int:
     """Carry it out."""
     from unigendet.training import load_train_config, train
 
+    if options.world_size is not None and not options.dry_run:
+        raise UserError("--world-size goes with --dry-run; torchrun --nproc-per-node N starts a run of N processes")
     config = load_train_config(options.config, options.overrides)
+    if options.dry_run:
+        return _dry_run(options, config)
     result = train(config, resume=options.resume, catch_signals=True)
     if result.stopped_by is None:
         return 0
-    say(options, _stopped(options, result))
+    if os.environ.get("RANK", "0") == "0":  # with several processes, one tells
+        say(options, _stopped(options, result))
     return 128 + result.stopped_by
+
+
+def _dry_run(options: argparse.Namespace, config: TrainConfig) -> int:
+    """Print the plan; what is not there goes to standard error."""
+    from unigendet.training.plan import make_plan
+    from unigendet.training.plan_text import plan_text
+    from unigendet.training.preflight import missing_paths, model_settings, planned_processes
+
+    processes = planned_processes(config) if options.world_size is None else options.world_size
+    print(plan_text(make_plan(config, model_settings(config), processes)))
+    for line in missing_paths(config):
+        say(options, f"warning: {line}")
+    return 0
 
 
 def _stopped(options: argparse.Namespace, result: TrainResult) -> str:
     """What a signal ended, and the command that goes on."""
-    command = ["unigendet", "train", "--config", str(options.config), *options.overrides]
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    start = ["torchrun", "…", "-m", "unigendet"] if several else ["unigendet"]
+    command = [*start, "train", "--config", str(options.config), *options.overrides]
     if result.checkpoint is not None:
         where, how, command = f"its checkpoint is {result.checkpoint}", "go on with", [*command, "--resume"]
     elif isinstance(options.resume, Path):

@@ -215,6 +215,33 @@ class Loader:
         self._deal(origins, [position for own in positions for position in own])
         shards.broken = {tuple(pair) for one in state["ranks"] for pair in one["broken"]}
 
+    @staticmethod
+    def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """The position of a run, for every rank's ``Loader.load_state_dict``.
+
+        Args:
+            states: ``Loader.state_dict()`` of every rank at the same step, in the order of the ranks.
+
+        Raises:
+            ValueError: they are not those of all ranks, or of different loaders.
+        """
+        if not states:
+            raise ValueError("states is empty; it must hold the state of every rank")
+        first = states[0]
+        ranks = [one for state in states for one in state["ranks"]]
+        if [one["rank"] for one in ranks] != list(range(first["world_size"])):
+            raise ValueError(
+                f"states are those of ranks {[one['rank'] for one in ranks]}; they must be those of all "
+                f"{first['world_size']} ranks in order"
+            )
+        for rank, state in enumerate(states):
+            others = sorted(key for key in first if key != "ranks" and state[key] != first[key])
+            if others:
+                raise ValueError(
+                    f"states[{rank}] differs from states[0] in {', '.join(others)}; they must be of one run"
+                )
+        return {**first, "ranks": ranks}
+
     def _deal(self, origins: Sequence[Remaining], positions: Sequence[Position]) -> None:
         """Begin with this rank's part of what ``positions``, those of all shards, have left."""
         shards = self._shards
@@ -225,31 +252,6 @@ class Loader:
         if self._rank == 0:
             shards.positions[0].skipped = sum(position.skipped for position in positions)
         shards.next_worker = 0
-
-
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The position of a run, for every rank's ``Loader.load_state_dict``.
-
-    Args:
-        states: ``Loader.state_dict()`` of every rank at the same step, in the order of the ranks.
-
-    Raises:
-        ValueError: they are not those of all ranks, or of different loaders.
-    """
-    if not states:
-        raise ValueError("states is empty; it must hold the state of every rank")
-    first = states[0]
-    ranks = [one for state in states for one in state["ranks"]]
-    if [one["rank"] for one in ranks] != list(range(first["world_size"])):
-        raise ValueError(
-            f"states are those of ranks {[one['rank'] for one in ranks]}; they must be those of all "
-            f"{first['world_size']} ranks in order"
-        )
-    for rank, state in enumerate(states):
-        others = sorted(key for key in first if key != "ranks" and state[key] != first[key])
-        if others:
-            raise ValueError(f"states[{rank}] differs from states[0] in {', '.join(others)}; they must be of one run")
-    return {**first, "ranks": ranks}
 
 
 def as_it_is(value: Any) -> Any:

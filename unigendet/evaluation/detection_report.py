@@ -16,6 +16,7 @@ from rich.text import Text
 
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.transforms import read_image
+from unigendet.environment import environment
 from unigendet.evaluation.detection import REAL, DetectionMetrics, DetectionOutcome, DetectionSummary, probabilities
 from unigendet.evaluation.detection_curves import (
     detector_curves,
@@ -29,7 +30,7 @@ from unigendet.evaluation.explanations import SentenceEncoder
 from unigendet.evaluation.figures import data_uri
 from unigendet.evaluation.pages import compact_table, detection_table, jinja_environment, number, percent
 from unigendet.evaluation.reliability import reliability_bins
-from unigendet.evaluation.results import Example, environment, first_examples, plain
+from unigendet.evaluation.results import Example, first_examples, plain
 from unigendet.evaluation.robustness import KINDS, Disturbance, robustness_curves
 from unigendet.evaluation.scoring import summarise
 

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 from unigendet.config import check
 from unigendet.data.quickstart import CAPTIONS, SIDE, WHITE, caption, load_digits, quantise
 from unigendet.data.transforms import read_image
+from unigendet.environment import environment
 from unigendet.evaluation.generation import COMPONENTS, Agreement, DigitJudge, JudgeReference, frechet_distance
 from unigendet.evaluation.inception import FEATURES, SHA256, InceptionFeatures
-from unigendet.evaluation.results import environment, plain
+from unigendet.evaluation.results import plain
 from unigendet.files import write_text
 
 SCHEMA = 1  # of generation.json; rises when a key changes its meaning or goes

@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import math
-import os
-import platform
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unigendet.config import check
+from unigendet.environment import environment
 from unigendet.evaluation.detection import DetectionOutcome, DetectionSummary
 from unigendet.evaluation.generation import PIXEL_MAX, Agreement, JudgeReference
 
 SCHEMA = 1  # of report.json; rises when a key changes its meaning or goes
-PACKAGES = ("unigendet", "torch", "triton", "numpy", "scipy", "scikit-learn", "transformers", "tokenizers")
 
 
 @dataclass(frozen=True)
@@ -166,40 +161,6 @@ def first_examples(outcomes: Sequence[DetectionOutcome], *, right: int = 1, wron
             chosen.append(outcome)
     groups = list(dict.fromkeys(outcome.group for outcome in outcomes))
     return sorted(chosen, key=lambda outcome: (groups.index(outcome.group), not outcome.correct))
-
-
-def environment() -> dict[str, Any]:
-    """``{"versions": {package: version}, "platform": str, "cpus": int, "commit": str | None}`` of this process.
-
-    ``cpus``: how many this process may use.
-    The commit is that of this package if it lies in its own git repository, else None.
-    """
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue  # an optional package, or this one straight from its source tree
-    # Not os.cpu_count: a process may be confined to a part of the machine.
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    system = f"{platform.system()} {platform.machine()}"
-    return {"versions": versions, "platform": system, "cpus": cpus, "commit": _git_commit()}
-
-
-def _git_commit() -> str | None:
-    """Commit hash, with "+changes" if tracked files differ from it; None outside a repository that tracks this file."""
-    here = Path(__file__)
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(here.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
-
-    try:
-        # A virtual environment may lie inside somebody else's repository: only one that tracks this file counts.
-        git("ls-files", "--error-unmatch", here.name)
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
-    except (OSError, subprocess.SubprocessError):
-        return None
 
 
 def plain(value: Any) -> Any:

@@ -119,6 +119,14 @@ def build_autoencoder(
     return FluxAutoencoder(config, _load_flux(Path(path), vae_config))
 
 
+def flux_on_meta() -> nn.Module:
+    """diffusers' autoencoder of FLUX's sizes on the meta device: shapes without weights."""
+    from diffusers import AutoencoderKL
+
+    with torch.device("meta"):
+        return AutoencoderKL.from_config(json.loads(_FLUX_CONFIG.read_text(encoding="utf-8")))
+
+
 def _load_flux(path: Path, vae_config: dict[str, Any] | None) -> nn.Module:
     """Every tensor must be there and fit; diffusers' own single-file loader ignores missing and unknown ones."""
     from diffusers import AutoencoderKL

@@ -11,10 +11,11 @@ Nothing is guessed: a wrong path is an error, and every missing, unexpected or m
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from unigendet.config import ModelConfig
 from unigendet.files import naming, replaced_files
+from unigendet.model.rows import Part, Piece, find_pieces, read_rows, whole_shape
 from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
-from unigendet.model.shards import CheckpointError, open_tensors, outdated_names, shard_files, write_shards
+from unigendet.model.shards import CheckpointError, listed, open_tensors, outdated_names, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet, init_weights
 
 OURS, PUBLISHED = "model", "ema"  # what files of weights are called in our folders, and in BAGEL's
@@ -31,7 +33,6 @@ OWN_WEIGHTS = tuple(outdated_names([OURS]))  # patterns of everything that a sav
 UNUSED = "latent_to_vit_connector."  # in the published files, used by nothing
 PROJECTORS = {"mlp": "diga_mlp", "conv": "diga_conv"}  # φ's forms by their names in files
 HEADS = {"class_head": "fake_cls_head", "align_head": PROJECTORS["mlp"]}  # what BAGEL's release lacks
-LISTED = 20  # so many tensors of a kind does a message name
 
 _LAYER = "language_model.model.layers.{i}."
 _VIT = "vit_model.vision_model."
@@ -86,19 +87,26 @@ def published_names(name: str) -> tuple[str, ...]:
     raise KeyError(f"parameter {name!r} has no published name")
 
 
-def _parts(model: UniGenDet) -> Iterator[tuple[str, Tensor]]:
-    """Every published tensor of the model, as a view of the parameter that holds it."""
+def published_parts(model: UniGenDet, others: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
+    """This process's rows of all weights under their published names; they share memory with the model.
+
+    ``others``: by our name, rows that stand for this process's rows of a parameter: the averaged ones, say.
+    """
     config = model.config
     qkv = [config.num_heads * config.head_dim] + [config.num_kv_heads * config.head_dim] * 2
+    parts: dict[str, Part] = {}
     for name, tensor in model.state_dict().items():
-        names = published_names(name)
+        names, part = published_names(name), Part.of(tensor)
+        if others and name in others:
+            part = dataclasses.replace(part, tensor=others[name])
         sizes = qkv if ".qkv." in name and name.startswith("decoder.") else [tensor.shape[0] // len(names)] * len(names)
-        yield from zip(names, tensor.split(sizes) if len(names) > 1 else [tensor], strict=True)
+        parts |= zip(names, part.split(sizes) if len(names) > 1 else [part], strict=True)
+    return parts
 
 
 def published_state_dict(model: UniGenDet) -> dict[str, Tensor]:
-    """All weights under their published names; tensors share memory with the model."""
-    return dict(_parts(model))
+    """All weights of a model that is not divided, under their published names; they share memory with the model."""
+    return {name: part.tensor for name, part in published_parts(model).items()}
 
 
 def unused_tensors(config: ModelConfig) -> dict[str, Tensor]:
@@ -118,53 +126,38 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
         FileNotFoundError: there are no weights at ``path``.
         CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged.
     """
-    targets = published_state_dict(model)
-    found = find_tensors(targets, path, initialize=initialize)
-    for file in weight_files(path):  # only now: a checkpoint that does not fit leaves the model as it is
-        with open_tensors(file) as tensors, torch.no_grad():
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                if name in found:
-                    targets[name].copy_(as_published(name, tensors.get_tensor(name)))
+    targets = published_parts(model)
+    found = find_tensors({name: part.shape for name, part in targets.items()}, path, initialize=initialize)
+    read_rows(found, targets, as_published)  # only now: a checkpoint that does not fit leaves the model as it is
 
 
-def find_tensors(targets: Mapping[str, Tensor], path: str | Path, *, initialize: Sequence[str] = ()) -> dict[str, Path]:
-    """The file of every tensor of ``targets`` (published names; only shapes matter) at ``path``; reads no tensor.
+def find_tensors(
+    shapes: Mapping[str, Sequence[int]], path: str | Path, *, initialize: Sequence[str] = ()
+) -> dict[str, list[Piece]]:
+    """Where at ``path`` the rows of every tensor of a model are (``shapes``: by published name); reads no tensor.
 
     Arguments and errors as in ``load_weights``.
     """
-    own = [module for module in PROJECTORS.values() if any(name.startswith(f"{module}.") for name in targets)]
+    own = [module for module in PROJECTORS.values() if any(name.startswith(f"{module}.") for name in shapes)]
     asked = any(module in initialize for module in own)
     replaced = [f"{module}." for module in PROJECTORS.values() if asked and module not in own]
-    found: dict[str, Path] = {}
-    unexpected, misshapen = [], []
-    for file in weight_files(path):
-        with open_tensors(file) as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (safe_open is not a mapping)
-                target = targets.get(name)
-                if name in found:
-                    unexpected.append(f"{name} (in {found[name].name} and again in {file.name})")
-                elif target is None:
-                    if not name.startswith((UNUSED, *replaced)):
-                        unexpected.append(name)
-                    continue
-                found[name] = file
-                shape = _linear_shape(name, tensors.get_slice(name).get_shape())
-                if shape != list(target.shape):
-                    misshapen.append(f"{name} is {shape}, the model needs {list(target.shape)}")
-    absent = [name for name in targets if name not in found]
-    whole = [m for m in initialize if all(n in absent for n in targets if n.startswith(m + "."))]
+    stored = find_pieces(weight_files(path))
+    found = {name: pieces for name, pieces in stored.items() if name in shapes}
+    unexpected = [name for name in stored if name not in shapes and not name.startswith((UNUSED, *replaced))]
+    misshapen = []
+    for name, pieces in found.items():
+        shape = _linear_shape(name, whole_shape(pieces))
+        if shape != list(shapes[name]):
+            misshapen.append(f"{name} is {shape}, the model needs {list(shapes[name])}")
+    absent = [name for name in shapes if name not in found]
+    whole = [m for m in initialize if all(n in absent for n in shapes if n.startswith(m + "."))]
     missing = [name for name in absent if not name.startswith(tuple(m + "." for m in whole))]
     problems = {"missing": missing, "unexpected": unexpected, "of another shape": misshapen}
     if any(problems.values()):
-        lines = [f"{len(names)} {what}: {_listed(names)}" for what, names in problems.items() if names]
+        lines = [f"{len(names)} {what}: {listed(names)}" for what, names in problems.items() if names]
         remedy = _remedy(missing, [*unexpected, *misshapen])
         raise CheckpointError(f"{path} does not fit the model. Tensors {'; '.join(lines)}. {remedy}")
     return found
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(names[:LISTED]) + more
 
 
 def _remedy(missing: Sequence[str], others: Sequence[str]) -> str:
@@ -182,14 +175,14 @@ def _is_kernel(name: str, shape: Sequence[int]) -> bool:
     return name.endswith("embeddings.patch_embedding.weight") and len(shape) == 4
 
 
-def _linear_shape(name: str, shape: list[int]) -> list[int]:
+def _linear_shape(name: str, shape: Sequence[int]) -> list[int]:
     """The shape of what ``as_published`` makes of a tensor."""
-    return [shape[0], shape[1] * shape[2] * shape[3]] if _is_kernel(name, shape) else shape
+    return [shape[0], shape[1] * shape[2] * shape[3]] if _is_kernel(name, shape) else list(shape)
 
 
 def as_published(name: str, value: Tensor) -> Tensor:
-    """A tensor in its published form: a patch embedding that is a conv kernel [out, C, p, p] becomes a linear weight in
-    (row, column, channel) order.
+    """A tensor, or rows of it, in the published form: a patch embedding that is a conv kernel [out, C, p, p] becomes a
+    linear weight in (row, column, channel) order.
     """
     return value.permute(0, 2, 3, 1).flatten(1) if _is_kernel(name, value.shape) else value
 
@@ -243,6 +236,7 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     initialize: Sequence[str] = (),
+    shard: Callable[[UniGenDet], UniGenDet] | None = None,
 ) -> UniGenDet:
     """A model with the weights at ``path``.
 
@@ -251,7 +245,10 @@ def load_pretrained(
         config: settings; default: those beside the weights.
         device: where the parameters go.
         dtype: of the parameters; default float32.
-        initialize: modules that may be missing and are then freshly initialised, see ``load_weights``.
+        initialize: modules that may be missing and are then freshly initialised, see ``load_weights``. Their weights
+            are drawn on the CPU, so that they depend neither on the device nor on the number of processes.
+        shard: divides a model on the ``meta`` device among processes and allocates this one's part
+            (``training.parallel``); only this part is then read. Default: the model is whole, on ``device``.
 
     Raises:
         FileNotFoundError: no weights or no settings at ``path``.
@@ -261,11 +258,21 @@ def load_pretrained(
     config = config or load_config(path)
     with torch.device("meta"):
         model = UniGenDet(config)
-    model = model.to(dtype or torch.float32).to_empty(device=device)
-    for module in _published_modules(model, initialize):
-        init_weights(module)
+    model = model.to(dtype or torch.float32)
+    fresh = [copy.deepcopy(module) for module in _published_modules(model, initialize)]
+    model = model.to_empty(device=device) if shard is None else shard(model)
+    for module, drawn in zip(_published_modules(model, initialize), fresh, strict=True):
+        init_weights(drawn.to_empty(device="cpu"))
+        _copy_own_rows(drawn, module)
     load_weights(model, path, initialize=initialize)
     return model
+
+
+@torch.no_grad()
+def _copy_own_rows(source: nn.Module, target: nn.Module) -> None:
+    for whole, own in zip(source.parameters(), target.parameters(), strict=True):
+        part = Part.of(own)
+        part.tensor.copy_(whole[part.row : part.end])
 
 
 def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module]:
@@ -293,9 +300,19 @@ def save_pretrained(model: UniGenDet, folder: str | Path) -> None:
 
 def write_pretrained(model: UniGenDet, folder: Path) -> None:
     """As ``save_pretrained``, straight into a folder of which nobody reads yet."""
+    write_weights(model, folder)
+    write_config(model.config, folder)
+
+
+def write_weights(model: UniGenDet, folder: Path) -> None:
+    """Write the weights alone."""
     parts = published_state_dict(model)
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in parts.items()}
     # A copy: parts of one fused parameter share memory, which a safetensors file cannot express.
     write_shards(sizes, lambda name: parts[name].detach().to("cpu", copy=True).contiguous(), folder, OURS)
+
+
+def write_config(config: ModelConfig, folder: Path) -> None:
+    """Write ``config.json`` alone."""
     with naming(folder / CONFIG_FILE):
-        (folder / CONFIG_FILE).write_text(json.dumps(model.config.to_dict(), indent=2), encoding="utf-8")
+        (folder / CONFIG_FILE).write_text(json.dumps(config.to_dict(), indent=2), encoding="utf-8")

@@ -48,17 +48,21 @@ def export_weights(
     config = stored_config(source)
     with torch.device("meta"):
         targets = published_state_dict(UniGenDet(config))
-    found = find_tensors(targets, source)
+    found = find_tensors({name: tensor.shape for name, tensor in targets.items()}, source)
     unused = unused_tensors(config) if config.class_head else {}
     tensors = {name: tensor.to(dtype) for name, tensor in (targets | unused).items()}
     sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
     with contextlib.ExitStack() as stack:
-        opened = {file: stack.enter_context(open_tensors(file)) for file in set(found.values())}
+        opened = {
+            file: stack.enter_context(open_tensors(file))
+            for file in {piece.file for pieces in found.values() for piece in pieces}
+        }
 
         def read(name: str) -> Tensor:
             if name in unused:
                 return torch.zeros(unused[name].shape, dtype=dtype)
-            return as_published(name, opened[found[name]].get_tensor(name)).to(dtype)
+            pieces = [opened[piece.file].get_tensor(name) for piece in found[name]]
+            return as_published(name, pieces[0] if len(pieces) == 1 else torch.cat(pieces)).to(dtype)
 
         for file, names in plan_shards(sizes, folder, PUBLISHED, shard_bytes).items():
             stream_tensors({name: tensors[name] for name in names}, read, folder / file)

@@ -5,17 +5,19 @@
 
 MSE is the mean over noised latent tokens of the channels' mean squared velocity error; CE the mean over text tokens
 with loss; CE_real/fake the mean over labelled samples. ``Counts`` says what those means divide by: by default this
-pack's own counts, in distributed training those of all ranks.
+pack's own counts; where a step has several packs, or several processes, those of all of them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from unigendet.model.idle import nothing_from
 from unigendet.model.unigendet import ModelOutput, UniGenDet, latent_rows
 from unigendet.ops import ImageGrids, LatentGrids, alignment_loss, flow_matching, flow_matching_loss
 from unigendet.packing import PackedBatch
@@ -23,18 +25,38 @@ from unigendet.packing import PackedBatch
 
 @dataclass(frozen=True)
 class Counts:
-    """What the means divide by: text tokens with loss, noised tokens, labelled samples, aligned tokens."""
+    """What the means divide by: text tokens with loss, noised tokens, labelled samples, aligned tokens; and what there
+    is to look at: latent tokens and ViT patches.
+    """
 
     targets: float
     noised: float
     labels: float
     aligned: float
+    latents: float = 0
+    patches: float = 0
 
     @classmethod
-    def of(cls, batch: PackedBatch) -> Counts:
-        """The counts of one pack."""
-        noised = batch.noised_tokens.shape[0]
-        return cls(batch.targets.shape[0], noised, batch.labels.shape[0], noised)
+    def of(cls, *batches: PackedBatch) -> Counts:
+        """The counts of packs together."""
+        counts = []
+        for batch in batches:
+            noised = batch.noised_tokens.shape[0]
+            latents, patches = (
+                batch.latent_positions.shape[0],
+                0 if batch.vit_layout is None else batch.vit_rows.shape[0],
+            )
+            counts.append((batch.targets.shape[0], noised, batch.labels.shape[0], noised, latents, patches))
+        return cls(*map(sum, zip(*counts, strict=True)))
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What there is to look at, of ``vit`` and ``latent``."""
+        return ("vit",) * bool(self.patches) + ("latent",) * bool(self.latents)
+
+    def numbers(self) -> Sequence[float]:
+        """The counts in their order."""
+        return astuple(self)
 
 
 @dataclass(frozen=True)
@@ -110,15 +132,20 @@ def label_loss(model: UniGenDet, batch: PackedBatch, output: ModelOutput, counts
 def gduf_losses(
     model: UniGenDet, batch: PackedBatch, output: ModelOutput, latents: NoisedLatents, counts: Counts | None = None
 ) -> dict[str, Tensor]:
-    """The three terms ``mse``, ``ce``, ``label``, unweighted; a term that the pack has nothing for is left out."""
+    """The three terms ``mse``, ``ce``, ``label``, unweighted. A term that ``counts`` has nothing for is left out; one
+    that only this pack has nothing for is 0, and its head's gradient zeros.
+    """
     counts = counts or Counts.of(batch)
     losses = {}
-    if batch.noised_tokens.shape[0]:
-        losses["mse"] = mse_loss(model, batch, output, latents, counts)
-    if batch.targets.shape[0]:
-        losses["ce"] = text_loss(model, batch, output, counts)
-    if batch.labels.shape[0]:
-        losses["label"] = label_loss(model, batch, output, counts)
+    if counts.noised:
+        has = batch.noised_tokens.shape[0]
+        losses["mse"] = mse_loss(model, batch, output, latents, counts) if has else nothing_from(model.llm2vae)
+    if counts.targets:
+        has = batch.targets.shape[0]
+        losses["ce"] = text_loss(model, batch, output, counts) if has else nothing_from(model.lm_head)
+    if counts.labels:
+        has = batch.labels.shape[0]
+        losses["label"] = label_loss(model, batch, output, counts) if has else nothing_from(model.class_head)
     return losses
 
 

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,18 @@ from torch import Tensor
 from unigendet.files import naming, rust_errors
 
 SHARD_BYTES = 5 * 2**30
+LISTED = 20  # so many tensors of a kind does a message name
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 class CheckpointError(ValueError):
     """A checkpoint is damaged or does not fit; the message names the file, and the tensors concerned."""
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(names[:LISTED]) + more
 
 
 class JsonObject(dict[str, Any]):
@@ -50,7 +57,12 @@ def save_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
         save_file(dict(tensors), file, metadata={"format": "pt"})
 
 
-def stream_tensors(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor], file: Path) -> None:
+def stream_tensors(
+    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
+    file: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Write a safetensors file tensor by tensor, so that no more than one is held in memory.
 
     The format: the header's length (8 bytes, little-endian), the header (JSON, padded with spaces to a multiple of 8),
@@ -60,12 +72,13 @@ def stream_tensors(tensors: Mapping[str, Tensor], read: Callable[[str], Tensor],
         tensors: shape and dtype (float32, bfloat16 or float16) of every tensor, by name; they may be on ``meta``.
         read: a tensor by its name, on the CPU.
         file: where to.
+        metadata: texts for the header, beside the format.
 
     Raises:
         ValueError: ``read`` gave a tensor of another shape or dtype.
         OSError: the file cannot be written; names it.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"} | dict(metadata or {})}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
@@ -135,7 +148,9 @@ def outdated_names(stems: Iterable[str]) -> list[str]:
 
 
 def shard_files(folder: Path, stem: str) -> list[Path]:
-    """The files that ``write_shards`` wrote; none if there are none.
+    """The files that hold what was written under a stem, by ``write_shards`` or by rows; none if there are none.
+
+    The index names for every tensor its file, or a list of files that hold rows of it.
 
     Raises:
         FileNotFoundError: shards that the index names are missing.
@@ -146,7 +161,8 @@ def shard_files(folder: Path, stem: str) -> list[Path]:
         whole = folder / f"{stem}.safetensors"
         return [whole] if whole.is_file() else []
     weight_map = JsonObject(index)["weight_map"]
-    files = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    values = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    files = [name for value in values for name in (value if isinstance(value, list) else [value])]
     if not files or not all(isinstance(name, str) for name in files):
         raise CheckpointError(f"{index}: weight_map is {str(weight_map)[:80]}; it must give the file of every tensor")
     names = sorted(set(files))

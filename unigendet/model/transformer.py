@@ -15,11 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from unigendet.config import ModelConfig
 from unigendet.layout import Layout, Readout
 from unigendet.model.cache import KVCache
+from unigendet.model.recompute import run_layer
 from unigendet.ops import qk_norm_rope, rms_norm, rope_table, stream_linear, swiglu, symbiotic_attention
 
 
@@ -111,14 +111,14 @@ class DecoderLayer(nn.Module):
 
 
 class Decoder(nn.Module):
-    """All layers and the final norm. ``recompute``: layers keep only their inputs and run again in the backward."""
+    """All layers and the final norm. ``recompute``: what layers keep for the backward pass, see ``recompute.py``."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_layers))
         self.norm = StreamNorm(config.hidden_size)
-        self.recompute = False
+        self.recompute = "none"
         self._rope: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def rope(self, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -178,10 +178,7 @@ class Decoder(nn.Module):
                 backend,
                 readout if number == last else None,
             )
-            if self.recompute and torch.is_grad_enabled():
-                x, delta = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x, delta = layer(*arguments)
+            x, delta = run_layer(layer, self.recompute, *arguments)
             if number in capture:
                 x, delta = x + delta, None
                 captured[number] = x

@@ -16,12 +16,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from unigendet.config import ModelConfig
-from unigendet.layout import Readout
+from unigendet.layout import Layout, Readout
 from unigendet.model.alignment import ConvProjector
 from unigendet.model.cache import KVCache
 from unigendet.model.embeddings import Mlp, TimestepEmbedding, sincos_table
+from unigendet.model.idle import nothing_from
 from unigendet.model.transformer import Decoder
 from unigendet.model.vision import VisionEncoder
 
@@ -45,6 +47,14 @@ class ModelOutput:
         return rows if self.readout is None else self.readout.places.index_select(0, rows)
 
 
+# FSDP looks for the tensors among a module's outputs, from which the backward pass begins.
+register_pytree_node(
+    ModelOutput,
+    lambda output: ([output.hidden, output.captured], output.readout),
+    lambda tensors, readout: ModelOutput(*tensors, readout),
+)
+
+
 class UniGenDet(nn.Module):
     """The model. Parameters are initialised for training from scratch; ``from_pretrained`` loads published weights."""
 
@@ -65,6 +75,9 @@ class UniGenDet(nn.Module):
         self.class_head = _class_head(hidden) if config.class_head else None
         self.align_head = _align_head(config) if config.align_head else None
         self.backend = "auto"
+        self.compute_dtype: torch.dtype | None = (
+            None  # where it is not the parameters': they are copied to compute with
+        )
         init_weights(self)
         with torch.no_grad():
             # Each layer adds twice to the residual: keep its variance from growing with depth.
@@ -83,12 +96,12 @@ class UniGenDet(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters are."""
-        return self.vae2llm.weight.device
+        """Where it computes; its parameters are there too, unless they are kept in host memory meanwhile."""
+        return self.latent_table.device
 
     def new_cache(self, capacity: Sequence[int]) -> KVCache:
         """An empty cache, ``capacity[i]`` key rows for sample i, on the model's device, in the dtype of its keys."""
-        dtype, device = self.vae2llm.weight.dtype, self.device
+        dtype, device = self.compute_dtype or self.vae2llm.weight.dtype, self.device
         if torch.is_autocast_enabled(device.type):
             dtype = torch.get_autocast_dtype(device.type)
         return KVCache(self.config, capacity, device=device, dtype=dtype)
@@ -103,6 +116,7 @@ class UniGenDet(nn.Module):
         capture: Collection[int] = (),
         stop_after: int | None = None,
         only_read: bool = False,
+        idle: Collection[str] = (),
     ) -> ModelOutput:
         """Embed a pack and run the decoder.
 
@@ -115,18 +129,26 @@ class UniGenDet(nn.Module):
             capture: layers whose output is wanted, numbered from 1.
             stop_after: number of layers to run.
             only_read: the last layer may leave out the rows that no training loss reads.
+            idle: inputs, of ``vit`` and ``latent``, whose modules are run for nothing if the batch has none of them,
+                because another process's batch may (``idle.py``).
 
         Returns:
             ``ModelOutput``.
         """
-        x = self.embed(batch, latent_tokens, timesteps)
+        x = self.embed(batch, latent_tokens, timesteps, idle)
         whole = not only_read or (stop_after or self.config.num_layers) in capture
         readout = None if whole else batch.readout
         options = {"cache": cache, "capture": capture, "stop_after": stop_after, "backend": self.backend}
         hidden, captured = self.decoder(x, batch.layout, readout=readout, **options)
         return ModelOutput(hidden, captured, readout)
 
-    def embed(self, batch: PackedBatch, latent_tokens: Tensor | None, timesteps: Tensor | None) -> Tensor:
+    def embed(
+        self,
+        batch: PackedBatch,
+        latent_tokens: Tensor | None,
+        timesteps: Tensor | None,
+        idle: Collection[str] = (),
+    ) -> Tensor:
         """The residual stream's first rows [T, hidden], stream-major."""
         parts = [F.embedding(batch.text_ids, self.embed_tokens.weight)]
         if batch.vit_layout is not None:
@@ -146,7 +168,20 @@ class UniGenDet(nn.Module):
             projected = self.vae2llm(latent_tokens.to(self.vae2llm.weight.dtype))
             parts.append(projected + time + self.latent_table[batch.latent_positions])
         dtype = parts[0].dtype
-        return torch.cat([part.to(dtype) for part in parts]).index_select(0, batch.source_rows)
+        rows = torch.cat([part.to(dtype) for part in parts]).index_select(0, batch.source_rows)
+        if "vit" in idle and batch.vit_layout is None:
+            rows = rows + self._seen_in_vain().to(dtype)
+        if "latent" in idle and not batch.latent_sizes:
+            rows = rows + nothing_from(self.vae2llm, self.time_embedding).to(dtype)
+        return rows
+
+    def _seen_in_vain(self) -> Tensor:
+        """0, from the ViT's look at one black patch."""
+        device = self.device
+        patch = torch.zeros(1, self.config.vision.patch_dim, device=device)
+        layout = Layout.from_splits([[(1, "full")]]).to(device)
+        features = self.vision(patch, torch.zeros(1, dtype=torch.int64, device=device), layout, self.backend)
+        return 0 * self.connector(features).sum()
 
     def text_logits(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """Next-token logits [rows, vocab] of the given stream-major rows."""

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from unigendet.config import VisionConfig
 from unigendet.layout import Layout
 from unigendet.model.embeddings import Mlp
+from unigendet.model.recompute import run_layer
 from unigendet.ops import symbiotic_attention
 
 
@@ -35,7 +36,7 @@ class VisionLayer(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """patches [Nv, patch_dim] → features [Nv, hidden]."""
+    """patches [Nv, patch_dim] → features [Nv, hidden]. ``recompute``: as the ``Decoder``'s."""
 
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
@@ -43,6 +44,7 @@ class VisionEncoder(nn.Module):
         self.position_embedding = nn.Embedding(config.positions, config.hidden_size)
         self.layers = nn.ModuleList(VisionLayer(config) for _ in range(config.num_layers))
         self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.recompute = "none"
 
     def forward(self, patches: Tensor, positions: Tensor, layout: Layout, backend: str = "auto") -> Tensor:
         """Encode the patches of all images; positions int64 [Nv] index the position embedding."""
@@ -50,5 +52,5 @@ class VisionEncoder(nn.Module):
             positions, self.position_embedding.weight
         )
         for layer in self.layers:
-            x = layer(x, layout, backend)
+            x = run_layer(layer, self.recompute, x, layout, backend)
         return self.norm(x)

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from unigendet.config import check
 from unigendet.config_file import load_settings
+from unigendet.environment import environment
 from unigendet.evaluation.comparisons import METRICS, summarise
 from unigendet.evaluation.pages import seconds as duration
-from unigendet.evaluation.results import environment, plain
+from unigendet.evaluation.results import plain
 from unigendet.evaluation.study_report import write_study
 from unigendet.files import claim_folder, make_folder, write_text
 from unigendet.quickstart import default_config

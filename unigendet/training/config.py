@@ -11,6 +11,9 @@ from typing import Literal
 from unigendet.config import PRESETS, ConditionDropout, DataConfig, GuidanceConfig, LoaderConfig, check
 from unigendet.config_file import load_settings
 
+RECOMPUTE = ("none", "full", "attention", "selective")
+SKIPS = 10  # so many skipped steps in a row end a run
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
@@ -82,14 +85,17 @@ class LossWeights:
 class ModelSource:
     """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
 
-    ``initialize``: published modules that the checkpoint may lack (BAGEL's has neither ``fake_cls_head`` nor
-    ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the checkpoint's, or the preset's. A form
-    that the checkpoint does not have must also stand in ``initialize``, as ``diga_mlp`` or ``diga_conv``.
+    ``sizes``: the preset whose sizes the checkpoint has. A dry run plans with them where the checkpoint is not at hand;
+    one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has
+    neither ``fake_cls_head`` nor ``diga_mlp``). ``align_projector``: φ's form, see ``ModelConfig``; null: the
+    checkpoint's, or the preset's. A form that the checkpoint does not have must also stand in ``initialize``, as
+    ``diga_mlp`` or ``diga_conv``.
     ``tokenizer``: folder; default: the checkpoint's. ``autoencoder``: file of its weights, for ``flux``.
     """
 
     preset: str | None = None
     checkpoint: str | None = None
+    sizes: str | None = None
     initialize: tuple[str, ...] = ()
     align_projector: Literal["mlp", "conv"] | None = None
     tokenizer: str | None = None
@@ -98,7 +104,11 @@ class ModelSource:
     def __post_init__(self) -> None:
         given = [self.preset, self.checkpoint]
         check(given.count(None) >= 1, "model", given, "a preset or a checkpoint, not both")
-        check(self.preset is None or self.preset in PRESETS, "model.preset", self.preset, f"one of {sorted(PRESETS)}")
+        for name in ("preset", "sizes"):
+            value = getattr(self, name)
+            check(value is None or value in PRESETS, f"model.{name}", value, f"one of {sorted(PRESETS)}")
+        alone = self.sizes is not None and self.checkpoint is None
+        check(not alone, "model.sizes", self.sizes, "null without model.checkpoint")
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,26 @@ class DatasetsConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How the processes that torchrun starts divide the model (FSDP2); one process has it whole.
+
+    ``replicate`` groups of ``shard`` processes each hold all parameters, divided among the group; null: all processes
+    are one group, or as many as ``replicate`` leaves. ``cpu_offload`` keeps parameters, gradients and the optimizer's
+    state in host memory. ``timeout``: minutes after which a collective that others do not join fails.
+    """
+
+    replicate: int = 1
+    shard: int | None = None
+    cpu_offload: bool = False
+    timeout: int = 30
+
+    def __post_init__(self) -> None:
+        for name in ("replicate", "timeout"):
+            check(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "positive")
+        check(self.shard is None or self.shard > 0, "parallel.shard", self.shard, "positive, or null")
+
+
+@dataclass(frozen=True)
 class WatchConfig:
     """Looks at a run while it trains: sample images from fixed noise, and scores on images it does not train on.
 
@@ -184,6 +214,44 @@ class WatchConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A profile of ``steps`` training steps from step ``start`` on, numbered from 1; null profiles nothing.
+
+    ``memory``: also record what takes and frees memory.
+    """
+
+    start: int | None = None
+    steps: int = 3
+    memory: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.start is None or self.start > 0, "profile.start", self.start, "positive, or null")
+        check(self.steps > 0, "profile.steps", self.steps, "positive")
+
+
+@dataclass(frozen=True)
+class WandbConfig:
+    """Weights & Biases: the ``project`` that the run is told to (null: none), its ``name`` and ``tags`` there.
+
+    ``entity``: user or team; null: the login's. ``mode``: ``offline`` keeps everything in the output folder, from which
+    ``wandb sync`` sends it.
+    """
+
+    project: str | None = None
+    name: str | None = None
+    entity: str | None = None
+    mode: Literal["online", "offline"] = "online"
+    tags: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("project", "name", "entity"):
+            value = getattr(self, name)
+            check(value is None or bool(value.strip()), f"wandb.{name}", value, "a name, or null")
+        check(self.mode in ("online", "offline"), "wandb.mode", self.mode, "'online' or 'offline'")
+        check(all(tag.strip() for tag in self.tags), "wandb.tags", self.tags, "texts that are not empty")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One stage of training; the defaults are GDUF's (paper section 4.1).
 
@@ -191,9 +259,13 @@ class TrainConfig:
     ``align_layer``, ``teacher_layer``: the student's and the teacher's decoder layer in DIGA, numbered from 1.
     ``teacher_norm``: ``tokens`` standardises the teacher's features over the tokens of each image. ``shuffled_teacher``
     is a control, not a method: every image is aligned with the teacher's features of another image of its pack.
-    ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 is autocast over float32 weights. ``recompute``:
-    activation checkpointing. ``save_every`` 0 saves at the end only, and the last ``keep_checkpoints`` are kept.
-    ``output`` None writes nothing.
+    ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 computes in bfloat16 with float32 weights, by
+    autocast, or with copies of them where several processes divide the model. ``recompute``: activation checkpointing,
+    see ``unigendet.model.recompute``. ``compile``: compile every layer with torch.compile. ``accumulate``: packs per
+    step and process. ``on_nonfinite``: a step with a loss or gradient that is not finite stops the run, or is skipped
+    (``skip``), unless ``SKIPS`` follow one another. ``save_every`` 0 saves at the end only, and the last
+    ``keep_checkpoints`` are kept. ``output`` None writes nothing. ``peak_tflops``: dense TFLOP/s of the device at best,
+    of which ``mfu`` is the share that the run makes use of; None: bfloat16's on its data sheet, where that is known.
     """
 
     stage: Literal["gduf", "diga"] = "gduf"
@@ -205,31 +277,47 @@ class TrainConfig:
     shuffled_teacher: bool = False
     ema_decay: float | None = 0.99
     precision: Literal["fp32", "bf16"] = "fp32"
-    recompute: bool = False
+    recompute: Literal["none", "full", "attention", "selective"] = "none"
+    compile: bool = False
+    accumulate: int = 1
+    on_nonfinite: Literal["stop", "skip"] = "stop"
     seed: int = 0
     device: str = "auto"
     log_every: int = 10
     save_every: int = 0
     keep_checkpoints: int = 2
     output: str | None = None
+    peak_tflops: float | None = None
     model: ModelSource = field(default_factory=ModelSource)
     datasets: DatasetsConfig = field(default_factory=DatasetsConfig)
     loader: LoaderConfig = field(default_factory=LoaderConfig)
     dropout: ConditionDropout = field(default_factory=ConditionDropout)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     losses: LossWeights = field(default_factory=LossWeights)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     watch: WatchConfig = field(default_factory=WatchConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    wandb: WandbConfig = field(default_factory=WandbConfig)
 
     def __post_init__(self) -> None:
         check(self.stage in ("gduf", "diga"), "stage", self.stage, "'gduf' or 'diga'")
         check(self.precision in ("fp32", "bf16"), "precision", self.precision, "'fp32' or 'bf16'")
         check(self.teacher_norm in ("none", "tokens"), "teacher_norm", self.teacher_norm, "'none' or 'tokens'")
+        check(self.recompute in RECOMPUTE, "recompute", self.recompute, f"one of {RECOMPUTE}")
+        check(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "'stop' or 'skip'")
+        check(self.accumulate > 0, "accumulate", self.accumulate, "positive")
         for name in ("total_steps", "align_layer", "teacher_layer", "log_every", "keep_checkpoints", "timestep_shift"):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):
             check(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
+        check(self.peak_tflops is None or self.peak_tflops > 0, "peak_tflops", self.peak_tflops, "positive, or null")
         check(self.ema_decay is None or 0 <= self.ema_decay < 1, "ema_decay", self.ema_decay, "in [0, 1), or null")
         self.optimizer.warmup(self.total_steps)
+        start = self.profile.start
+        check(start is None or start <= self.total_steps, "profile.start", start, f"≤ total_steps ({self.total_steps})")
+        writing = {"profile.start": start, "wandb.project": self.wandb.project}
+        for name, value in writing.items():
+            check(value is None or self.output is not None, "output", self.output, f"a folder for {name} to write to")
 
 
 def load_train_config(path: str | Path, overrides: Sequence[str] = ()) -> TrainConfig:

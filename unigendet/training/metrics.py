@@ -19,8 +19,14 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from torch.utils.tensorboard import SummaryWriter
 
+    from unigendet.training.tracking import Tracker
+
 METRICS_FILE = "metrics.jsonl"
-TIMING = ("seconds", "data_seconds", "tokens_per_second")  # entries of a row that differ from run to run
+RATES = ("tokens_per_second", "samples_per_second", "model_tflops_per_second", "mfu")
+MEMORY = ("memory_gib", "memory_reserved_gib")  # the largest in a step
+SUMS = ("tokens", "samples")
+TIMING = ("seconds", "data_seconds", *RATES, *MEMORY)  # entries of a row that differ from run to run
+AROUND = ("step", *SUMS, "lr", "grad_norm", *TIMING)  # entries that are no losses
 
 Row = dict[str, Any]
 
@@ -40,16 +46,25 @@ class Look:
 
 
 def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
-    """The mean of every number over the rows that have it; ``step`` is the last one's, ``tokens`` the sum, and
-    ``tokens_per_second`` the throughput over all rows.
+    """The mean of every number over the rows that have it.
+
+    But ``step`` is the last one's, ``SUMS`` are sums, ``RATES`` those over the whole time, ``MEMORY`` is the largest.
     """
     rows = list(rows)
     names = dict.fromkeys(name for row in rows for name in row)
-    values = {name: [row[name] for row in rows if name in row] for name in names}
-    mean = {name: sum(numbers) / len(numbers) for name, numbers in values.items()}
+    mean: Row = {}
+    for name in names:
+        having = [row for row in rows if name in row]
+        values = [row[name] for row in having]
+        if name in RATES:
+            seconds = [row["seconds"] for row in having]
+            mean[name] = sum(v * s for v, s in zip(values, seconds, strict=True)) / max(sum(seconds), 1e-9)
+        elif name in MEMORY:
+            mean[name] = max(values)
+        else:
+            mean[name] = sum(values) if name in SUMS else sum(values) / len(values)
     if rows:
-        mean["step"], mean["tokens"] = rows[-1]["step"], sum(values["tokens"])
-        mean["tokens_per_second"] = mean["tokens"] / max(sum(values["seconds"]), 1e-9)
+        mean["step"] = rows[-1]["step"]
     return mean
 
 
@@ -81,19 +96,20 @@ def read_history(folder: str | Path, last_step: int | None = None, name: str = M
 
 
 class MetricsWriter:
-    """Writes every step's row to ``metrics.jsonl`` and interval means as TensorBoard events.
+    """Writes every step's row to ``metrics.jsonl``, and interval means as TensorBoard events and to a tracker.
 
     Args:
         folder: where to; None writes nothing.
         history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped. The file is
             the old one or the new one at every instant.
+        tracker: gets what TensorBoard gets.
 
     Raises:
         OSError: from every method, when a file cannot be written; names it.
     """
 
-    def __init__(self, folder: str | Path | None, history: Iterable[Row] = ()) -> None:
-        self._file = None
+    def __init__(self, folder: str | Path | None, history: Iterable[Row] = (), tracker: Tracker | None = None) -> None:
+        self._file, self._tracker = None, tracker
         self._events: SummaryWriter | None = None
         if folder is None:
             return
@@ -131,31 +147,39 @@ class MetricsWriter:
 
     def log(self, row: Row) -> None:
         """Write an interval's mean as events, and ``flush``."""
-        if self._events is not None:
-            with naming(self._folder):
-                for name, value in row.items():
-                    if name not in ("step", "tokens"):
-                        self._events.add_scalar(f"train/{name}", value, row["step"])
+        self._scalars("train", {name: value for name, value in row.items() if name not in ("step", *SUMS)}, row["step"])
         self.flush()
 
     def look(self, look: Look) -> None:
         """Write what was seen of the model as events, and ``flush``."""
-        if self._events is not None:
-            with naming(self._folder):
-                for name, value in look.scores.items():
-                    self._events.add_scalar(f"watch/{name}", value, look.step)
-                if look.samples is not None:
+        self._scalars("watch", look.scores, look.step)
+        if look.samples is not None:
+            if self._events is not None:
+                with naming(self._folder):
                     self._events.add_image("watch/samples", look.samples, look.step, dataformats="HWC")
+            if self._tracker is not None:
+                self._tracker.picture("watch/samples", look.samples, look.step)
         self.flush()
 
-    def close(self) -> None:
-        """Finish the files."""
+    def _scalars(self, group: str, values: Mapping[str, float], step: int) -> None:
+        named = {f"{group}/{name}": value for name, value in values.items()}
+        if self._events is not None:
+            with naming(self._folder):
+                for name, value in named.items():
+                    self._events.add_scalar(name, value, step)
+        if self._tracker is not None:
+            self._tracker.scalars(named, step)
+
+    def close(self, *, failed: bool = False) -> None:
+        """Finish the files; ``failed``: because an error ended the run."""
         if self._file is not None:
             with naming(self._path):
                 self._file.close()
         if self._events is not None:
             with naming(self._folder):
                 self._events.close()
+        if self._tracker is not None:
+            self._tracker.close(failed=failed)
 
 
 class ProgressDisplay:
@@ -221,7 +245,11 @@ class ProgressDisplay:
 
 
 def describe(row: Row) -> str:
-    """The loss, its terms and the throughput as one line."""
-    timing_and_rest = {*TIMING, "step", "tokens", "lr", "grad_norm"}
-    losses = "  ".join(f"{name} {value:.4f}" for name, value in row.items() if name not in timing_and_rest)
-    return f"{losses}  {row['tokens_per_second']:,.0f} tokens/s"
+    """The loss, its terms, the throughput, and what is known of the device's use, as one line."""
+    words = [f"{name} {value:.4f}" for name, value in row.items() if name not in AROUND]
+    words.append(f"{row['tokens_per_second']:,.0f} tokens/s")
+    if "mfu" in row:
+        words.append(f"{row['mfu']:.1%} MFU")
+    if "memory_gib" in row:
+        words.append(f"{row['memory_gib']:.1f} GiB")
+    return "  ".join(words)

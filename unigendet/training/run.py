@@ -21,8 +21,10 @@ from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import TrainConfig
+from unigendet.training.parallel import Parallel, processes
+from unigendet.training.preflight import check_run, model_settings
 from unigendet.training.signals import StopSignals
-from unigendet.training.sources import build_sources, build_tokenizer, model_sizes
+from unigendet.training.sources import build_sources, build_tokenizer
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.trainer import Trainer, TrainResult
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from unigendet.training.watch import Watcher
 
 Autoencoder = PixelAutoencoder | FluxAutoencoder
+Shard = Callable[[UniGenDet], UniGenDet]
 
 
 def train(
@@ -52,49 +55,74 @@ def train(
 
     Raises:
         FileNotFoundError: a file or folder that the settings or ``resume`` name does not exist.
+        ModuleNotFoundError: the settings need a package that is not installed; names the extra that brings it.
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
     """
-    trainer = build_trainer(config, resume=resume, console=console, quiet=quiet)
-    with StopSignals() if catch_signals else contextlib.nullcontext() as stop:
-        return trainer.run(stop=stop)
+    with processes(config) as parallel:
+        trainer = build_trainer(config, parallel, resume=resume, console=console, quiet=quiet)
+        with StopSignals() if catch_signals else contextlib.nullcontext() as stop:
+            return trainer.run(stop=stop)
 
 
 def build_trainer(
-    config: TrainConfig, *, resume: bool | str | Path = False, console: Console | None = None, quiet: bool = False
+    config: TrainConfig,
+    parallel: Parallel | None = None,
+    *,
+    resume: bool | str | Path = False,
+    console: Console | None = None,
+    quiet: bool = False,
 ) -> Trainer:
-    """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its."""
+    """The run that ``train`` runs, at its first step or where the checkpoint left it. Arguments and errors: its.
+
+    ``parallel``: this process among those of the run; default: the only one.
+    """
+    if parallel is None:
+        parallel = Parallel(device=find_device(config.device), config=config.parallel)
     checkpoint = _resume_point(config, resume)
-    make_watcher = prepare_watcher(config)
-    device = find_device(config.device)
+    check_run(config, checkpoint)
+    make_watcher = prepare_watcher(config, parallel)
     torch.manual_seed(config.seed)
     tokenizer = build_tokenizer(config)
-    model = build_model(config, tokenizer, device, checkpoint)
-    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(device)
-    batches = build_loader(config, model, tokenizer, autoencoder)
+    shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
+    model = build_model(config, tokenizer, parallel.device, checkpoint, shard)
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(parallel.device)
+    batches = build_loader(config, model, tokenizer, autoencoder, parallel)
     watch = make_watcher and make_watcher(model, tokenizer, autoencoder)
-    stage = make_stage(model, config)
+    stage = make_stage(model, config, shard)
     beside = companions(tokenizer, config.datasets.views)
-    trainer = Trainer(stage, batches, config, companions=beside, watch=watch, console=console, quiet=quiet)
+    trainer = Trainer(
+        stage, batches, config, companions=beside, parallel=parallel, watch=watch, console=console, quiet=quiet
+    )
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
 
 
 def build_model(
-    config: TrainConfig, tokenizer: Tokenizer, device: torch.device | str, resume: Path | None = None
+    config: TrainConfig,
+    tokenizer: Tokenizer,
+    device: torch.device | str,
+    resume: Path | None = None,
+    shard: Shard | None = None,
 ) -> UniGenDet:
-    """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says."""
+    """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says.
+
+    ``shard``: divides the parameters among the processes of a run; of a checkpoint each then reads its own part only.
+    """
     source = config.model
     if resume is not None:
-        return load_pretrained(resume / MODEL, device=device)
+        return load_pretrained(resume / MODEL, device=device, shard=shard)
     if source.checkpoint is not None:
-        sizes = None if source.align_projector is None else model_sizes(config, tokenizer)
-        return load_pretrained(source.checkpoint, config=sizes, device=device, initialize=source.initialize)
-    sizes = model_sizes(config, tokenizer)
-    with torch.device(device):
-        return UniGenDet(sizes)
+        sizes = None if source.align_projector is None else model_settings(config, tokenizer)
+        options = {"config": sizes, "device": device, "initialize": source.initialize, "shard": shard}
+        return load_pretrained(source.checkpoint, **options)
+    sizes = model_settings(config, tokenizer)
+    # New weights are drawn whole and on the host, so that every process draws the same ones.
+    with torch.device(device if shard is None else "cpu"):
+        model = UniGenDet(sizes)
+    return model if shard is None else shard(model)
 
 
 def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:
@@ -102,7 +130,9 @@ def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path],
     return [tokenizer.save, functools.partial(save_data_config, config=views)]
 
 
-def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
+def prepare_watcher(
+    config: TrainConfig, parallel: Parallel | None = None
+) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
     """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
 
     Errors: see ``watch.read_watched``, so that a mistake shows before a model is loaded.
@@ -115,15 +145,19 @@ def prepare_watcher(config: TrainConfig) -> Callable[[UniGenDet, Tokenizer, Auto
     watched = read_watched(config)
 
     def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
-        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched, parallel)
 
     return make
 
 
 def build_loader(
-    config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder | None = None
+    config: TrainConfig,
+    model: UniGenDet,
+    tokenizer: Tokenizer,
+    autoencoder: Autoencoder | None = None,
+    parallel: Parallel | None = None,
 ) -> Loader:
-    """The endless stream of batches for ``config.stage``.
+    """The endless stream of batches for ``config.stage``, of them those of this process (``parallel``).
 
     A FLUX autoencoder encodes in this process, on its device; pixel latents are made by the data workers.
     ``autoencoder``: default: a new one, as ``config.model`` says, on the model's device.
@@ -141,6 +175,8 @@ def build_loader(
         model=model.config,
         dropout=config.dropout,
         encode=encode,
+        rank=0 if parallel is None else parallel.rank,
+        world_size=1 if parallel is None else parallel.world_size,
     )
 
 

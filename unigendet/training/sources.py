@@ -1,19 +1,17 @@
-"""From a run's settings to the sources of its loader, and to the sizes of its model without the weights."""
+"""From a run's settings to the sources of its loader."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from unigendet.config import PRESETS, ModelConfig
 from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions
 from unigendet.data.labelled import FAKE_NAME, REAL_NAME, read_labelled, with_texts
 from unigendet.data.shards import Item, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
-from unigendet.model.settings import load_config, require_whole
+from unigendet.model.settings import require_whole
 from unigendet.training.config import AnnotationFile, TrainConfig
 
 DETECTION, CAPTIONS = "detection", "captions"
@@ -88,22 +86,3 @@ def build_tokenizer(config: TrainConfig) -> Tokenizer:
         raise ValueError("model.tokenizer is null; it must be a folder (only a checkpoint folder brings its own)")
     require_whole(Path(folder))  # the weights are read later, and must be of the same save
     return load_tokenizer(folder)
-
-
-def model_sizes(config: TrainConfig, tokenizer: Tokenizer) -> ModelConfig:
-    """The sizes of the model that ``config.model`` names: the preset's, or those beside the checkpoint's weights.
-
-    Raises ValueError if it names neither; ``load_config``'s errors.
-    """
-    source = config.model
-    if source.checkpoint is not None:
-        sizes = load_config(source.checkpoint)
-    elif source.preset == "quickstart":
-        sizes = PRESETS[source.preset](tokenizer.vocab_size, tokenizer.special)
-    elif source.preset is not None:
-        sizes = PRESETS[source.preset]()
-    else:
-        raise ValueError("model.checkpoint and model.preset are both null; one of them must be set")
-    if source.align_projector is None:
-        return sizes
-    return dataclasses.replace(sizes, align_projector=source.align_projector)

@@ -10,8 +10,9 @@ Noise and timesteps are drawn on the model's device from a generator that the tr
 from __future__ import annotations
 
 import copy
+import dataclasses
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.model.alignment import standardise_tokens
+from unigendet.model.flops import diga_step, gduf_step
 from unigendet.model.losses import (
     Counts,
     NoisedLatents,
@@ -29,6 +31,7 @@ from unigendet.model.losses import (
     noise_latents,
     sample_timesteps,
 )
+from unigendet.model.rows import local
 from unigendet.model.unigendet import UniGenDet
 from unigendet.ops import ImageGrids
 from unigendet.packing import PackedBatch
@@ -76,7 +79,7 @@ class Stage(ABC):
         Args:
             batch: what the loader yields for this stage, on the model's device.
             generator: on that device; noise and timesteps come from it.
-            counts: what the means divide by; default: the batch's own counts.
+            counts: what the means divide by; default: the batch's own counts. Terms are the batch's shares then.
 
         Raises:
             ValueError: the batch holds nothing to learn from, or does not suit the stage.
@@ -86,6 +89,15 @@ class Stage(ABC):
         """The pack of ``batch`` that the losses belong to; its names, tokens and counts stand for the batch."""
         return batch
 
+    @abstractmethod
+    def flops(self, batch: Any) -> int:
+        """Useful floating-point operations of a step on ``batch``, wherever that lies (``model.flops``)."""
+
+    @property
+    def models(self) -> tuple[UniGenDet, ...]:
+        """Everything that is run in a step."""
+        return (self.model,)
+
     @property
     def identity(self) -> dict[str, Any]:
         """The settings that a saved state of this stage is bound to."""
@@ -94,20 +106,6 @@ class Stage(ABC):
     def state_dict(self) -> dict[str, Tensor]:
         """Tensors beside the model's weights that a resumed run needs."""
         return {}
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what ``state_dict`` gave. Raises ValueError unless the tensors are exactly the stage's."""
-        own = self.state_dict()
-        shapes = {name: list(tensor.shape) for name, tensor in own.items()}
-        saved = {name: list(tensor.shape) for name, tensor in state.items()}
-        wrong = sorted(name for name in shapes.keys() | saved.keys() if shapes.get(name) != saved.get(name))
-        if wrong:
-            raise ValueError(
-                f"the saved state of stage {self.name} has missing, unexpected or misshapen tensors: {wrong}"
-            )
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(state[name])
 
     def _noised(self, pack: PackedBatch, generator: torch.Generator) -> NoisedLatents:
         """The pack's latents at random times, with random noise."""
@@ -128,10 +126,20 @@ class GDUFStage(Stage):
         """Everything but φ; the position tables are no parameters."""
         return not name.startswith("align_head.")
 
+    def flops(self, batch: PackedBatch) -> int:
+        """Of the pack, forward and backward."""
+        return gduf_step(self.model.config, batch).total
+
     def losses(self, batch: PackedBatch, generator: torch.Generator, counts: Counts | None = None) -> StageLosses:
         """Terms ``mse``, ``ce`` and ``label``, as far as the pack has something for them."""
         latents = self._noised(batch, generator)
-        output = self.model(batch, latent_tokens=latents.tokens, timesteps=latents.timesteps, only_read=True)
+        output = self.model(
+            batch,
+            latent_tokens=latents.tokens,
+            timesteps=latents.timesteps,
+            only_read=True,
+            idle=() if counts is None else counts.inputs,
+        )
         terms = gduf_losses(self.model, batch, output, latents, counts)
         if not terms:
             raise ValueError(
@@ -157,6 +165,7 @@ class DIGAStage(Stage):
         teacher_layer: the teacher's last decoder layer.
         teacher_norm: ``none``, or ``tokens``: see ``standardise_tokens``.
         shuffled_teacher: a control: each image is aligned with the teacher's features of the next one in its pack.
+        shard: divides the teacher's parameters as those of ``model`` are; None: ``model`` is whole.
     """
 
     name = "diga"
@@ -171,6 +180,7 @@ class DIGAStage(Stage):
         teacher_layer: int = 8,
         teacher_norm: str = "none",
         shuffled_teacher: bool = False,
+        shard: Callable[[UniGenDet], UniGenDet] | None = None,
     ) -> None:
         layers = model.config.num_layers
         for what, layer in (("align_layer", align_layer), ("teacher_layer", teacher_layer)):
@@ -181,7 +191,7 @@ class DIGAStage(Stage):
         super().__init__(model, weights, timestep_shift)
         self.align_layer, self.teacher_layer = align_layer, teacher_layer
         self.teacher_norm, self.shuffled_teacher = teacher_norm, shuffled_teacher
-        self.teacher = frozen_teacher(model, teacher_layer) if self.weights.diga else None
+        self.teacher = frozen_teacher(model, teacher_layer, shard) if self.weights.diga else None
 
     def learns(self, name: str) -> bool:
         """The decoder's generation stream, φ, the latent projections and the time embedding."""
@@ -190,6 +200,13 @@ class DIGAStage(Stage):
     def student(self, batch: tuple[PackedBatch, PackedBatch]) -> PackedBatch:
         """The generation samples."""
         return batch[0]
+
+    def flops(self, batch: tuple[PackedBatch, PackedBatch]) -> int:
+        """Of student and teacher; of the student alone while the alignment has no weight."""
+        pack, teacher_pack = batch
+        aligned = teacher_pack if self.weights.alignment(self.progress) else None
+        layers = {"align_layer": self.align_layer, "teacher_layer": self.teacher_layer}
+        return diga_step(self.model.config, pack, aligned, **layers).total
 
     def losses(
         self, batch: tuple[PackedBatch, PackedBatch], generator: torch.Generator, counts: Counts | None = None
@@ -237,6 +254,11 @@ class DIGAStage(Stage):
         return features
 
     @property
+    def models(self) -> tuple[UniGenDet, ...]:
+        """The student and, where there is one, the teacher."""
+        return (self.model,) if self.teacher is None else (self.model, self.teacher)
+
+    @property
     def identity(self) -> dict[str, Any]:
         """Stage, layers, and what else the teacher is, where it is not the published one."""
         values = {"stage": self.name, "align_layer": self.align_layer, "teacher_layer": self.teacher_layer}
@@ -250,12 +272,15 @@ class DIGAStage(Stage):
         return {name: p.detach() for name, p in self.teacher.named_parameters() if name in self.trained}
 
 
-def frozen_teacher(model: UniGenDet, layers: int) -> UniGenDet:
+def frozen_teacher(model: UniGenDet, layers: int, shard: Callable[[UniGenDet], UniGenDet] | None = None) -> UniGenDet:
     """A frozen view of ``model`` up to decoder layer ``layers``, without heads.
 
     A parameter that learns is copied, so that the teacher does not move with the model; one that is frozen is shared,
-    so that it costs no memory.
+    so that it costs no memory. Where parameters are divided among processes (``shard`` divides them, and allocates this
+    process's part), all are copied: each belongs to one FSDP module.
     """
+    if shard is not None:
+        return _sharded_teacher(model, layers, shard)
     dropped: list[nn.Module] = [*model.decoder.layers[layers:], model.lm_head, model.llm2vae]
     dropped += [head for head in (model.class_head, model.align_head) if head is not None]
     shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers(), *dropped]
@@ -264,6 +289,18 @@ def frozen_teacher(model: UniGenDet, layers: int) -> UniGenDet:
     for name in ("lm_head", "llm2vae", "class_head", "align_head"):
         setattr(teacher, name, None)
     return teacher.requires_grad_(False)
+
+
+def _sharded_teacher(model: UniGenDet, layers: int, shard: Callable[[UniGenDet], UniGenDet]) -> UniGenDet:
+    with torch.device("meta"):
+        teacher = UniGenDet(dataclasses.replace(model.config, num_layers=layers, class_head=False, align_head=False))
+    teacher.lm_head = teacher.llm2vae = None
+    teacher = shard(teacher.requires_grad_(False))
+    own, models = teacher.state_dict(), model.state_dict()
+    with torch.no_grad():
+        for name, tensor in own.items():
+            local(tensor).copy_(local(models[name]))
+    return teacher
 
 
 def alignment_grids(pack: PackedBatch, teacher_pack: PackedBatch, *, shuffled: bool = False) -> ImageGrids:
@@ -284,8 +321,8 @@ def alignment_grids(pack: PackedBatch, teacher_pack: PackedBatch, *, shuffled: b
     return ImageGrids.from_sizes([(*s, *t) for s, t in zip(pack.latent_sizes, teachers, strict=True)])
 
 
-def make_stage(model: UniGenDet, config: TrainConfig) -> Stage:
-    """The stage that ``config`` describes, on ``model``."""
+def make_stage(model: UniGenDet, config: TrainConfig, shard: Callable[[UniGenDet], UniGenDet] | None = None) -> Stage:
+    """The stage that ``config`` describes, on ``model``; ``shard``: as a ``DIGAStage``'s."""
     if config.stage == "gduf":
         return GDUFStage(model, config.losses, config.timestep_shift)
     return DIGAStage(
@@ -296,4 +333,5 @@ def make_stage(model: UniGenDet, config: TrainConfig) -> Stage:
         teacher_layer=config.teacher_layer,
         teacher_norm=config.teacher_norm,
         shuffled_teacher=config.shuffled_teacher,
+        shard=shard,
     )

@@ -1,13 +1,16 @@
 """The training loop: AdamW over what the stage trains, warm-up, clipping, averaged weights, metrics, checkpoints.
 
 Nothing is swallowed: an error in a batch stops the run, and so does a loss that is not finite, before it reaches the
-weights.
+weights. With several processes (``parallel.py``) each has batches of its own, and the losses and gradients are those of
+all of them together.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
+import logging
 import math
 import signal
 import time
@@ -19,24 +22,29 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
-from unigendet.model.losses import Counts
+from unigendet.device import device_name
 from unigendet.model.shards import CheckpointError
 from unigendet.model.unigendet import UniGenDet
-from unigendet.packing import PackedBatch
-from unigendet.training.config import OptimizerConfig, TrainConfig
+from unigendet.training.config import SKIPS, OptimizerConfig, TrainConfig
 from unigendet.training.metrics import Look, MetricsWriter, ProgressDisplay, Row, mean_row, read_history
+from unigendet.training.parallel import Parallel, stopping_signal
+from unigendet.training.profiling import StepProfiler
+from unigendet.training.record import record_start
 from unigendet.training.signals import StopSignals
 from unigendet.training.stages import Stage
 from unigendet.training.state import (
     ExponentialAverage,
     TrainState,
-    checkpoint_path,
     checkpoints,
-    clear_leftovers,
-    remove_old,
+    loader_position,
+    restore_position,
 )
+from unigendet.training.step import Gradients, StepValues, compile_layers, slot_generators
+from unigendet.training.throughput import Meter, combine
+from unigendet.training.tracking import open_tracker
+
+logger = logging.getLogger(__name__)
 
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # disk, quota, largest file
 
@@ -56,7 +64,11 @@ class TrainResult:
     ``stopped_by``: the signal because of which it ended before its last step.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch) and ``tokens_per_second``.
+    ``tokens``, ``samples``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch),
+    ``tokens_per_second``, ``samples_per_second`` and ``model_tflops_per_second`` (useful operations); ``mfu``, their
+    share of the device's peak, where that is known; on CUDA ``memory_gib`` and ``memory_reserved_gib``, the peaks since
+    the row before (``throughput``). Losses, tokens and the like are those of all processes. A
+    skipped step's row has ``skipped`` 1, and no number that is not finite.
     """
 
     model: UniGenDet
@@ -86,6 +98,7 @@ class Trainer:
             ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
         config: of the run. Its model, datasets and loader are not read here.
         companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
+        parallel: this process among those of the run; default: the only one, on the model's device.
         watch: called with the state before the first step and after each one, once its checkpoint is written; what it
             returns is recorded and shown. It must leave the state as it is. Its time counts for no step. Its second
             argument says whether a signal has come, upon which it should return None soon.
@@ -100,21 +113,28 @@ class Trainer:
         config: TrainConfig,
         *,
         companions: Sequence[Callable[[Path], None]] = (),
+        parallel: Parallel | None = None,
         watch: Callable[[TrainState, Callable[[], bool]], Look | None] | None = None,
         console: Console | None = None,
         quiet: bool = False,
     ) -> None:
         self.stage, self.batches, self.config, self._companions = stage, batches, config, companions
-        self._watch, self._console, self._quiet = watch, console, quiet
+        self.parallel = Parallel(device=stage.model.device) if parallel is None else parallel
+        self._watch, self._console, self._quiet = watch, console, quiet or not self.parallel.main
         model, optimizer = stage.model, config.optimizer
-        model.decoder.recompute = config.recompute
-        self.device = model.device
-        self._parameters = list(stage.trained.values())
+        model.decoder.recompute = model.vision.recompute = config.recompute
+        if config.compile:
+            compile_layers(*stage.models)
+        self.device = self.parallel.device
+        self._gradients = Gradients(stage, config, self.parallel)
+        self._meter = Meter(stage, self.device, config.peak_tflops)
+        ranks = (self.parallel.rank, self.parallel.world_size)
+        self._profiler = StepProfiler(config.profile, config.output, self.device, *ranks)
         self.state = TrainState(
             model=model,
             stage=stage,
             optimizer=torch.optim.AdamW(
-                self._parameters,
+                list(stage.trained.values()),
                 lr=optimizer.lr,
                 betas=optimizer.betas,
                 eps=optimizer.eps,
@@ -122,10 +142,12 @@ class Trainer:
                 fused=True,
             ),
             ema=None if config.ema_decay is None else ExponentialAverage(stage.trained, config.ema_decay),
-            generator=torch.Generator(self.device).manual_seed(config.seed),
+            generators=slot_generators(config.seed, self.parallel, config.accumulate),
+            parallel=self.parallel,
         )
         self.history: list[Row] = []
         self._resumed: Path | None = None
+        self._skipped = 0  # steps in a row
 
     @property
     def ema(self) -> ExponentialAverage | None:
@@ -141,38 +163,60 @@ class Trainer:
         Raises:
             TrainingError: a loss or gradient is not finite, or the batches end too early.
             SaveError: a checkpoint or the metrics could not be written. The checkpoints before it are whole.
-            ValueError: ``until`` lies beyond the run.
+            ValueError: ``until`` lies beyond the run, or ``run.json`` is damaged.
+            ModuleNotFoundError, RuntimeError: see ``open_tracker``.
         """
         total = self.config.total_steps
         until = total if until is None else until
         if not self.state.step <= until <= total:
             raise ValueError(f"until is {until}; it must be in {self.state.step}..{total}, steps done to total_steps")
         with self._explained():
-            writer = MetricsWriter(self.config.output, self.history)
+            writer = self._writer()
         try:
             with ProgressDisplay(self.stage.name, total, self.state.step, self._console, quiet=self._quiet) as display:
                 self._loop(until, writer, display, stop or StopSignals())
+            with self._explained():
+                self.state.saving.wait()
         except BaseException:
-            with suppress(OSError):  # what stopped the run counts
-                writer.close()
+            with suppress(Exception):  # what stopped the run counts
+                self.state.saving.wait()
+            for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
+                with suppress(OSError):
+                    finish()
             raise
         with self._explained():
+            self._profiler.close()
             writer.close()
-        stopped_by = stop.received if stop is not None and self.state.step < until else None
+        stopped_by = None
+        if stop is not None and self.state.step < until:
+            stopped_by = stopping_signal(stop.received)
         return TrainResult(self.state.model, self.history, self.state.step, self._last_checkpoint(), stopped_by)
+
+    def _writer(self) -> MetricsWriter:
+        """What writes the metrics: of several processes in the first one only, which also records the start."""
+        config, step = self.config, self.state.step
+        devices = self.parallel.gather(device_name(self.device))
+        if not self.parallel.main:
+            return MetricsWriter(None)
+        record_start(config, devices, step=step, resumed=self._resumed)
+        return MetricsWriter(config.output, self.history, open_tracker(config, step))
 
     def _loop(self, until: int, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         batches = iter(self.batches)
         shown, saved = len(self.history), self.state.step
         self.state.model.train()
         self._look(writer, display, stop)
-        while self.state.step < until and stop.received is None:
+        stopping = self._stopping(stop)
+        while self.state.step < until and not stopping:
+            self._profiler.begin(self.state.step + 1)
             started = time.perf_counter()
-            batch = self._next(batches)
-            row = self.train_step(batch, waited=time.perf_counter() - started)
+            step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
+            row = self.train_step(*step_batches, waited=time.perf_counter() - started)
             display.advance(row["step"])
-            last = row["step"] == until or stop.received is not None
+            stopping = self._stopping(stop)
+            last = row["step"] == until or stopping
             with self._explained():
+                self._profiler.end(row["step"])
                 writer.add(row)
             if last or row["step"] % self.config.log_every == 0:
                 mean = mean_row(self.history[shown:])
@@ -183,15 +227,21 @@ class Trainer:
             if last or (self.config.save_every and row["step"] % self.config.save_every == 0):
                 saved = self._checkpoint(writer)
             self._look(writer, display, stop)
+            stopping = self._stopping(stop)
         if saved != self.state.step:  # the signal came during the look, or after it
             self._checkpoint(writer)
 
+    def _stopping(self, stop: StopSignals) -> bool:
+        """Whether all processes end now: one has had a signal, or a checkpoint could not be written."""
+        return self.parallel.any(stop.received is not None or self.state.saving.failed)
+
     def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
+        alone = not self.parallel.sharded  # else all processes look at the same, to the end
         complete = self.state.step == self.config.total_steps
 
         def ends() -> bool:
-            return stop.received is not None and not complete
+            return alone and stop.received is not None and not complete
 
         if self._watch is None or ends():
             return
@@ -234,77 +284,56 @@ class Trainer:
                 f"the batches ended after step {self.state.step} of {self.config.total_steps}"
             ) from None
 
-    def train_step(self, batch: Any, waited: float = 0.0) -> Row:
-        """One step on one batch: forward, backward, update. Returns the step's row, which also joins the history.
+    def train_step(self, *batches: Any, waited: float = 0.0) -> Row:
+        """One step on ``config.accumulate`` batches of this process: forward, backward, update.
 
-        ``waited``: seconds that the batch took to come.
+        Returns the step's row, which also joins the history. ``waited``: seconds that the batches took to come.
         """
         state, config = self.state, self.config
         started = time.perf_counter()
-        pack = self.stage.student(batch)
         lr = learning_rate(state.step, config.optimizer, config.total_steps)
         self.stage.progress = state.step / config.total_steps
-        names, values = self._backward(batch, pack)
-        row = {"step": state.step + 1, **dict(zip(names, values, strict=True)), "lr": lr}
-        self._check_finite(row, pack)
-        for group in state.optimizer.param_groups:
-            group["lr"] = lr
-        state.optimizer.step()
+        found = self._gradients.compute(batches, state.generators, state.step + 1)
+        row = {"step": state.step + 1, **found.values, "lr": lr}
+        bad = found.not_finite()
+        if bad:
+            row = self._not_finite(row, found, bad)
+        else:
+            self._skipped = 0
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            state.optimizer.step()
         state.optimizer.zero_grad(set_to_none=True)
-        if state.ema is not None:
+        if state.ema is not None and not bad:
             state.ema.update()
         state.step += 1
         seconds = time.perf_counter() - started + waited
-        tokens = pack.layout.num_queries
-        row |= {"tokens": tokens, "seconds": seconds, "data_seconds": waited}
-        row["tokens_per_second"] = tokens / max(seconds, 1e-9)
+        row |= combine(self.parallel.gather(self._meter.measure(batches, seconds, waited)))
         self.history.append(row)
         return row
 
-    def _backward(self, batch: Any, pack: PackedBatch) -> tuple[list[str], list[float]]:
-        """Gradients of the batch, clipped; names and values of the loss, its terms and the gradients' norm."""
-        low = self.config.precision == "bf16"
-        try:
-            with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=low):
-                losses = self.stage.losses(self._move(batch), self.state.generator, self._counts(pack))
-            losses.total.backward()
-        except Exception as error:
-            error.add_note(f"in step {self.state.step + 1}, with the samples {list(pack.names)}")
-            raise
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters, self.config.optimizer.clip)
-        values: list[Tensor] = [losses.total.detach(), *losses.terms.values(), norm]
-        # One copy to the host is the step's only wait for the device.
-        return ["loss", *losses.terms, "grad_norm"], torch.stack([v.float() for v in values]).tolist()
-
-    def _counts(self, pack: PackedBatch) -> Counts:
-        """What the losses' means divide by; with several processes, the sums over all of them."""
-        return Counts.of(pack)
-
-    def _move(self, batch: Any) -> Any:
-        if isinstance(batch, PackedBatch):
-            return batch.to(self.device, non_blocking=True)
-        return tuple(pack.to(self.device, non_blocking=True) for pack in batch)
-
-    def _check_finite(self, row: Row, pack: PackedBatch) -> None:
-        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-        if bad:
-            listed = ", ".join(f"{name} = {value}" for name, value in bad.items())
-            raise TrainingError(
-                f"step {row['step']} is not finite ({listed}); the weights are those of step {self.state.step}. "
-                f"Samples of the batch: {', '.join(name or '(unnamed)' for name in pack.names)}"
-            )
+    def _not_finite(self, row: Row, found: StepValues, bad: str) -> Row:
+        """Stop the run, or skip the step: its row without what is not finite. Names the samples."""
+        what, samples = f"step {row['step']} is not finite ({bad})", found.suspects(self.parallel)
+        self._skipped += 1
+        if self.config.on_nonfinite == "stop":
+            raise TrainingError(f"{what}; the weights are those of step {self.state.step}. {samples}")
+        if self._skipped >= SKIPS:
+            raise TrainingError(f"{what}, like the {SKIPS - 1} steps before it, which were skipped. {samples}")
+        if self.parallel.main:
+            logger.warning("%s: skipped. %s", what, samples)
+        return {name: value for name, value in row.items() if math.isfinite(value)} | {"skipped": 1}
 
     def save(self) -> Path | None:
-        """Write a checkpoint of the present step and remove old ones; None without an output folder."""
+        """Write a checkpoint of the present step and remove old ones; None without an output folder.
+
+        Several processes go on while it is written; the next save, or the end of ``run``, waits for it.
+        """
         if self.config.output is None:
             return None
-        path = checkpoint_path(self.config.output, self.state.step)
-        position = self.batches.state_dict() if hasattr(self.batches, "state_dict") else None
-        settings = dataclasses.asdict(self.config)
-        clear_leftovers(self.config.output)
-        self.state.save(path, position=position, settings=settings, companions=self._companions)
-        remove_old(self.config.output, self.config.keep_checkpoints)
-        return path
+        settings, position = dataclasses.asdict(self.config), loader_position(self.batches, self.parallel)
+        options = {"keep": self.config.keep_checkpoints, "companions": self._companions}
+        return self.state.save(self.config.output, position=position, settings=settings, **options)
 
     def resume(self, path: str | Path) -> None:
         """Go on from a checkpoint folder, exactly as if training had never stopped.
@@ -313,18 +342,7 @@ class Trainer:
             FileNotFoundError: there is no such checkpoint.
             CheckpointError: it does not fit this run.
         """
-        position = self.state.load(path)
-        has_position = hasattr(self.batches, "load_state_dict")
-        if has_position != (position is not None):
-            raise CheckpointError(
-                f"checkpoint {path} holds {'no' if position is None else 'a'} loader position, but the batches "
-                f"{'need' if has_position else 'cannot take'} one"
-            )
-        if has_position:
-            try:
-                self.batches.load_state_dict(position)
-            except (KeyError, TypeError, AttributeError) as error:
-                raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+        restore_position(self.batches, self.state.load(path), path)
         if self.state.step > self.config.total_steps:
             raise CheckpointError(
                 f"checkpoint {path} is at step {self.state.step}; total_steps is {self.config.total_steps}"

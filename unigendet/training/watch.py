@@ -40,6 +40,7 @@ from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Pipeline
 from unigendet.training.config import TrainConfig, WatchConfig
 from unigendet.training.metrics import Look, Row, read_history
+from unigendet.training.parallel import Parallel, put_away
 from unigendet.training.state import TrainState
 
 if TYPE_CHECKING:
@@ -113,19 +114,24 @@ class Watcher:
     """Looks at the model at the steps that ``config.watch`` asks for; a ``Trainer``'s ``watch``.
 
     A step that ``watch.jsonl`` has a line for is not looked at again, so a run that is resumed goes on with its looks;
-    what was seen beyond the step at which it goes on is removed.
+    what was seen beyond the step at which it goes on is removed. Of several processes all look at the same, since each
+    has a part of every parameter, and the first one writes.
 
     Args:
         config: of the run.
         pipeline: around the very model that is trained.
         watched: what to look at.
+        parallel: this process among those of the run; default: the only one.
 
     Raises:
         ValueError: a setting does not suit the model.
     """
 
-    def __init__(self, config: TrainConfig, pipeline: Pipeline, watched: Watched) -> None:
+    def __init__(
+        self, config: TrainConfig, pipeline: Pipeline, watched: Watched, parallel: Parallel | None = None
+    ) -> None:
         self.config, self.pipeline, self.watched = config, pipeline, watched
+        self._parallel = parallel or Parallel(device=pipeline.model.device)
         self._output = Path(config.output or ".")
         self._done: set[int] | None = None
         watch, model = config.watch, pipeline.model
@@ -141,7 +147,8 @@ class Watcher:
         and counts as not done; then None is returned.
         """
         if self._done is None:
-            self._done = self._begin(state.step)
+            done = self._begin(state.step) if self._parallel.main else set()
+            self._done = self._parallel.gather(done)[0]
         wanted = state.step % self.config.watch.every == 0 or state.step == self.config.total_steps
         if not wanted or state.step in self._done:
             return None
@@ -168,13 +175,11 @@ class Watcher:
                 text = _describe(scores, about)
             if self.watched.prompts:
                 samples = self._sample(ends)
-                row["samples"] = self._save(samples, state.step)
+                row["samples"] = f"{PICTURES}/step-{state.step:06}.png"
                 text = text or f"samples {self._output / row['samples']}"  # beside a bar there is room for one
         row["seconds"] = time.perf_counter() - started
-        path = self._output / WATCH_FILE
-        with naming(path), path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        sync(path)  # a later checkpoint counts on it: the look is not made again
+        if self._parallel.main:
+            self._write(row, samples)
         numbers = {name: value for name, value in {**scores, "seconds": row["seconds"]}.items() if value is not None}
         return Look(state.step, numbers, samples, text)
 
@@ -182,13 +187,19 @@ class Watcher:
     def _at_rest(self, state: TrainState, averaged: bool) -> Iterator[None]:
         """Within it, the model infers, with averaged weights if so wanted; afterwards it is as it was."""
         model, device = state.model, state.model.device
+        by_copies = model.compute_dtype is not None  # of reduced precision, and not by autocast
         modes = [(module, module.training) for module in model.modules()]
         weights = state.ema.applied() if averaged and state.ema is not None else nullcontext()
-        low = torch.autocast(device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16")
+        low = torch.autocast(
+            device.type, dtype=torch.bfloat16, enabled=self.config.precision == "bf16" and not by_copies
+        )
         try:
             with weights, torch.no_grad(), low:
                 model.eval()
-                yield
+                try:
+                    yield
+                finally:
+                    put_away(model)
         finally:
             for module, training in modes:
                 module.training = training
@@ -248,17 +259,21 @@ class Watcher:
         }
         return scores, about
 
-    def _save(self, samples: NDArray[np.uint8], step: int) -> str:
-        """Write the grid of samples; its path in the output folder."""
+    def _write(self, row: Row, samples: NDArray[np.uint8] | None) -> None:
+        """Write the grid of samples, if there is one, and the look's line."""
         from PIL import Image
 
-        name = f"{PICTURES}/step-{step:06}.png"
-        make_folder(self._output / PICTURES)
-        with naming(self._output / name):
-            Image.fromarray(samples).save(self._output / name)
-        sync(self._output / name)
-        sync(self._output / PICTURES)
-        return name
+        if samples is not None:
+            picture = self._output / row["samples"]
+            make_folder(picture.parent)
+            with naming(picture):
+                Image.fromarray(samples).save(picture)
+            sync(picture)
+            sync(picture.parent)
+        path = self._output / WATCH_FILE
+        with naming(path), path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        sync(path)  # a later checkpoint counts on it: the look is not made again
 
     def _begin(self, step: int) -> set[int]:
         """The steps of the looks that a run which goes on after ``step`` has had; later looks are removed."""

@@ -1,0 +1,263 @@
+"""The processes of a run: who they are, how the model is divided among them, and that they end together.
+
+Started by ``torchrun``, a run has ``world_size`` processes, one per device, each with packs of its own. Every parameter
+is divided by rows among the processes of a shard group (PyTorch's FSDP2, ``fully_shard``), and put together layer by
+layer while it is needed; with ``parallel.replicate`` above 1 there are so many such groups, which share gradients
+(HSDP). Losses are normalised by the counts of all processes, so gradients are summed, not averaged.
+
+One process, without torchrun, has none of this: ``Parallel()`` answers every question with its own value.
+
+Two rules keep the processes in step, since collectives are entered by all of them or block:
+
+* what one of them decides by its own data (to stop, to skip a step) is agreed on first (``sum``, ``any``, ``gather``);
+* a module that one of them has no use for is run for nothing where another one needs it (``model.idle``).
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from unigendet.config import check
+from unigendet.device import find_device
+from unigendet.model.unigendet import UniGenDet
+from unigendet.training.config import ParallelConfig, TrainConfig
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+_POLL = 0.25  # seconds between two looks for another process's failure
+_PATIENCE = 8 * _POLL  # what a process waits for the cause of a failed collective, which is another one's failure
+
+
+@dataclass(frozen=True, eq=False)
+class Parallel:
+    """One process among those of a run.
+
+    Attributes:
+        rank: its number, from 0.
+        world_size: how many there are.
+        device: where this one computes.
+        mesh: of the devices that share parameters; None: parameters are whole, there is one process.
+        group: the process group for values on the host; None with one process.
+        config: how parameters are divided.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    mesh: DeviceMesh | None = None
+    group: Any = None
+    config: ParallelConfig = field(default_factory=ParallelConfig)
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes what only one of them writes."""
+        return self.rank == 0
+
+    @property
+    def sharded(self) -> bool:
+        """Whether parameters are divided among processes."""
+        return self.mesh is not None
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """The element-wise sum of every process's numbers, in float64."""
+        if self.group is None:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total, group=self.group)
+        return total.tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in any process."""
+        return self.sum([float(flag)])[0] > 0
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, by rank; values must be picklable."""
+        if self.group is None:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.group)
+        return values
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum of every process's tensor, on its device and without waiting for it."""
+        if self.group is not None:
+            dist.all_reduce(values)
+        return values
+
+    def shard(self, model: UniGenDet, precision: str = "fp32") -> UniGenDet:
+        """Divide the parameters of ``model`` among the processes, in place: by decoder layer, by ViT layer, the rest.
+
+        Args:
+            model: not sharded yet. One on the ``meta`` device is allocated, of each parameter this process's rows, and
+                all its parameters and buffers are still to be filled.
+            precision: ``bf16`` computes with copies in bfloat16 of float32 parameters; gradients are summed in float32.
+        """
+        from torch.distributed.fsdp import (
+            CPUOffloadPolicy,
+            FSDPModule,
+            MixedPrecisionPolicy,
+            OffloadPolicy,
+            fully_shard,
+        )
+
+        if self.mesh is None:
+            return model
+        low = torch.bfloat16 if precision == "bf16" else None
+        # Inputs keep their types: among them are tables of positions, which bfloat16 would spoil.
+        policy = MixedPrecisionPolicy(param_dtype=low, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        offload = CPUOffloadPolicy() if self.config.cpu_offload else OffloadPolicy()
+        options = {"mesh": self.mesh, "mp_policy": policy, "offload_policy": offload}
+        for layer in (*model.decoder.layers, *model.vision.layers):
+            fully_shard(layer, **options)
+        # A model that does not learn (DIGA's teacher) has no backward pass after which its root would be put away.
+        learns = any(parameter.requires_grad for parameter in model.parameters())
+        fully_shard(model, **options, reshard_after_forward=not learns)
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.set_gradient_divide_factor(1.0)
+                module.set_force_sum_reduction_for_comms(True)
+        model.compute_dtype = low
+        return self._allocated(model) if model.latent_table.is_meta else model
+
+    def _allocated(self, model: UniGenDet) -> UniGenDet:
+        if self.config.cpu_offload:  # which buffers are not part of
+            model.to_empty(device="cpu")
+            for module in model.modules():
+                for name, buffer in module.named_buffers(recurse=False):
+                    setattr(module, name, torch.empty_like(buffer, device=self.device))
+            return model
+        return model.to_empty(device=self.device)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A small tensor put together from every process's part; all of them must ask for it."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def put_away(model: nn.Module) -> None:
+    """After a use of a sharded model that no backward pass follows: free what was put together, and is soon outdated.
+
+    Layers put themselves away; the root keeps its parameters together after a forward pass, for the backward pass.
+    """
+    if hasattr(model, "reshard"):
+        model.reshard()
+
+
+@contextmanager
+def processes(config: TrainConfig) -> Iterator[Parallel]:
+    """Within it, this process is one of those that ``torchrun`` started; without torchrun, the only one.
+
+    If the block raises, the other processes end within seconds, saying which one failed and why.
+
+    Raises:
+        ValueError: ``parallel`` does not fit the number of processes.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = mesh_shape(config.parallel, world_size)
+    device = find_device(config.device)
+    offload = config.parallel.cpu_offload
+    fits = world_size > 1 and device.type == "cuda"
+    check(fits or not offload, "parallel.cpu_offload", offload, "false on a CPU, and with one process")
+    if world_size == 1:
+        yield Parallel(device=device, config=config.parallel)
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(minutes=config.parallel.timeout))
+    rank = dist.get_rank()
+    watch = _FailureWatch(rank)
+    watch.start()
+    try:
+        group = dist.new_group(backend="gloo")
+        yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel)
+    except BaseException as error:
+        watch.report(error)
+        error.add_note(f"in process {rank} of {world_size}")
+        raise
+    watch.stop()
+    dist.destroy_process_group()
+
+
+def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """(groups, processes in a group that divide the parameters). Raises ValueError unless that is all processes."""
+    groups = config.replicate
+    fits = world_size % groups == 0
+    check(fits, "parallel.replicate", groups, f"a divisor of the number of processes ({world_size})")
+    shard = world_size // groups if config.shard is None else config.shard
+    need = f"{world_size // groups}, so that parallel.replicate ({groups}) times it is the number of processes"
+    check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size})")
+    return groups, shard
+
+
+def make_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
+    """The mesh of ``mesh_shape``'s ``shape``, of all processes."""
+    names = ("replicate", "shard")
+    if shape[0] == 1:
+        shape, names = shape[1:], names[1:]
+    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+
+
+class _FailureWatch(threading.Thread):
+    """Ends this process when another one has failed: it would wait for it for ever, inside a collective.
+
+    The processes tell each other over the store at which they have met, each with a connection of this thread's own:
+    the other one may be busy waiting.
+    """
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(name="failure-watch", daemon=True)
+        self._rank, self._key = rank, f"unigendet/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
+        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        self._store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))
+        self._ended = threading.Event()
+
+    def run(self) -> None:
+        """Look until there is something to see, or nothing more to look for."""
+        while not self._ended.wait(_POLL):
+            try:
+                found = self._store.check([self._key])
+                cause = self._store.get(self._key).decode() if found else None
+            except RuntimeError:  # the process that holds the store has ended
+                cause = "the first process of the run is gone"
+            if cause is not None and not self._ended.is_set():
+                print(f"unigendet train: process {self._rank} ends, because {cause}", file=sys.stderr, flush=True)
+                time.sleep(_PATIENCE)  # the other one is to end first: torchrun names the first to end as the cause
+                os._exit(1)
+
+    def stop(self) -> None:
+        """Nothing more to look for."""
+        self._ended.set()
+
+    def report(self, error: BaseException) -> None:
+        """Tell the others, unless the cause is one of them: then this process is ended here, by what that one says."""
+        if type(error) is RuntimeError or isinstance(error, dist.DistError):  # as of a collective
+            time.sleep(_PATIENCE)
+        self.stop()
+        kind = "it was interrupted" if isinstance(error, KeyboardInterrupt) else f"it failed: {error}"
+        try:
+            self._store.compare_set(self._key, "", f"process {self._rank} ended; {kind}")
+        except RuntimeError:
+            return  # the store is gone, and with it the process that held it
+        if self._rank == 0:
+            time.sleep(4 * _POLL)  # it may hold the store: the others must have had time to look
+
+
+def stopping_signal(received: signal.Signals | None) -> signal.Signals:
+    """The signal that ended a run: this process's, or, where only others had one, SIGTERM."""
+    return signal.SIGTERM if received is None else received
