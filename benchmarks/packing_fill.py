@@ -21,7 +21,6 @@ from unigendet.config import LoaderConfig
 
 from . import traces
 from .environment import RESULTS, ROOT
-from .report import with_section
 
 DOCUMENT = ROOT / "docs" / "performance.md"
 RECORD = RESULTS / "packing_fill.json"
@@ -54,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def documented(found: Mapping[str, Any]) -> str:
     """The document with the table of ``found`` in its section."""
+    from .report import with_section
+
     text = DOCUMENT.read_text(encoding="utf-8")
     return with_section(text, "packing_fill", "\n".join(table(found)), DOCUMENT.name)
 
