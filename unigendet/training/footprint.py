@@ -113,10 +113,12 @@ class Footprint:
         packs = pack_bytes(self.packs.student) + pack_bytes(self.packs.teacher)
         if self.model.latent.autoencoder == "flux":  # latent images come as pixels
             packs += FP32 * 3 * self.packs.side**2 * len(self.packs.student.latent_sizes)
+        workers, samples = max(1, loader.num_workers), self.packs.student.layout.num_samples
         offload = sum(state.values()) + self.gradients if self.config.parallel.cpu_offload else 0
         return _present(
             {
                 "packs made ahead": packs * (loader.num_workers * loader.prefetch + 1),
+                "samples held for later packs": packs * workers * loader.lookahead // samples,
                 "offloaded state and gradients": offload,
                 "copy of the state for a checkpoint": sum(state.values()) * (self._processes > 1),
             }
