@@ -77,7 +77,11 @@ def _explain(error: Exception) -> str:
     if isinstance(error, MemoryError) and not str(error):
         kind, text = "", "not enough memory"
     else:
-        kind = "" if isinstance(error, UserError | ValueError | OSError) else f"{type(error).__name__}: "
+        kind = (
+            ""
+            if isinstance(error, UserError | ValueError | OSError | ModuleNotFoundError)
+            else f"{type(error).__name__}: "
+        )
         text = str(error)
     notes = "".join(f" ({note})" for note in getattr(error, "__notes__", ()))
     return " ".join(f"{kind}{text}{notes}".split("\n"))

@@ -24,11 +24,12 @@ NESTED = {"optimizer": OptimizerConfig, "parallel": ParallelConfig, "losses": Lo
 
 
 def gduf(step, slot):
-    """Packs that differ in what they have: both tasks, one, the other, text alone."""
+    """Packs that differ in what they have: both tasks, one, the other, text alone, text that nothing is learnt from."""
     make = Samples(100 * step + slot)
     both = [make.detection(0, f"d {step}.{slot}"), make.generation(f"g {step}.{slot}"), make.detection(1)]
     text = Sample((Text(make.ids()), Text(make.ids(5), loss=True)), name=f"t {step}.{slot}")
-    kinds = [both, both[1:2], both[:1], [text]]
+    mute = Sample((Text(make.ids()),), name=f"m {step}.{slot}")
+    kinds = [both, both[1:2], both[:1], [text], [mute]]
     return pack(kinds[(step + slot) % len(kinds)], tiny_config())
 
 

@@ -20,13 +20,13 @@ COMMON = {
     "device": "cpu",
     "ema_decay": 0.5,
     # A large eps: some gradients (of keys' biases) are zero but for rounding, and Adam makes steps of them otherwise.
-    "optimizer": {"lr": 1e-2, "eps": 1e-3, "warmup_steps": 0},
+    "optimizer": {"lr": 3e-3, "eps": 1e-3, "warmup_steps": 0},
 }
 RUNS = {
     "gduf": {"stage": "gduf"},
     "diga": {"stage": "diga"},
     "groups": {"stage": "gduf", "parallel": {"replicate": 2}},  # HSDP with groups of one process
-    "accumulated": {"stage": "gduf", "accumulate": 2},
+    "accumulated": {"stage": "gduf", "accumulate": 2, "total_steps": 3},
     "full": {"stage": "diga", "recompute": "full"},
     "selective": {"stage": "gduf", "recompute": "selective"},
     "skipped": {"stage": "gduf", "nan": 0, "on_nonfinite": "skip"},

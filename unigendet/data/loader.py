@@ -98,6 +98,9 @@ class Loader:
             # After an error the traceback holds on to the workers, and the garbage collector then waits 5 s for each.
             if self.config.num_workers:
                 batches._shutdown_workers()
+                for worker in batches._workers:
+                    if worker.is_alive():  # stuck, in a file that does not come, say; and it ignores SIGTERM
+                        worker.kill()
 
     def _batches(self) -> DataLoader:
         workers = self.config.num_workers
@@ -260,10 +263,8 @@ def as_it_is(value: Any) -> Any:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """In a worker: let a signal to the whole process group pass, as Ctrl-C and schedulers send it.
-
-    The main process finishes its step and then ends its workers. It sends SIGTERM to one that does not end, and again
-    when it ends itself; so only the first SIGTERM is let pass.
+    """In a worker: ignore signals to the whole process group, as Ctrl-C, torchrun and schedulers send them, some of
+    them more than once. The main process finishes its step and then ends its workers; they notice if it is gone.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.signal(signal.SIGTERM, signal.SIG_DFL))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -159,7 +159,7 @@ class ParallelConfig:
 
     ``replicate`` groups of ``shard`` processes each hold all parameters, divided among the group; null: all processes
     are one group, or as many as ``replicate`` leaves. ``cpu_offload`` keeps parameters, gradients and the optimizer's
-    state in host memory. ``timeout``: minutes after which a collective that others do not join fails.
+    state in host memory. ``timeout``: minutes after which a collective of all processes that others do not join fails.
     """
 
     replicate: int = 1
@@ -261,9 +261,9 @@ class TrainConfig:
     is a control, not a method: every image is aligned with the teacher's features of another image of its pack.
     ``ema_decay`` None keeps no averaged weights. ``precision`` bf16 computes in bfloat16 with float32 weights, by
     autocast, or with copies of them where several processes divide the model. ``recompute``: activation checkpointing,
-    see ``unigendet.model.recompute``. ``compile``: compile every layer with torch.compile. ``accumulate``: packs per
-    step and process. ``on_nonfinite``: a step with a loss or gradient that is not finite stops the run, or is skipped
-    (``skip``), unless ``SKIPS`` follow one another. ``save_every`` 0 saves at the end only, and the last
+    see ``unigendet.model.recompute``. ``compile``: train with layers compiled by torch.compile. ``accumulate``: packs
+    per step and process. ``on_nonfinite``: a step with a loss or gradient that is not finite stops the run, or is
+    skipped (``skip``), unless ``SKIPS`` follow one another. ``save_every`` 0 saves at the end only, and the last
     ``keep_checkpoints`` are kept. ``output`` None writes nothing. ``peak_tflops``: dense TFLOP/s of the device at best,
     of which ``mfu`` is the share that the run makes use of; None: bfloat16's on its data sheet, where that is known.
     """
@@ -306,6 +306,9 @@ class TrainConfig:
         check(self.recompute in RECOMPUTE, "recompute", self.recompute, f"one of {RECOMPUTE}")
         check(self.on_nonfinite in ("stop", "skip"), "on_nonfinite", self.on_nonfinite, "'stop' or 'skip'")
         check(self.accumulate > 0, "accumulate", self.accumulate, "positive")
+        # What a compiled layer runs are no operators that could be told apart, and its buffers are used again.
+        apart = self.recompute in ("attention", "selective")
+        check(not (self.compile and apart), "compile", self.compile, f"false with recompute {self.recompute!r}")
         for name in ("total_steps", "align_layer", "teacher_layer", "log_every", "keep_checkpoints", "timestep_shift"):
             check(getattr(self, name) > 0, name, getattr(self, name), "positive")
         for name in ("save_every", "seed"):

@@ -20,7 +20,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 _POLL = 0.25  # seconds between two looks for another process's failure
 _GRACE = 5.0  # seconds until it ends this process: torchrun names as the cause the process that ends first
+_CLOSING = 120.0  # the same where it has failed too: W&B, say, sends what it has left
 _PATIENCE = 8 * _POLL  # what a process waits for the cause of a failed collective, which is another one's failure
 
 
@@ -54,6 +55,8 @@ class Parallel:
         mesh: of the devices that share parameters; None: parameters are whole, there is one process.
         group: the process group for values on the host; None with one process.
         config: how parameters are divided.
+        failing: to be called when this process has failed and has still to close its files: others' failures then leave
+            it some time.
     """
 
     rank: int = 0
@@ -62,6 +65,7 @@ class Parallel:
     mesh: DeviceMesh | None = None
     group: Any = None
     config: ParallelConfig = field(default_factory=ParallelConfig)
+    failing: Callable[[], None] = lambda: None
 
     @property
     def main(self) -> bool:
@@ -169,6 +173,10 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     shape = mesh_shape(config.parallel, world_size)
+    if world_size > 1 and torch.cuda.is_available():
+        number = os.environ.get("LOCAL_RANK")
+        check(number is not None, "LOCAL_RANK", number, "this process's number on its machine: start it with torchrun")
+        torch.cuda.set_device(int(number))  # before anything else is made on a device
     device = find_device(config.device)
     offload = config.parallel.cpu_offload
     fits = world_size > 1 and device.type == "cuda"
@@ -177,16 +185,17 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
         yield Parallel(device=device, config=config.parallel)
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
+        device = torch.device("cuda", torch.cuda.current_device())
+    timeout = timedelta(minutes=config.parallel.timeout)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(minutes=config.parallel.timeout))
+    dist.init_process_group(backend, timeout=timeout)
     rank = dist.get_rank()
     watch = _FailureWatch(rank)
     watch.start()
     try:
-        group = dist.new_group(backend="gloo")
-        yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel)
+        group = dist.new_group(backend="gloo", timeout=timeout)
+        yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel, watch.be_patient)
+        dist.barrier(group)  # or one that is still closing its files would take the others' end for a failure
     except BaseException as error:
         watch.report(error)
         error.add_note(f"in process {rank} of {world_size}")
@@ -202,7 +211,9 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     check(fits, "parallel.replicate", groups, f"a divisor of the number of processes ({world_size})")
     shard = world_size // groups if config.shard is None else config.shard
     need = f"{world_size // groups}, so that parallel.replicate ({groups}) times it is the number of processes"
-    check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size})")
+    fits = world_size % shard == 0 and world_size > shard
+    other = f", or parallel.replicate must be {world_size // shard}" if fits else ""
+    check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size}){other}")
     return groups, shard
 
 
@@ -226,7 +237,7 @@ class _FailureWatch(threading.Thread):
         self._rank, self._key = rank, f"unigendet/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
         address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         self._store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))
-        self._ended = threading.Event()
+        self._ended, self._grace = threading.Event(), _GRACE
 
     def run(self) -> None:
         """Look until there is something to see, or nothing more to look for."""
@@ -238,8 +249,12 @@ class _FailureWatch(threading.Thread):
                 cause = "the first process of the run is gone"
             if cause is not None and not self._ended.is_set():
                 print(f"unigendet train: process {self._rank} ends, because {cause}", file=sys.stderr, flush=True)
-                time.sleep(_GRACE)
-                os._exit(1)
+                if not self._ended.wait(self._grace):
+                    os._exit(1)
+
+    def be_patient(self) -> None:
+        """This process is about to end by itself, and has files to close."""
+        self._grace = _CLOSING
 
     def stop(self) -> None:
         """Nothing more to look for."""

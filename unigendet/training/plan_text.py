@@ -41,7 +41,7 @@ def plan_tables(plan: Plan) -> list[Table]:
     ]
 
 
-NOT_INCLUDED = "the allocator's slack, the CUDA context, workspaces of libraries, NCCL's buffers"
+NOT_INCLUDED = "looks at the model, the allocator's slack, the CUDA context, workspaces of libraries, NCCL's buffers"
 
 
 def plan_text(plan: Plan) -> str:

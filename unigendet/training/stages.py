@@ -94,11 +94,6 @@ class Stage(ABC):
         """Useful floating-point operations of a step on ``batch``, wherever that lies (``model.flops``)."""
 
     @property
-    def models(self) -> tuple[UniGenDet, ...]:
-        """Everything that is run in a step."""
-        return (self.model,)
-
-    @property
     def identity(self) -> dict[str, Any]:
         """The settings that a saved state of this stage is bound to."""
         return {"stage": self.name}
@@ -252,11 +247,6 @@ class DIGAStage(Stage):
             rows, columns = pack.vit_sizes[0]
             features = features.roll(-rows * columns, 0)  # image i has those of i + 1, the last those of the first
         return features
-
-    @property
-    def models(self) -> tuple[UniGenDet, ...]:
-        """The student and, where there is one, the teacher."""
-        return (self.model,) if self.teacher is None else (self.model, self.teacher)
 
     @property
     def identity(self) -> dict[str, Any]:

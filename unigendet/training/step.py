@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -111,7 +111,19 @@ def slot_generators(seed: int, parallel: Parallel, count: int) -> list[torch.Gen
     return generators
 
 
-def compile_layers(*models: UniGenDet) -> None:
-    """Compile every layer's forward, for packs of any length; the first steps then take minutes."""
-    for layer in (layer for model in models for layer in (*model.decoder.layers, *model.vision.layers)):
-        layer.forward = torch.compile(layer.forward, dynamic=True)
+def compile_layers(model: UniGenDet) -> None:
+    """Compile every layer's forward, for packs of any length; the first steps then take minutes.
+
+    Only where gradients are wanted: torch.compile keeps few variants of a function, and inference has others.
+    """
+    for layer in (*model.decoder.layers, *model.vision.layers):
+        layer.forward = _compiled_in_training(layer.forward)
+
+
+def _compiled_in_training(plain: Callable[..., Any]) -> Callable[..., Any]:
+    compiled = torch.compile(plain, dynamic=True)
+
+    def forward(*arguments: Any, **options: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(*arguments, **options)
+
+    return forward

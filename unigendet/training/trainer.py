@@ -124,7 +124,7 @@ class Trainer:
         model, optimizer = stage.model, config.optimizer
         model.decoder.recompute = model.vision.recompute = config.recompute
         if config.compile:
-            compile_layers(*stage.models)
+            compile_layers(model)
         self.device = self.parallel.device
         self._gradients = Gradients(stage, config, self.parallel)
         self._meter = Meter(stage, self.device, config.peak_tflops)
@@ -178,6 +178,7 @@ class Trainer:
             with self._explained():
                 self.state.saving.wait()
         except BaseException:
+            self.parallel.failing()
             with suppress(Exception):  # what stopped the run counts
                 self.state.saving.wait()
             for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
@@ -237,11 +238,10 @@ class Trainer:
 
     def _look(self, writer: MetricsWriter, display: ProgressDisplay, stop: StopSignals) -> None:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
-        alone = not self.parallel.sharded  # else all processes look at the same, to the end
         complete = self.state.step == self.config.total_steps
 
-        def ends() -> bool:
-            return alone and stop.received is not None and not complete
+        def ends() -> bool:  # asked by all processes at once: they look at the same
+            return self.parallel.any(stop.received is not None) and not complete
 
         if self._watch is None or ends():
             return
