@@ -18,7 +18,7 @@ GPU_LOG := runs/gpu.log
 GPU_SECONDS ?= 80
 GPU_TIMEOUT ?= 110
 
-.PHONY: help install test sanitize lint format quickstart gpu clean
+.PHONY: help install prepare test sanitize lint format quickstart gpu clean
 
 help:  ## Show the targets
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -76,9 +76,11 @@ $(SANITIZED)/fuzz_%: tests/csrc/fuzz_%.cpp $(SANITIZE_OBJECTS) $(wildcard tests/
 sanitize: $(SANITIZE_PROGRAMS)  ## Run the C++ sources on random inputs under sanitizers
 	for program in $^; do OMP_WAIT_POLICY=passive $$program || exit 1; done
 
+prepare: $(INSTALLED) $(OLDEST_TRITON)/.installed $(FID_LIBRARIES)/.installed $(SANITIZE_PROGRAMS)  ## Make all that the tests need (with -j2: at once)
+
 test: export UNIGENDET_OLDEST_TRITON_PYTHON := $(CURDIR)/$(OLDEST_TRITON)/bin/python
 test: export UNIGENDET_FID_LIBRARIES := $(CURDIR)/$(FID_LIBRARIES)
-test: $(INSTALLED) $(OLDEST_TRITON)/.installed $(FID_LIBRARIES)/.installed sanitize  ## Run the tests that need no GPU
+test: prepare sanitize  ## Run the tests that need no GPU
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest -m 'not gpu' --numprocesses 2 --dist worksteal
