@@ -98,7 +98,7 @@ def main(folder, runs):
         for name, values in json.loads(runs).items():
             config, _ = read_config(values)
             mesh = make_mesh(parallel.device, mesh_shape(config.parallel, parallel.world_size))
-            result = outcome(train(values, dataclasses.replace(parallel, mesh=mesh)))
+            result = outcome(train(values, dataclasses.replace(parallel, mesh=mesh, config=config.parallel)))
             if parallel.main:
                 torch.save(result, f"{folder}/{name}.pt")
 

@@ -27,28 +27,32 @@ RUNS = {
     "diga": {"stage": "diga"},
     "groups": {"stage": "gduf", "parallel": {"replicate": 2}},  # HSDP with groups of one process
     "accumulated": {"stage": "gduf", "accumulate": 2, "total_steps": 3},
+    "copies": {"stage": "gduf", "accumulate": 3, "total_steps": 3, "parallel": {"replicate": 2}},
+    "aligned": {"stage": "diga", "accumulate": 2, "total_steps": 2, "parallel": {"replicate": 2}},
     "full": {"stage": "diga", "recompute": "full"},
     "selective": {"stage": "gduf", "recompute": "selective"},
     "skipped": {"stage": "gduf", "nan": 0, "on_nonfinite": "skip"},
     "bf16": {"stage": "gduf", "precision": "bf16"},
 }
+FOUR = {"hsdp": {"stage": "gduf", "accumulate": 2, "total_steps": 3, "parallel": {"replicate": 2}}}
 REDUCED = {"bf16"}  # these have other numbers, of which only some are looked at
 LOSSES = {"loss", "mse", "ce", "label", "diga"}
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory):
-    """Name → what two processes made of the run."""
+    """Name → what two processes, or four, made of the run."""
     folder = tmp_path_factory.mktemp("ranks")
-    ranks.run(2, PROGRAM, folder, json.dumps({name: COMMON | run for name, run in RUNS.items()}))
-    return {name: torch.load(folder / f"{name}.pt") for name in RUNS}
+    for count, runs in ((2, RUNS), (4, FOUR)):
+        ranks.run(count, PROGRAM, folder, json.dumps({name: COMMON | run for name, run in runs.items()}))
+    return {name: torch.load(folder / f"{name}.pt") for name in RUNS | FOUR}
 
 
-@pytest.mark.parametrize("name", sorted(RUNS.keys() - REDUCED))
-def test_two_processes_are_one(outcomes, name):
-    got, run = outcomes[name], COMMON | RUNS[name]
+@pytest.mark.parametrize("name", sorted(RUNS.keys() - REDUCED | FOUR.keys()))
+def test_several_processes_are_one(outcomes, name):
+    got, run = outcomes[name], COMMON | (RUNS | FOUR)[name]
     alone = {key: value for key, value in run.items() if key != "parallel"}
-    alone["accumulate"] = 2 * run.get("accumulate", 1)
+    alone["accumulate"] = (4 if name in FOUR else 2) * run.get("accumulate", 1)
     expected = rank_run.outcome(rank_run.train(alone, Parallel()))
     assert [row.keys() for row in got["history"]] == [row.keys() for row in expected["history"]]
     for theirs, ours in zip(expected["history"], got["history"], strict=True):

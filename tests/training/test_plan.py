@@ -19,6 +19,7 @@ from unigendet.training.parallel import Parallel, make_mesh
 from unigendet.training.plan import make_plan
 from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
 from unigendet.training.stages import make_stage
+from unigendet.training.step import Gradients, slot_generators
 from unigendet.training.trainer import Trainer
 
 BATCHES = {"gduf": gduf_batch, "diga": diga_batch}
@@ -141,18 +142,33 @@ class Communication(TorchDispatchMode):
         return op(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("stage", ["gduf", "diga"])
+@pytest.mark.parametrize(("stage", "packs"), [("gduf", 1), ("diga", 1), ("gduf", 3)])
 @pytest.mark.parametrize("parallel", [(1, 4), (2, 4)], indirect=True)
-def test_communication(parallel, stage):
+def test_communication(parallel, stage, packs):
+    """Of a step: shards are gathered and summed for every pack, the sums of the copies once."""
     # Sizes that 4 divides, but for the last layer of the real/fake head: nothing is padded that would count.
     model = tiny_model(hidden_size=64, vocab_size=240, num_heads=4)
     shape = parallel.world_size // 4, 4
-    config = settings(stage, precision="bf16", parallel=ParallelConfig(shape[0]))
+    config = settings(stage, precision="bf16", accumulate=packs, parallel=ParallelConfig(shape[0]))
     plan = plan_of(config, model.config, world_size=parallel.world_size)
+    parallel = dataclasses.replace(parallel, config=config.parallel)
     shard = functools.partial(parallel.shard, precision="bf16")
     made = make_stage(shard(model), config, shard)
+    generators = slot_generators(0, parallel, packs)
     with Communication(shape) as seen:
-        made.losses(BATCHES[stage](), torch.Generator().manual_seed(0)).total.backward()
+        Gradients(made, config, parallel).compute([BATCHES[stage](i) for i in range(packs)], generators, 1)
     assert plan.communication.keys() == seen.bytes.keys()
     for name, size in seen.bytes.items():
         assert plan.communication[name] == pytest.approx(size, rel=0.01)
+
+
+def test_copies_of_a_model_on_the_host_are_summed_in_every_pack():
+    """The sums of packs before would take the room on the device that the setting is to save."""
+    model, sent = tiny_model().config, {}
+    for offload in (False, True):
+        for packs in (1, 3):
+            parallel = ParallelConfig(replicate=2, cpu_offload=offload)
+            plan = plan_of(settings(accumulate=packs, parallel=parallel), model, world_size=4)
+            sent[offload, packs] = plan.communication["summing gradients over the copies"]
+            assert parallel.sums_once != offload
+    assert sent[False, 1] == sent[False, 3] == sent[True, 1] == sent[True, 3] / 3

@@ -172,6 +172,11 @@ class ParallelConfig:
             check(getattr(self, name) > 0, f"parallel.{name}", getattr(self, name), "positive")
         check(self.shard is None or self.shard > 0, "parallel.shard", self.shard, "positive, or null")
 
+    @property
+    def sums_once(self) -> bool:
+        """Whether copies of the model sum their gradients once per step, rather than in every pack of it."""
+        return self.replicate > 1 and not self.cpu_offload
+
 
 @dataclass(frozen=True)
 class WatchConfig:

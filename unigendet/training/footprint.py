@@ -13,8 +13,8 @@ float32 while they are summed over the ranks. Memory is added up at the moments 
 sum is the peak.
 
 Each pass of a pack receives c (S − 1)/S bytes per number of the root once and of each layer twice, forward and
-backward, and sends 4 (S − 1)/S bytes per gradient; R copies of the model then sum theirs, 8 (R − 1)/(R S) bytes per
-gradient. Every number is of a rank, of the one with the largest shards.
+backward, and sends 4 (S − 1)/S bytes per gradient. R copies of the model then sum theirs, 8 (R − 1)/(R S) bytes per
+gradient, once per step (``Parallel.sum_copies``). Every number is of a rank, of the one with the largest shards.
 
 The allocator's slack, the CUDA context, libraries' workspaces and NCCL's buffers are not included.
 """
@@ -142,11 +142,12 @@ class Footprint:
         gathered, learning = self._per_pass(), elements(self.sizes.learning)
         copies = 2 * (self.replicate - 1) / self.replicate
         passes = self.config.accumulate
+        sums = 1 if self.config.parallel.sums_once else passes
         return _present(
             {
                 "gathering weights": round(passes * others * self._compute * gathered),
                 "summing gradients over the shards": round(passes * others * FP32 * learning),
-                "summing gradients over the copies": round(passes * copies * FP32 * learning / self.shard),
+                "summing gradients over the copies": round(sums * copies * FP32 * learning / self.shard),
             }
         )
 

@@ -103,6 +103,16 @@ class Parallel:
             dist.all_reduce(values)
         return values
 
+    def sum_copies(self, model: UniGenDet, last: bool) -> None:
+        """Before the backward pass of a pack: whether the copies of ``model`` then sum their gradients.
+
+        They do so in the step's ``last`` pack, with those of the packs before, which each copy has summed in float32.
+        All packs of a step must have gradients for the same parameters (``model.idle``). Until then FSDP keeps the sums
+        on the device. So not with ``cpu_offload``, which is for devices without room: there every pack's are summed.
+        """
+        if self.config.sums_once and self.mesh is not None:
+            model.set_requires_all_reduce(last)
+
     def shard(self, model: UniGenDet, precision: str = "fp32") -> UniGenDet:
         """Divide the parameters of ``model`` among the processes, in place: by decoder layer, by ViT layer, the rest.
 

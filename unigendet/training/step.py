@@ -66,7 +66,8 @@ class Gradients:
         packs = [self._stage.student(batch) for batch in batches]
         counts = self._counts(packs)
         names, parts = [], []
-        for batch, pack, generator in zip(batches, packs, generators, strict=True):
+        for left, batch, pack, generator in zip(range(len(packs))[::-1], batches, packs, generators, strict=True):
+            self._parallel.sum_copies(self._stage.model, last=not left)
             try:
                 with torch.autocast(device.type, dtype=torch.bfloat16, enabled=self._autocast):
                     losses = self._stage.losses(_move(batch, device), generator, counts)
