@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import sys
+from pathlib import Path
 
 import torch
 from training_fixtures import Samples, diga_batch, tiny_config, tiny_model
@@ -92,15 +93,26 @@ def read_config(values):
     return TrainConfig(**{**fields, **nested}), special
 
 
+def timeouts(parallel):
+    """Minutes that collectives wait, by group; of both kinds of mesh."""
+    meshes = {"copies": parallel.mesh, "one": make_mesh(parallel.device, (1, parallel.world_size))}
+    groups = {f"{name} {dim}": mesh.get_group(dim) for name, mesh in meshes.items() for dim in mesh.mesh_dim_names}
+    groups["host"] = parallel.group
+    options = {name: group._get_backend(torch.device("cpu")).options for name, group in groups.items()}
+    return {name: option._timeout.total_seconds() / 60 for name, option in options.items()}
+
+
 def main(folder, runs):
     torch.set_num_threads(1)
-    with processes(TrainConfig(device="cpu")) as parallel:
+    with processes(TrainConfig(device="cpu", parallel=ParallelConfig(replicate=2, timeout=7))) as parallel:
         for name, values in json.loads(runs).items():
             config, _ = read_config(values)
             mesh = make_mesh(parallel.device, mesh_shape(config.parallel, parallel.world_size))
             result = outcome(train(values, dataclasses.replace(parallel, mesh=mesh, config=config.parallel)))
             if parallel.main:
                 torch.save(result, f"{folder}/{name}.pt")
+        if parallel.main:
+            Path(folder, f"timeouts-{parallel.world_size}.json").write_text(json.dumps(timeouts(parallel)))
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def outcomes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for count, runs in ((2, RUNS), (4, FOUR)):
         ranks.run(count, PROGRAM, folder, json.dumps({name: COMMON | run for name, run in runs.items()}))
-    return {name: torch.load(folder / f"{name}.pt") for name in RUNS | FOUR}
+    found = {name: torch.load(folder / f"{name}.pt") for name in RUNS | FOUR}
+    return found | {f"timeouts-{n}": json.loads((folder / f"timeouts-{n}.json").read_text()) for n in (2, 4)}
 
 
 @pytest.mark.parametrize("name", sorted(RUNS.keys() - REDUCED | FOUR.keys()))
@@ -67,6 +68,13 @@ def test_several_processes_are_one(outcomes, name):
     for part in ("weights", "averaged"):
         for key, weight in expected[part].items():
             torch.testing.assert_close(got[part][key], weight, rtol=1e-5, atol=1e-6, msg=f"{part} {key}")
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_every_group_has_the_timeout_of_the_settings(outcomes, count):
+    """PyTorch's default for this backend would be 30 minutes."""
+    groups = ("copies replicate", "copies shard", "one shard", "host")
+    assert outcomes[f"timeouts-{count}"] == dict.fromkeys(groups, 7)
 
 
 def test_a_skipped_step_leaves_the_weights(outcomes):

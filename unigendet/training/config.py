@@ -159,7 +159,7 @@ class ParallelConfig:
 
     ``replicate`` groups of ``shard`` processes each hold all parameters, divided among the group; null: all processes
     are one group, or as many as ``replicate`` leaves. ``cpu_offload`` keeps parameters, gradients and the optimizer's
-    state in host memory. ``timeout``: minutes after which a collective of all processes that others do not join fails.
+    state in host memory. ``timeout``: minutes after which a collective that others do not join fails.
     """
 
     replicate: int = 1

@@ -204,7 +204,8 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     watch.start()
     try:
         group = dist.new_group(backend="gloo", timeout=timeout)
-        yield Parallel(rank, world_size, device, make_mesh(device, shape), group, config.parallel, watch.be_patient)
+        mesh = make_mesh(device, shape, timeout)
+        yield Parallel(rank, world_size, device, mesh, group, config.parallel, watch.be_patient)
         dist.barrier(group)  # or one that is still closing its files would take the others' end for a failure
     except BaseException as error:
         watch.report(error)
@@ -227,12 +228,23 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     return groups, shard
 
 
-def make_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
-    """The mesh of ``mesh_shape``'s ``shape``, of all processes."""
-    names = ("replicate", "shard")
+def make_mesh(device: torch.device, shape: tuple[int, int], timeout: timedelta | None = None) -> DeviceMesh:
+    """The mesh of ``mesh_shape``'s ``shape``, of all processes.
+
+    Its groups are made here, because those that ``init_device_mesh`` makes do not inherit a ``timeout``. One group of
+    all processes is the default group, with the timeout that this was given.
+    """
+    from torch.distributed.device_mesh import DeviceMesh
+
     if shape[0] == 1:
-        shape, names = shape[1:], names[1:]
-    return dist.init_device_mesh(device.type, shape, mesh_dim_names=names)
+        return DeviceMesh.from_group(dist.group.WORLD, device.type, mesh_dim_names=("shard",))
+    ranks, groups = torch.arange(shape[0] * shape[1]).view(shape), []
+    for rows, name in ((ranks.T, "replicate"), (ranks, "shard")):
+        for row in rows.tolist():  # every process takes part in making every group
+            group = dist.new_group(row, timeout=timeout, group_desc=f"mesh_{name}")
+            if dist.get_rank() in row:
+                groups.append(group)
+    return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
 
 
 class _FailureWatch(threading.Thread):
