@@ -107,6 +107,28 @@ def train(parallel, /, **arguments):
     trainer(parallel, **arguments).run()
 
 
+def train_counting(parallel, /, output, **arguments):
+    """A run to its end; of its last save, the bytes that each process has and those that it copies to host memory."""
+    inner, held, staged = saving._Copies.stage, [], []
+
+    def stage(self, parts):
+        staged.append({name: part.tensor.nbytes for name, part in parts.items()})
+        return inner(self, parts)
+
+    def start(self, path, tensors, folder):
+        held.append(sum(part.tensor.nbytes for parts in tensors.values() for part in parts.values()))
+        begin(self, path, tensors, folder)
+
+    begin, saving.Saving.start, saving._Copies.stage = saving.Saving.start, start, stage
+    try:
+        trainer(parallel, output=output, **arguments).run()
+    finally:
+        saving.Saving.start, saving._Copies.stage = begin, inner
+    found = parallel.gather((held[-1], staged[-1]))
+    if parallel.main:
+        Path(output, "staged.json").write_text(json.dumps(found))
+
+
 def train_while_writing(parallel, /, output, **arguments):
     """No file is written until the step after the save has begun; it would never end if the run waited for the file."""
     begun, inner = threading.Event(), saving.stream_tensors

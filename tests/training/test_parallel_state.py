@@ -19,6 +19,7 @@ from unigendet.model.export import export_weights
 from unigendet.model.rows import Part, find_pieces, read_rows, whole_shape
 from unigendet.model.shards import CheckpointError, shard_files
 from unigendet.training.parallel import Parallel
+from unigendet.training.saving import dealt
 from unigendet.training.state import checkpoints
 
 PROGRAM = Path(state_run.__file__)
@@ -73,11 +74,17 @@ def folder(tmp_path_factory):
             point = str(resume / "checkpoints" / "step-000003")
             jobs.append({"job": "train", "output": str(folder / f"{stage}-{name}"), "resume": point, **here})
     groups = {"parallel": {"replicate": 2}}
-    jobs.append({"job": "train", "output": str(folder / "groups"), "stage": "gduf", **groups, **source})
+    copies = {"stage": "gduf", **groups, **source}
+    jobs.append({"job": "train_counting", "output": str(folder / "groups"), **copies})
+    point = str(folder / "groups" / "checkpoints" / "step-000003")
+    jobs.append({"job": "train", "output": str(folder / "groups-again"), "resume": point, **copies})
     jobs.append({"job": "train_while_writing", "output": str(folder / "held"), "stage": "gduf", **source})
     jobs.append({"job": "full_disk", "failing": 1, "output": str(folder / "full"), "stage": "gduf", **source})
     (folder / "jobs.json").write_text(json.dumps(jobs))
     ranks.run(2, PROGRAM, folder)
+    square = {"job": "train_counting", "output": str(folder / "square"), "total_steps": 3, **copies}
+    (folder / "jobs.json").write_text(json.dumps([square]))
+    ranks.run(4, PROGRAM, folder)
     return folder
 
 
@@ -192,6 +199,38 @@ def test_rows_that_several_processes_hold_are_written_once(folder):
     assert len(sizes) == 2
     assert max(sizes) < 0.6 * sum(sizes)
     assert all(len(pieces) == 1 for pieces in find_pieces(files).values())
+
+
+@pytest.mark.parametrize(("output", "shards"), [("groups", 1), ("square", 2)])
+def test_copies_deal_what_they_hold_alike(folder, output, shards):
+    """Each makes host copies of about half of its rows, and of no part that another copy of the model writes."""
+    found = json.loads((folder / output / "staged.json").read_text())
+    assert len(found) == 2 * shards
+    for held, staged in found:
+        assert 0.45 * held < sum(staged.values()) < 0.55 * held
+    for (held, one), (_, other) in zip(found[:shards], found[shards:], strict=True):  # a row of the mesh is a copy
+        assert not one.keys() & other.keys()
+        assert sum(one.values()) + sum(other.values()) == held
+
+
+def test_copies_resume_themselves(folder):
+    same_state(*(folder / name / "checkpoints" / "step-000006" for name in ("groups", "groups-again")))
+
+
+def test_a_checkpoint_of_copies_in_shards_is_that_of_one(folder, tmp_path):
+    run = {"source": str(folder / "file"), "stage": "gduf", "accumulate": 4, "output": str(tmp_path), "total_steps": 3}
+    state_run.train(Parallel(), **run)
+    assert_close(*(path / "checkpoints" / "step-000003" for path in (tmp_path, folder / "square")), 1e-6)
+
+
+def test_every_part_is_dealt_once():
+    """The loads differ by no more than a part: the same deal in all processes, whatever the order of their parts."""
+    sizes = {f"part {i}": (7 * i) % 23 for i in range(40)}
+    for copies in (1, 2, 3, 64):
+        deals = [dealt(dict(sorted(sizes.items(), reverse=copy % 2)), copy, copies) for copy in range(copies)]
+        assert sorted(name for deal in deals for name in deal) == sorted(sizes)
+        loads = [sum(sizes[name] for name in deal) for deal in deals]
+        assert max(loads) - min(loads) <= max(sizes.values())
 
 
 def test_training_goes_on_while_files_are_written(folder):

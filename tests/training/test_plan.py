@@ -172,3 +172,13 @@ def test_copies_of_a_model_on_the_host_are_summed_in_every_pack():
             sent[offload, packs] = plan.communication["summing gradients over the copies"]
             assert parallel.sums_once != offload
     assert sent[False, 1] == sent[False, 3] == sent[True, 1] == sent[True, 3] / 3
+
+
+def test_each_copy_has_its_part_of_a_checkpoint_on_the_host():
+    """The copies together make one copy of the state."""
+    model, found = tiny_model().config, {}
+    for copies in (1, 2):
+        config = settings(parallel=ParallelConfig(replicate=copies, shard=4))
+        plan = plan_of(config, model, world_size=4 * copies)
+        found[copies] = plan.host["copy of the state for a checkpoint"]
+    assert found[1] == pytest.approx(2 * found[2], abs=2)

@@ -120,7 +120,7 @@ class Footprint:
                 "packs made ahead": packs * (loader.num_workers * loader.prefetch + 1),
                 "samples held for later packs": packs * workers * loader.lookahead // samples,
                 "offloaded state and gradients": offload,
-                "copy of the state for a checkpoint": sum(state.values()) * (self._processes > 1),
+                "copy of the state for a checkpoint": sum(state.values()) // self.replicate * (self._processes > 1),
             }
         )
 

@@ -77,6 +77,13 @@ class Parallel:
         """Whether parameters are divided among processes."""
         return self.mesh is not None
 
+    @property
+    def copy(self) -> tuple[int, int]:
+        """Which copy of the model this process has a part of, and how many there are. The others hold the same rows."""
+        if self.mesh is None or self.mesh.ndim == 1:
+            return 0, 1
+        return self.mesh.get_local_rank("replicate"), self.mesh.size(0)
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """The element-wise sum of every process's numbers, in float64."""
         if self.group is None:

@@ -1,8 +1,9 @@
 """Checkpoints of a run of several processes, which is going on while they are written.
 
-Every process writes its own rows of every tensor, through ``torch.distributed.checkpoint``: it plans who writes what
-(where several processes hold the same rows, one of them), checks that all rows are there, runs in the background, and
-tells every process when one has failed. What is written is ours, safetensors alone:
+Every process writes its own rows of every tensor, through ``torch.distributed.checkpoint``: it checks that all rows are
+there, runs in the background, and tells every process when one has failed. Copies of the model (HSDP) deal among
+themselves what they hold alike (``dealt``); a process makes host copies of no more than it has been dealt. What is
+written is ours, safetensors alone:
 
 * ``STEM-00002-of-00008.safetensors``: the second process's rows, with their places in the file's metadata
   (``unigendet.model.rows``); PyTorch's ``HuggingFaceStorageReader`` reads such files too;
@@ -67,7 +68,9 @@ class Saving:
         if self._group is None:
             timeout = timedelta(minutes=self._parallel.config.timeout)
             self._group = dist.new_group(backend="gloo", timeout=timeout)
-        state = {f"{stem}:{name}": part for stem, parts in tensors.items() for name, part in parts.items()}
+        held = {f"{stem}:{name}": part for stem, parts in tensors.items() for name, part in parts.items()}
+        own = dealt({name: part.tensor.nbytes for name, part in held.items()}, *self._parallel.copy)
+        state = {name: part for name, part in held.items() if name in own}
         writer = _Writer(path, folder)
         options = {"storage_writer": writer, "planner": _Planner(), "async_stager": _Copies()}
         self._running = dcp.async_save(state, process_group=self._group, **options), writer
@@ -97,6 +100,21 @@ class Saving:
         raise error
 
 
+def dealt(sizes: Mapping[str, int], copy: int, copies: int) -> set[str]:
+    """Which of the parts that so many copies of a model hold alike this one writes: about as many bytes as each other.
+
+    Each part, the largest first, goes to the copy that has least so far. It depends on names and ``sizes`` (bytes)
+    alone, so all find the same without asking each other.
+    """
+    loads, own = [0] * copies, set()
+    for name in sorted(sizes, key=lambda name: (-sizes[name], name)):
+        least = loads.index(min(loads))
+        loads[least] += sizes[name]
+        if least == copy:
+            own.add(name)
+    return own
+
+
 class _Copies(AsyncStager):
     """Copies in host memory, so that the run may go on."""
 
@@ -109,7 +127,7 @@ class _Copies(AsyncStager):
 
 
 class _Planner(SavePlanner):
-    """Offers every part that has rows; one that several processes hold is written by the one with the least to do."""
+    """Offers every part that has rows; one that processes hold alike all the same goes to the one with least to do."""
 
     def set_up_planner(
         self, state_dict: dict[str, Part], storage_meta: Any = None, is_coordinator: bool = False
@@ -197,7 +215,7 @@ class _Writer(StorageWriter):
             file = self._partial / index_name(stem)
             index = {"metadata": {"total_size": sizes[stem]}, "weight_map": weight_map}
             with naming(file):
-                file.write_text(json.dumps(index, indent=1), encoding="utf-8")
+                file.write_text(json.dumps(index, indent=1, sort_keys=True), encoding="utf-8")
         self._entered.close()
 
     def abandon(self, failure: BaseException) -> None:
