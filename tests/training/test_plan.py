@@ -17,6 +17,7 @@ from unigendet.training.config import DatasetsConfig, ParallelConfig, TrainConfi
 from unigendet.training.footprint import Footprint, pack_bytes
 from unigendet.training.parallel import Parallel, make_mesh
 from unigendet.training.plan import make_plan
+from unigendet.training.plan_text import gib, plan_tables
 from unigendet.training.planned_pack import PlannedPack, Texts, planned_pack
 from unigendet.training.stages import make_stage
 from unigendet.training.step import Gradients, slot_generators
@@ -182,3 +183,14 @@ def test_each_copy_has_its_part_of_a_checkpoint_on_the_host():
         plan = plan_of(config, model, world_size=4 * copies)
         found[copies] = plan.host["copy of the state for a checkpoint"]
     assert found[1] == pytest.approx(2 * found[2], abs=2)
+
+
+def test_host_memory_of_all_ranks():
+    """That of a node, where the run has one; a run of one process has nothing to add up."""
+    model = tiny_model().config
+    plan = plan_of(settings(), model, world_size=8)
+    (table,) = [table for table in plan_tables(plan) if table.title.startswith("Host memory")]
+    total = sum(plan.host.values())
+    assert table.rows[-2:] == (("together", gib(total)), ("all 8 ranks, on one node or more", gib(8 * total)))
+    (table,) = [table for table in plan_tables(plan_of(settings(), model)) if table.title.startswith("Host memory")]
+    assert table.rows[-1][0] == "together"

@@ -23,10 +23,11 @@ from torch import Tensor, nn
 
 from unigendet.config import ModelConfig
 from unigendet.files import naming, replaced_files
+from unigendet.model.new_weights import draw_rows
 from unigendet.model.rows import Part, Piece, find_pieces, read_rows, whole_shape
 from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
 from unigendet.model.shards import CheckpointError, listed, open_tensors, outdated_names, shard_files, write_shards
-from unigendet.model.unigendet import UniGenDet, init_weights
+from unigendet.model.unigendet import UniGenDet
 
 OURS, PUBLISHED = "model", "ema"  # what files of weights are called in our folders, and in BAGEL's
 OWN_WEIGHTS = tuple(outdated_names([OURS]))  # patterns of everything that a save may find of an earlier one
@@ -261,18 +262,10 @@ def load_pretrained(
     model = model.to(dtype or torch.float32)
     fresh = [copy.deepcopy(module) for module in _published_modules(model, initialize)]
     model = model.to_empty(device=device) if shard is None else shard(model)
-    for module, drawn in zip(_published_modules(model, initialize), fresh, strict=True):
-        init_weights(drawn.to_empty(device="cpu"))
-        _copy_own_rows(drawn, module)
+    for whole, own in zip(fresh, _published_modules(model, initialize), strict=True):
+        draw_rows(whole, own)
     load_weights(model, path, initialize=initialize)
     return model
-
-
-@torch.no_grad()
-def _copy_own_rows(source: nn.Module, target: nn.Module) -> None:
-    for whole, own in zip(source.parameters(), target.parameters(), strict=True):
-        part = Part.of(own)
-        part.tensor.copy_(whole[part.row : part.end])
 
 
 def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module]:

@@ -45,6 +45,11 @@ class StreamNorm(nn.Module):
         self.und = nn.Parameter(torch.ones(size))
         self.gen = nn.Parameter(torch.ones(size))
 
+    def reset_parameters(self) -> None:
+        """Ones."""
+        nn.init.ones_(self.und)
+        nn.init.ones_(self.gen)
+
     @property
     def weights(self) -> tuple[Tensor, Tensor]:
         """(understanding, generation)."""

@@ -24,7 +24,7 @@ from unigendet.model.alignment import ConvProjector
 from unigendet.model.cache import KVCache
 from unigendet.model.embeddings import Mlp, TimestepEmbedding, sincos_table
 from unigendet.model.idle import nothing_from
-from unigendet.model.transformer import Decoder
+from unigendet.model.transformer import Decoder, StreamNorm
 from unigendet.model.vision import VisionEncoder
 
 if TYPE_CHECKING:
@@ -70,8 +70,8 @@ class UniGenDet(nn.Module):
         self.vae2llm = nn.Linear(config.latent.token_dim, hidden)
         self.llm2vae = nn.Linear(hidden, config.latent.token_dim)
         self.time_embedding = TimestepEmbedding(hidden)
-        self.register_buffer("vit_table", sincos_table(config.vision.max_patches_per_side, hidden))
-        self.register_buffer("latent_table", sincos_table(config.latent.max_size, hidden))
+        for name, table in position_tables(config).items():
+            self.register_buffer(name, table)
         self.class_head = _class_head(hidden) if config.class_head else None
         self.align_head = _align_head(config) if config.align_head else None
         self.backend = "auto"
@@ -79,13 +79,7 @@ class UniGenDet(nn.Module):
             None  # where it is not the parameters': they are copied to compute with
         )
         init_weights(self)
-        with torch.no_grad():
-            # Each layer adds twice to the residual: keep its variance from growing with depth.
-            for layer in self.decoder.layers:
-                for projection in (layer.out, layer.down):
-                    for parameter in projection.parameters():
-                        parameter.mul_((2 * config.num_layers) ** -0.5)
-        nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
+        self.scale_new_weights()
 
     @classmethod
     def from_pretrained(cls, path: str | Path, **options: Any) -> UniGenDet:
@@ -93,6 +87,16 @@ class UniGenDet(nn.Module):
         from unigendet.model.checkpoint import load_pretrained
 
         return load_pretrained(path, **options)
+
+    @torch.no_grad()
+    def scale_new_weights(self) -> None:
+        """After ``init_weights``, once: what the place of a module in the model changes about its weights."""
+        # Each layer adds twice to the residual: keep its variance from growing with depth.
+        for layer in self.decoder.layers:
+            for projection in (layer.out, layer.down):
+                for parameter in projection.parameters():
+                    parameter.mul_((2 * self.config.num_layers) ** -0.5)
+        nn.init.zeros_(self.llm2vae.weight)  # the velocity starts at zero
 
     @property
     def device(self) -> torch.device:
@@ -209,7 +213,7 @@ class UniGenDet(nn.Module):
 
 
 def init_weights(module: nn.Module) -> None:
-    """Initialise a module: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases, fresh LayerNorms."""
+    """Initialise a module: normal weights, deviation 1/√fan_in (0.02 for tables), zero biases, fresh norms."""
     for part in module.modules():
         if isinstance(part, nn.Linear | nn.Conv2d):
             nn.init.normal_(part.weight, std=part.weight[0].numel() ** -0.5)
@@ -217,8 +221,14 @@ def init_weights(module: nn.Module) -> None:
                 nn.init.zeros_(part.bias)
         elif isinstance(part, nn.Embedding):
             nn.init.normal_(part.weight, std=0.02)
-        elif isinstance(part, nn.LayerNorm):
+        elif isinstance(part, nn.LayerNorm | StreamNorm):
             part.reset_parameters()
+
+
+def position_tables(config: ModelConfig) -> dict[str, Tensor]:
+    """The model's buffers by name: where a ViT patch, or a latent token, lies in its image."""
+    sides = {"vit_table": config.vision.max_patches_per_side, "latent_table": config.latent.max_size}
+    return {name: sincos_table(side, config.hidden_size) for name, side in sides.items()}
 
 
 def latent_rows(batch: PackedBatch) -> Tensor:

@@ -34,7 +34,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         Table("Parameters", _parameters(plan), numbers=True),
         _bytes(f"Device memory per rank at the peak ({plan.worst}), GiB", peak),
         _bytes("Device memory at other moments, GiB", {k: v for k, v in totals.items() if k != plan.worst}),
-        _bytes("Host memory per rank besides Python and its libraries, GiB", plan.host),
+        _bytes("Host memory per rank besides Python and its libraries, GiB", _host(plan)),
         _bytes("A checkpoint on disk, GiB", plan.disk | {"together": sum(plan.disk.values())}),
         _bytes("Communication per step and rank, GiB", plan.communication),
         Table("Verdict", (("memory", plan.verdict()), ("not included", NOT_INCLUDED))),
@@ -56,6 +56,13 @@ def gib(size: float) -> str:
 
 def _bytes(title: str, values: Mapping[str, int]) -> Table:
     return Table(title, tuple((name, gib(size)) for name, size in values.items()), numbers=True)
+
+
+def _host(plan: Plan) -> dict[str, int]:
+    """How many ranks a node has is not known, so all are counted: of one node that is what it needs."""
+    total, ranks = sum(plan.host.values()), plan.world_size
+    everyone = {f"all {ranks} ranks, on one node or more": ranks * total} if ranks > 1 else {}
+    return plan.host | {"together": total} | everyone
 
 
 def _parameters(plan: Plan) -> tuple[tuple[str, str], ...]:

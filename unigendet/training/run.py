@@ -19,6 +19,7 @@ from unigendet.data.tokenizer import Tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
 from unigendet.model.checkpoint import load_pretrained
+from unigendet.model.new_weights import new_model
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import TrainConfig
 from unigendet.training.parallel import Parallel, processes
@@ -109,7 +110,8 @@ def build_model(
 ) -> UniGenDet:
     """The model to start from, float32: from ``resume`` (a checkpoint folder of a run), or as ``config.model`` says.
 
-    ``shard``: divides the parameters among the processes of a run; of a checkpoint each then reads its own part only.
+    ``shard``: divides the parameters among the processes of a run. Of a checkpoint each then reads its own part only,
+    and new weights are drawn on the CPU (``new_weights``); without it they are drawn on ``device``.
     """
     source = config.model
     if resume is not None:
@@ -119,10 +121,10 @@ def build_model(
         options = {"config": sizes, "device": device, "initialize": source.initialize, "shard": shard}
         return load_pretrained(source.checkpoint, **options)
     sizes = model_settings(config, tokenizer)
-    # New weights are drawn whole and on the host, so that every process draws the same ones.
-    with torch.device(device if shard is None else "cpu"):
-        model = UniGenDet(sizes)
-    return model if shard is None else shard(model)
+    if shard is not None:
+        return new_model(sizes, shard)
+    with torch.device(device):
+        return UniGenDet(sizes)
 
 
 def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path], None]]:
