@@ -98,7 +98,7 @@ def test_a_file_that_holds_no_annotations(fails, folder, kind, content, message)
             put(image_path="/0.png"),
             "entry 3, field 'image_path' is '/0.png'; it must be a path relative to",
         ),
-        ("captions", put(image_path="/0.png"), "or write '0.png' and set image_root to '/'"),
+        ("captions", put(image_path="/0.png"), "; or set image_root to '/' and write '0.png'"),
         ("captions", put(prompt=" "), "entry 3, field 'prompt' is ' '; it must be a non-empty string"),
         ("captions", put(prompt=["a"]), "entry 3, field 'prompt' is ['a']; it must be a non-empty string"),
     ],
@@ -114,7 +114,7 @@ def test_the_other_task_s_annotations(fails, folder):
     assert "captions.json, entry 0 has no field 'label'; it has ['image_path', 'prompt']" in line
 
 
-def test_a_folder_of_images(fails, folder):
+def test_a_folder_of_images(fails, folder, capfd):
     """With an image_root, and with an empty part: the setting or the folder, and what to do."""
     data = folder / "labelled"
     for name in ("real", "fake"):
@@ -127,6 +127,9 @@ def test_a_folder_of_images(fails, folder):
     watch = ("watch.every=1", f"output={folder / 'out'}", f"watch.detection={data}")
     line = fails(*watch, f"watch.image_root={folder}")
     assert f"watch.detection: watch.image_root is '{folder}'; leave it out: {data} is a folder, which holds" in line
+    for command in (["calibrate", data], ["evaluate", "detection", "--data", data, "--out", folder / "scores"]):
+        assert main([*map(str, command), "--model", str(folder), "--image-root", str(folder)]) == 1
+        assert f"--image-root is '{folder}'; leave it out" in capfd.readouterr().err
     (data / "fake").rmdir()
     assert main(["train", "--config", str(folder / "run.yaml"), f"datasets.detection=[{{file: {data}}}]"]) == 0
 

@@ -121,7 +121,7 @@ def test_absolute_paths(tmp_path):
     assert read_detection(write(tmp_path, [change("image", value="a/x.png")]))[0].image == image
     file = write(tmp_path, [change("image", value=str(image))])
     below = str(image)[1:]
-    with pytest.raises(ValueError, match=rf"is '{tmp_path}/b': or write '{below}' and set image_root to '/'"):
+    with pytest.raises(ValueError, match=rf"is '{tmp_path}/b'; or set image_root to '/' and write '{below}'$"):
         read_detection(file, tmp_path / "b")
     assert read_detection(write(tmp_path, [change("image", value=below)]), "/")[0].image == image
 

@@ -50,10 +50,10 @@ class Entry:
             raise ValueError(f"{what}; it must be a path below image_root, without '..'")
         root = Path(os.path.abspath(self.root))
         if value.is_relative_to(root):
-            how = f"write {str(value.relative_to(root))!r}"
+            how = f": write {str(value.relative_to(root))!r}"
         else:
-            how = f"or write {str(value.relative_to(value.anchor))!r} and set image_root to '/'"
-        raise ValueError(f"{what}; it must be a path relative to image_root, which is {str(root)!r}: {how}")
+            how = f"; or set image_root to '/' and write {str(value.relative_to(value.anchor))!r}"
+        raise ValueError(f"{what}; it must be a path relative to image_root, which is {str(root)!r}{how}")
 
 
 Reader = Callable[[Entry], Any]  # what reads something from an entry; raises ValueError
