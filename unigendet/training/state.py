@@ -307,7 +307,10 @@ def loader_position(batches: Any, parallel: Parallel) -> dict[str, Any] | None:
 
 
 def restore_position(batches: Any, position: dict[str, Any] | None, path: str | Path) -> None:
-    """Let batches go on from the position in checkpoint ``path``; CheckpointError unless it has one just if they do."""
+    """Let batches go on from the position in checkpoint ``path``.
+
+    Raises CheckpointError unless it has one just if they do, and theirs.
+    """
     has_position = hasattr(batches, "load_state_dict")
     if has_position != (position is not None):
         raise CheckpointError(
@@ -319,6 +322,11 @@ def restore_position(batches: Any, position: dict[str, Any] | None, path: str | 
             batches.load_state_dict(position)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {path}: {error}; put back what has changed, or begin a new run from its weights "
+                f"(model.checkpoint={Path(path) / MODEL}, another output)"
+            ) from error
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:
