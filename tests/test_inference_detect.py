@@ -191,9 +191,9 @@ def test_noised_latent_view_is_refused():
 def test_errors(model):
     with pytest.raises(ValueError, match="requests is empty"):
         detect_packed(model, [])
-    with pytest.raises(ValueError, match="max_new_tokens is -1; it must not be negative"):
+    with pytest.raises(ValueError, match="max_new_tokens is -1; it must be at least 0"):
         detect_packed(model, [make_request(0)], max_new_tokens=-1)
-    with pytest.raises(ValueError, match=r"temperature is -0\.5; it must not be negative"):
+    with pytest.raises(ValueError, match=r"temperature is -0\.5; it must be at least 0"):
         detect_packed(model, [make_request(0)], temperature=-0.5)
     bad = DetectionRequest(VitImage(torch.zeros(1, 4, 3)), Text(()), LatentImage(torch.zeros(1, 4, 4)), "odd.png")
     with pytest.raises(ValueError, match=r"odd\.png\.segments\[1\]\.pixels has shape \[1, 4, 3\]"):
