@@ -320,7 +320,7 @@ def test_an_image_that_cannot_be_read_counts_as_wrong(make, watched_data, tmp_pa
 def test_any_other_error_stops_the_run(make, tmp_path, monkeypatch):
     """After the checkpoint of its step, and with the model as it was."""
     made = make("save_every=1")
-    generate, calls = made._watch.pipeline.generate, []
+    generate, calls = made._watch.pipeline.generate_each, []
 
     def fail(*arguments, **options):
         calls.append(1)
@@ -328,7 +328,7 @@ def test_any_other_error_stops_the_run(make, tmp_path, monkeypatch):
             raise KeyError("a programming error")
         return generate(*arguments, **options)
 
-    monkeypatch.setattr(made._watch.pipeline, "generate", fail)
+    monkeypatch.setattr(made._watch.pipeline, "generate_each", fail)
     plain = make("watch.every=0", "output=null")
     plain.run(until=2)
     with pytest.raises(KeyError, match="a programming error") as caught:

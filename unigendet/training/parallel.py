@@ -89,6 +89,10 @@ class Parallel:
         """Whether ``flag`` is true in any process."""
         return self.sum([float(flag)])[0] > 0
 
+    def all(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in every process."""
+        return not self.any(not flag)
+
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank; values must be picklable."""
         if self.group is None:

@@ -146,7 +146,9 @@ def prepare_watcher(
     watched = read_watched(config)
 
     def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
-        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched, parallel)
+        all_ended = parallel.all if parallel is not None and parallel.sharded else None
+        pipeline = Pipeline(model, tokenizer, autoencoder, config.datasets.views, all_ended=all_ended)
+        return Watcher(config, pipeline, watched, parallel)
 
     return make
 

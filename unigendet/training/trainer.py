@@ -240,7 +240,7 @@ class Trainer:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
         complete = self.state.step == self.config.total_steps
 
-        def ends() -> bool:  # asked by all processes at once: they look at the same
+        def ends() -> bool:  # asked by all processes at once: they look in step
             return self.parallel.any(stop.received is not None) and not complete
 
         if self._watch is None or ends():
