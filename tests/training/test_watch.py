@@ -38,6 +38,9 @@ def make(watched_data, tmp_path):
 
 
 def events_of(folder):
+    """TensorBoard reads a folder's files by name, which ends in a count of the process's: of one second, 10 before 9."""
+    for file in (folder / "tensorboard").iterdir():
+        file.rename(file.with_suffix(f".{int(file.suffix[1:]):06}"))
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
     return events.Reload()
 
