@@ -8,7 +8,9 @@ import math
 import random
 import shutil
 import signal
+import tempfile
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -38,11 +40,11 @@ def make(watched_data, tmp_path):
 
 
 def events_of(folder):
-    """TensorBoard reads a folder's files by name, which ends in a count of the process's: of one second, 10 before 9."""
-    for file in (folder / "tensorboard").iterdir():
-        file.rename(file.with_suffix(f".{int(file.suffix[1:]):06}"))
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"images": 0, "scalars": 0})
-    return events.Reload()
+    """TensorBoard reads a folder's files by name, which ends in a count of the process: in one second, 10 before 9."""
+    with tempfile.TemporaryDirectory() as padded:
+        for file in (folder / "tensorboard").iterdir():
+            shutil.copy(file, Path(padded) / f"{file.stem}.{int(file.suffix[1:]):06}")
+        return EventAccumulator(padded, size_guidance={"images": 0, "scalars": 0}).Reload()
 
 
 def numbers(history):
