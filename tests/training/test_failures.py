@@ -109,9 +109,10 @@ def test_a_collective_that_fails_is_not_the_cause(watches, clock, monkeypatch, c
 
     monkeypatch.setattr(failures.os, "_exit", end)
     watches[1].report(OSError("the disk is gone"))
-    watches[0]._stopped = clock
+    watches[0]._stopped, error = clock, RuntimeError("connection closed")
+    watches[0].failing(error, False)
     watches[0].start()
-    watches[0].report(RuntimeError("connection closed"))  # returns when the thread has ended
+    watches[0].report(error)  # returns when the thread has ended
     assert ended == [(1, pytest.approx(failures._GRACE, abs=3 * failures._POLL))]
     assert capfd.readouterr().err == "unigendet train: process 0 ends, because process 1 failed: the disk is gone\n"
 

@@ -214,7 +214,7 @@ def test_a_disk_that_is_full_in_one_process(folder):
 
 
 def test_a_process_that_fails_while_a_checkpoint_is_written(folder, tmp_path):
-    """The other one says so at once; the checkpoint is completed; then both end, by the error of the one that failed."""
+    """The other one says so at once, the checkpoint is completed, and both end by the error of the one that failed."""
     out, go = tmp_path / "out", tmp_path / "go"
     job = {"job": "fails_while_saving", "source": str(folder / "file"), "stage": "gduf", "output": str(out)}
     (tmp_path / "jobs.json").write_text(json.dumps([job | {"go": str(go)}]))
@@ -229,7 +229,7 @@ def test_a_process_that_fails_while_a_checkpoint_is_written(folder, tmp_path):
     go.touch()
     (other, _, rest), (code, _, err) = ranks.finish(started, timeout=120)
     assert (other, code) == (1, 1)
-    assert "OSError: the disk is gone\nin process 1 of 2\n" in err
+    assert "[rank1]: OSError: the disk is gone\n[rank1]: in process 1 of 2\n" in err
     assert "Traceback" not in rest
     same_state(folder / "gduf-two" / "checkpoints" / "step-000003", out / "checkpoints" / "step-000003")
 
