@@ -101,18 +101,24 @@ def test_a_process_that_fails_while_it_waits_to_be_ended_has_time_for_its_files(
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_collective_that_fails_is_not_the_cause(watches, clock, monkeypatch, capfd):
     """The process is ended, in its turn and by what the first one says."""
-    ended = []
+    ended, said, say = [], [], FailureWatch._say
 
     def end(code):
         ended.append((code, clock.now))
         raise SystemExit
 
+    def note(watch, failure):
+        said.append(clock.now)
+        say(watch, failure)
+
     monkeypatch.setattr(failures.os, "_exit", end)
+    monkeypatch.setattr(FailureWatch, "_say", note)
     watches[1].report(OSError("the disk is gone"))
     watches[0]._stopped, error = clock, RuntimeError("connection closed")
     watches[0].failing(error, False)
     watches[0].start()
     watches[0].report(error)  # returns when the thread has ended
+    assert said == [failures._POLL]  # at its first look
     assert ended == [(1, pytest.approx(failures._GRACE, abs=3 * failures._POLL))]
     assert capfd.readouterr().err == "unigendet train: process 0 ends, because process 1 failed: the disk is gone\n"
 
