@@ -177,8 +177,8 @@ class Trainer:
                 self._loop(until, writer, display, stop or StopSignals())
             with self._explained():
                 self.state.saving.wait()
-        except BaseException:
-            self.parallel.failing()
+        except BaseException as error:
+            self.parallel.failing(error, self.state.saving.running)
             with suppress(Exception):  # what stopped the run counts
                 self.state.saving.wait()
             for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
