@@ -90,7 +90,7 @@ def test_too_long_samples_are_left_out_and_named(caplog):
     assert sum(read.values()) == 20
     assert stream.skipped == 2
     assert next(r.getMessage() for r in caplog.records).startswith(
-        "sample huge has 31 tokens, more than max_sample_tokens = 30"
+        "sample huge has 31 tokens, more than loader.max_sample_tokens = 30"
     )
     assert len(caplog.records) == 1
 
@@ -155,11 +155,18 @@ def test_resuming_near_the_end_with_uneven_workers():
 def test_a_position_of_other_settings_is_refused():
     state = loader(records("a", 5)).state_dict()
     for other, what in (
-        (loader(records("a", 6)), "sources"),
-        (loader(records("a", 5), seed=1), "seed is 1, saved with 0"),
-        (loader(records("a", 5), lookahead=2), "lookahead is 2, saved with 0"),
+        (
+            loader(records("a", 6)),
+            r"source 0 is 'source' \(6 records, weight 1\), saved with 'source' \(5 records, weight 1\)$",
+        ),
+        (loader(records("a", 5), records("a", 5)), "the number of sources is 2, saved with 1$"),
+        (loader(records("a", 5), seed=1), "loader.seed is 1, saved with 0$"),
+        (
+            loader(records("a", 5), lookahead=2, max_tokens=50),
+            "loader.max_tokens is 50, saved with 40; loader.max_sample_tokens is .*; loader.lookahead is 2, saved with",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"does not fit this loader: .*{what}"):
+        with pytest.raises(ValueError, match=f"does not fit this loader: {what}"):
             other.load_state_dict(state)
 
 

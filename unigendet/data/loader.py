@@ -11,7 +11,7 @@ import logging
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -132,7 +132,7 @@ class Loader:
         """Log what was left out; raise the error of a broken image that is one too many."""
         if isinstance(report, TooLong):
             others = self.skipped - self._shards.positions[worker].skipped
-            text = "sample %s has %d tokens, more than max_sample_tokens = %d: left out (%d so far)"
+            text = "sample %s has %d tokens, more than loader.max_sample_tokens = %d: left out (%d so far)"
             logger.warning(text, report.name, report.tokens, self.config.max_sample_tokens, others + report.skipped)
             return
         self._count_broken(report)
@@ -203,10 +203,7 @@ class Loader:
             ValueError: the position belongs to other sources, another seed or budget, or is not that of all ranks.
         """
         mine, saved = self._identity(), state["identity"]
-        different = [
-            f"{key} is {mine[key]!r}, saved with {saved.get(key)!r}" for key in mine if mine[key] != saved.get(key)
-        ]
-        if different:
+        if different := _differences(mine, saved):
             raise ValueError(f"the saved position does not fit this loader: {'; '.join(different)}")
         world_size, workers = state["world_size"], state["workers"]
         positions = [[Position.from_json(values) for values in one["positions"]] for one in state["ranks"]]
@@ -285,6 +282,21 @@ def share_of_counts(counts: Sequence[int], rank: int, world_size: int) -> int:
         return counts[rank]
     each, over = divmod(sum(counts), max(world_size, len(counts)))
     return each + (rank < over)
+
+
+def _differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Where two identities differ, settings by the names that users know."""
+    found = [
+        f"loader.{name} is {value!r}, saved with {saved.get(name)!r}"
+        for name, value in mine.items()
+        if name != "sources" and value != saved.get(name)
+    ]
+    ours, theirs = mine["sources"], saved["sources"]
+    if len(ours) != len(theirs):
+        return [*found, f"the number of sources is {len(ours)}, saved with {len(theirs)}"]
+    texts = [[f"{name!r} ({n} records, weight {weight:g})" for name, n, weight in each] for each in (ours, theirs)]
+    pairs = enumerate(zip(*texts, strict=True))
+    return found + [f"source {i} is {now}, saved with {then}" for i, (now, then) in pairs if ours[i] != theirs[i]]
 
 
 def as_it_is(value: Any) -> Any:

@@ -362,6 +362,11 @@ class Trainer:
             )
         self.history = [] if self.config.output is None else read_history(self.config.output, self.state.step)
         self._resumed = Path(path)
+        if self.state.step == self.config.total_steps and not self._quiet:
+            logger.warning(
+                "checkpoint %s is of step %d, the last of the run: nothing is left to train; with a larger total_steps "
+                "it goes on, by the schedules of that many steps", path, self.state.step,
+            )  # fmt: skip
 
     def _last_checkpoint(self) -> Path | None:
         found = checkpoints(self.config.output) if self.config.output is not None else []

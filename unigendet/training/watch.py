@@ -20,7 +20,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,19 +28,17 @@ import torch
 from numpy.typing import NDArray
 
 from unigendet.config import check
-from unigendet.data.datasets import DetectionRecord
-from unigendet.data.labelled import check_present, read_labelled
-from unigendet.data.prompts import read_prompts
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
-from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.evaluation.scoring import judge, summarise
 from unigendet.files import make_folder, naming, sync, write_text
 from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Pipeline
-from unigendet.training.config import TrainConfig, WatchConfig
+from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import Look, Row, read_history
 from unigendet.training.parallel import Parallel, put_away
 from unigendet.training.state import TrainState
+from unigendet.training.watched import Watched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -49,61 +46,6 @@ if TYPE_CHECKING:
 WATCH_FILE, PICTURES = "watch.jsonl", "watch"
 SMALLEST, LARGEST = 64, 512  # pixels of a sample's longer side in the grid: enlarged or reduced to lie between them
 LEAST = 1e-7  # probability in the held-out loss: about the resolution of float32 below 1
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What a run's looks are at: ``prompts``, and ``held_out`` images with their labels."""
-
-    prompts: tuple[str, ...]
-    held_out: tuple[DetectionRecord, ...]
-
-
-def read_watched(config: TrainConfig) -> Watched:
-    """Read what ``config.watch`` names.
-
-    Raises:
-        FileNotFoundError: the file of prompts, the held-out images' file or folder, or one of the images is not there.
-        ValueError: there is nothing to look at or nowhere to write to, or a file is malformed or empty. Both name the
-            setting.
-    """
-    watch = config.watch
-    check(config.output is not None, "output", config.output, "a folder for watch.every to write to")
-    watched = Watched(_prompts(watch), _held_out(watch))
-    seen = watched.prompts or watched.held_out
-    check(bool(seen), "watch.every", watch.every, "0 without watch.prompts, watch.prompts_file and watch.detection")
-    return watched
-
-
-def _prompts(watch: WatchConfig) -> tuple[str, ...]:
-    if watch.prompts_file is None:
-        return watch.prompts
-    if not Path(watch.prompts_file).is_file():
-        raise FileNotFoundError(f"watch.prompts_file is {watch.prompts_file!r}; there is no such file")
-    try:
-        records = read_prompts(watch.prompts_file)
-    except ValueError as error:
-        raise ValueError(f"watch.prompts_file: {error}") from error
-    for record in records:
-        alone = record.seed is None and record.size is None and not record.images
-        check(alone, f"watch.prompts_file: {record.where}", record.prompt, "a prompt without seed, size and images")
-    return tuple(record.prompt for record in records)
-
-
-def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
-    if watch.detection is None:
-        return ()
-    if not Path(watch.detection).exists():
-        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file or folder")
-    try:
-        records = limit_evenly(read_labelled(watch.detection, image_root=watch.image_root), watch.limit)
-    except ValueError as error:
-        raise ValueError(f"watch.detection: {error}") from error
-    try:
-        check_present(records, "watch.image_root")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; {error}") from error
-    return tuple(records)
 
 
 class _Ended(Exception):
