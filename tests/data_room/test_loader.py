@@ -7,6 +7,7 @@ import os
 import traceback
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -337,6 +338,34 @@ def test_only_encoding_is_left_to_the_consuming_process(parts):
     assert len(builders) == 2
     assert str(os.getpid()) not in builders
     assert encoded == [os.getpid()] * sum(len(pack.names) for pack in packs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_time_of_encoding(parts, workers, monkeypatch):
+    """All that encodings take, and packing in this process, but nothing of the workers' part."""
+    model, builder, _, captions = parts
+    late = SampleBuilder(model, builder.tokenizer, data_config())
+    clock = [50.0]
+    monkeypatch.setattr("unigendet.data.loader.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def spend(seconds, value):
+        clock[0] += seconds
+        return value
+
+    def make(**options):
+        source = Source(captions, lambda record: spend(8.0, late.generation(record)))
+        return Loader([source], LoaderConfig(300, 200, num_workers=workers), length=late.length, **options)
+
+    alone = make()
+    list(islice(alone, 2))
+    assert alone.encode_seconds is None
+    stream = make(model=model, encode=lambda pixels: spend(0.5, pixels.clone()))
+    stream._packer = lambda items, *where, packer=stream._packer: spend(0.25, packer(items, *where))
+    assert stream.encode_seconds == 0.0
+    want = 0.0
+    for pack in islice(stream, 3):
+        want += 0.5 * len(pack.names) + 0.25
+        assert stream.encode_seconds == want
 
 
 def test_spawned_workers(parts):
