@@ -97,7 +97,7 @@ def short_commit(environment: Mapping[str, Any]) -> str:
 
 
 def machine_line(environment: Mapping[str, Any]) -> str:
-    """Where a recorded run of the quickstart or of a study ran (``unigendet.evaluation.results.environment``):
+    """Where a recorded run of the quickstart or of a study ran (``unigendet.environment.environment``):
     "2 CPUs (Linux x86_64, Python 3.11.7, PyTorch 2.13.0, commit 0123456789ab)".
     """
     versions = environment["versions"]

@@ -12,9 +12,10 @@ import functools
 import sys
 from collections.abc import Iterator, Sequence
 
+from unigendet.device import GIB
 from unigendet.quickstart import default_config
 from unigendet.training.config import load_train_config
-from unigendet.training.plan import CARD, CARD_GIB, GIB, Plan, make_plan
+from unigendet.training.plan import CARD, CARD_GIB, Plan, make_plan
 from unigendet.training.plan_text import gib
 from unigendet.training.planned_pack import PlannedPack, planned_pack
 from unigendet.training.preflight import model_settings, planned_processes

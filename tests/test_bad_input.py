@@ -4,6 +4,7 @@ where, and what it must be; with an exit code that is not 0, and without a trace
 
 import copy
 import json
+import shutil
 
 import pytest
 import yaml
@@ -59,7 +60,11 @@ def put(**values):
     [
         (b"", "is not JSON: Expecting value: line 1 column 1 (char 0); it must hold one list of objects"),
         (b'[{"image": "0.p', "is not JSON: Unterminated string"),
-        (b'{"image": "0.png"}\n{"image": "1.png"}', "is not JSON: Extra data: line 2"),
+        (
+            b'{"image": "0.png"}\n{"image": "1.png"}',
+            "looks like JSON lines, an object a line; it must hold one list of objects: [ and ] around them and commas",
+        ),
+        (b'{"image":\n"0.png"}\n{}', "is not JSON: Extra data: line 3"),
         (b"\xff\xfe\x00", "is not JSON: 'utf-8' codec"),
         (b"{}", "holds a dict; it must hold a non-empty list"),
         (b"[]", "holds an empty list; it must hold a non-empty list"),
@@ -83,8 +88,17 @@ def test_a_file_that_holds_no_annotations(fails, folder, kind, content, message)
         ("detection", lambda e: e[3].pop("cate"), "entry 3 has no field 'cate'"),
         ("detection", put(conversations="?"), "entry 3, field 'conversations' has the speakers '?'; it must be one"),
         ("detection", lambda e: e[3]["conversations"].pop(), "has the speakers ['human']; it must be one turn by"),
-        ("detection", put(image="../0.png"), "entry 3, field 'image' is '../0.png'; it must be a path below the image"),
-        ("captions", put(image_path="/0.png"), "entry 3, field 'image_path' is '/0.png'; it must be a path below the"),
+        (
+            "detection",
+            put(image="../0.png"),
+            "entry 3, field 'image' is '../0.png'; it must be a path below image_root",
+        ),
+        (
+            "captions",
+            put(image_path="/0.png"),
+            "entry 3, field 'image_path' is '/0.png'; it must be a path relative to",
+        ),
+        ("captions", put(image_path="/0.png"), "; or set image_root to '/' and write '0.png'"),
         ("captions", put(prompt=" "), "entry 3, field 'prompt' is ' '; it must be a non-empty string"),
         ("captions", put(prompt=["a"]), "entry 3, field 'prompt' is ['a']; it must be a non-empty string"),
     ],
@@ -98,6 +112,26 @@ def test_a_malformed_entry(fails, folder, kind, change, message):
 def test_the_other_task_s_annotations(fails, folder):
     line = fails(f"datasets.detection=[{{file: {folder / 'captions.json'}}}]")
     assert "captions.json, entry 0 has no field 'label'; it has ['image_path', 'prompt']" in line
+
+
+def test_a_folder_of_images(fails, folder, capfd):
+    """With an image_root, and with an empty part: the setting or the folder, and what to do."""
+    data = folder / "labelled"
+    for name in ("real", "fake"):
+        (data / name).mkdir(parents=True)
+    shutil.copy(folder / "0.png", data / "real")
+    line = fails(f"datasets.detection=[{{file: {folder / 'detection.json'}}}, {{file: {data}, image_root: {folder}}}]")
+    assert f"datasets.detection[1].image_root is '{folder}'; leave it out: {data} is a folder, which holds" in line
+    line = fails(f"datasets.detection=[{{file: {data}}}]")
+    assert f"folder {data / 'fake'} holds no images; put there fake images, or remove it: real/ is enough" in line
+    watch = ("watch.every=1", f"output={folder / 'out'}", f"watch.detection={data}")
+    line = fails(*watch, f"watch.image_root={folder}")
+    assert f"watch.detection: watch.image_root is '{folder}'; leave it out: {data} is a folder, which holds" in line
+    for command in (["calibrate", data], ["evaluate", "detection", "--data", data, "--out", folder / "scores"]):
+        assert main([*map(str, command), "--model", str(folder), "--image-root", str(folder)]) == 1
+        assert f"--image-root is '{folder}'; leave it out" in capfd.readouterr().err
+    (data / "fake").rmdir()
+    assert main(["train", "--config", str(folder / "run.yaml"), f"datasets.detection=[{{file: {data}}}]"]) == 0
 
 
 def test_no_annotations(fails, folder):

@@ -1,17 +1,18 @@
 """``unigendet data check``: what it counts, what it calls broken, and that training sees the same."""
 
+import functools
 import json
 import shutil
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pytest
+from checked_data import annotate, check_data, write_checked_data
 from command_runs import run_command
 from PIL import Image
-from run_data import write_run_data, write_run_settings
 
-from unigendet.commands.data_check import histogram
-from unigendet.config import LoaderConfig
+from unigendet.commands.data_report import histogram
 from unigendet.data import check
 from unigendet.data.datasets import SampleBuilder
 from unigendet.data.loader import Loader
@@ -23,38 +24,12 @@ from unigendet.training.sources import build_sources, build_tokenizer, data_sets
 
 @pytest.fixture
 def folder(tmp_path):
-    write_run_data(tmp_path)
-    for i, size in enumerate([(8, 8), (4, 8), (8, 6), (8, 4), (30, 30), (6, 6)]):
-        Image.new("L", size, i).save(tmp_path / f"{i}.png")
-    view = {"min_size": 2, "max_size": 8, "stride": 2}
-    datasets = {
-        "detection": [{"file": str(tmp_path / "detection.json")}],
-        "captions": [{"file": str(tmp_path / "captions.json"), "weight": 2}],
-        "views": {"latent_view": view, "vit_view": view},
-    }
-    write_run_settings(tmp_path / "run.yaml", tmp_path, None, datasets=datasets)
-    return tmp_path
+    return write_checked_data(tmp_path)
 
 
 @pytest.fixture
 def checked(capsys, folder):
-    """Runs the check; its result and what it wrote as JSON."""
-
-    def run(*arguments, workers=0):
-        out = folder / "out.json"
-        out.unlink(missing_ok=True)
-        options = ["--workers", workers, "--json", out, *arguments]
-        result = run_command(capsys, "data", "check", folder / "run.yaml", *options)
-        return result, json.loads(out.read_text()) if out.exists() else None
-
-    return run
-
-
-def annotate(folder, kind, i, **values):
-    file = folder / f"{kind}.json"
-    entries = json.loads(file.read_text())
-    entries[i].update(values)
-    file.write_text(json.dumps(entries))
+    return functools.partial(check_data, capsys, folder)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -137,12 +112,65 @@ def test_a_malformed_annotation_does_not_hide_the_rest(checked, folder):
     (folder / "2.png").unlink()
     result, found = checked()
     assert result.code == 1
-    assert found["unread"] == [
-        f"{folder / 'detection.json'}, entry 3, field 'label' is 2; it must be 1 (real) or 0 (fake)"
-    ]
-    assert found["unread"][0] in result.lines
+    reason = f"{folder / 'detection.json'}, entry 3, field 'label' is 2; it must be 1 (real) or 0 (fake)"
+    assert found["malformed"] == [{"file": str(folder / "detection.json"), "entry": 3, "reason": reason}]
+    assert reason in result.lines
+    assert [source["records"] for source in found["sources"]] == [5, 6]
+    assert found["packs"]["packed"] == 500  # what is sound is packed all the same
+    assert result.lines[-1] == "2 of 11 samples are broken; 1 entry is malformed"
+    annotate(folder, "detection", 3, label=3, cate=7)
+    annotate(folder, "detection", 5, conversations=[])
+    result, found = checked()
+    assert [one["entry"] for one in found["malformed"]] == [3, 3, 5]
+    assert result.lines[-1] == "2 of 10 samples are broken; 2 entries are malformed"
+
+
+def test_a_data_set_that_cannot_be_read(checked, folder):
+    """It is among the sources all the same, and the others are looked at."""
+    captions = f"datasets.captions=[{{file: {folder / 'lost.json'}}}, {{file: {folder / 'captions.json'}}}]"
+    result, found = checked(captions)
+    assert result.code == 1
+    assert [source["records"] for source in found["sources"]] == [6, 0, 6]
+    lost = found["sources"][1]
+    assert (lost["name"], lost["kind"]) == (str(folder / "lost.json"), "captions")
+    assert found["unread"] == [lost["error"]] == [f"annotation file {folder / 'lost.json'} does not exist"]
+    assert lost["error"] in result.lines
     assert found["packs"] is None
-    assert result.lines[-1] == "1 of 6 samples are broken; 1 data sets are of no use"
+    assert result.lines[-1] == "1 file or folder is of no use"
+    result, found = checked(f"datasets.detection=[{{file: {folder / 'captions.json'}}}]")
+    assert found["sources"][0]["error"] == f"annotation file {folder / 'captions.json'} has no sound entry"
+    assert len(found["malformed"]) == 6 * 4  # label, conversations, image and cate
+    assert "and 4 more (--json FILE lists all)" in result.lines
+    assert result.lines[-1] == "6 entries are malformed; 1 file or folder is of no use"
+
+
+def test_a_data_set_without_its_images(checked, folder):
+    """One line instead of one for each image."""
+    (folder / "other").mkdir()
+    captions = f"[{{file: {folder / 'captions.json'}, image_root: {folder / 'other'}}}]"
+    result, found = checked(f"datasets.captions={captions}", "--sample", 2)
+    assert result.code == 1
+    assert len(found["sources"][1]["broken"]) == 2
+    lines = [line for line in result.lines if str(folder / "other") in line]
+    assert lines == [
+        f"{folder / 'captions.json'}: all 2 images that were looked at are missing, the first is "
+        f"{folder / 'other' / '0.png'}; datasets.captions[0].image_root says what its paths are relative to"
+    ]
+    assert result.lines[-1] == "2 of 4 samples are broken"
+
+
+def test_decoders_are_silent(folder, capfd):
+    """What a library in C writes of damaged files would bury what is found."""
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(folder / "0.tif", compression="tiff_adobe_deflate")
+    damaged = bytearray((folder / "0.tif").read_bytes())
+    damaged[5000:5100] = bytes(100)
+    (folder / "0.tif").write_bytes(damaged)
+    annotate(folder, "captions", 0, image_path="0.tif")
+    result = run_command(capfd, "data", "check", folder / "run.yaml", "--workers", 3)
+    assert result.code == 1
+    assert f"image {folder / '0.tif'} cannot be decoded" in result.out
+    assert result.err == ""
 
 
 def test_samples_that_are_too_long(checked, folder):
@@ -218,10 +246,9 @@ def test_nothing_is_read_before_it_is_asked_for(folder):
     annotate(folder, "detection", 0, label=7)
     config = load_train_config(folder / "run.yaml")
     tokenizer = build_tokenizer(config)
-    sizes = {folder / f"{i}.png": (8, 8) for i in range(6)}
-    builder = check.SizedBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views, sizes)
+    builder = SampleBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views)
     first, second = data_sets(config, builder)
     with pytest.raises(ValueError, match="field 'label' is 7"):
         first.read()
     (source,) = second.read()
-    assert check.check_source(source, None, sizes, builder.length, LoaderConfig().max_sample_tokens).usable == 6
+    assert len(source.records) == 6

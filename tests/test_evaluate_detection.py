@@ -346,7 +346,7 @@ def test_mistakes(evaluate, annotations, tmp_path):
         ([], {"data": tmp_path / "empty"}, "no sub-folders"),
         ([], {"out": annotations}, "a file"),
         ([], {"out": tmp_path / "full"}, "which holds thesis.txt"),
-        (["--image-root", tmp_path / "x"], {"data": tmp_path / "full"}, "image_root is"),
+        (["--image-root", tmp_path / "x"], {"data": tmp_path / "full"}, "--image-root is"),
         (["--sentence-encoder", tmp_path / "nowhere"], {}, "there is no sentence encoder at"),
         (["--calibration", tmp_path / "nowhere"], {}, "does not exist"),
         (["--limit", 0], {}, "--limit is 0; it must be at least 1"),

@@ -1,5 +1,7 @@
 """Detection against plain decoding written from docs/model.md §9: no cache, one image, a full pass per token."""
 
+import itertools
+
 import pytest
 import torch
 from tiny_models import Segments, tiny_model
@@ -124,6 +126,42 @@ def test_ended_answers_cost_nothing(monkeypatch):
     assert queries[1:] == [sum(n > step for n in steps) for step in range(1, max(steps))]
 
 
+def test_passes_for_other_processes(monkeypatch):
+    """A model of which others have a part: as many passes as the longest of all answers takes, and the same answers."""
+    model, expected, ended = ending_model()
+    passes, questions, forward = [], [], UniGenDet.forward
+
+    def counted(*arguments, **options):
+        passes.append(1)
+        return forward(*arguments, **options)
+
+    def all_ended(own):
+        questions.append(own)
+        return own and len(passes) >= others
+
+    monkeypatch.setattr(UniGenDet, "forward", counted)
+    for others, which in itertools.product((1, 3, NEW), ([], [0], range(6))):
+        passes.clear()
+        questions.clear()
+        outputs = detect_packed(model, [requests()[i] for i in which], max_new_tokens=NEW, all_ended=all_ended)
+        assert as_tuples(outputs) == [(expected[i], ended[i]) for i in which]
+        own = max((len(expected[i]) + ended[i] for i in which), default=1)
+        assert len(passes) == max(own, others)
+        assert questions == [n >= own and all(ended[i] for i in which) for n in range(1, len(passes) + 1)]
+
+
+def test_passes_for_other_processes_without_answers(model):
+    """There is nothing to ask, and one pass, also of a process that has nothing to judge."""
+
+    def all_ended(own):
+        raise AssertionError("asked")
+
+    expected = detect_packed(model, requests(), max_new_tokens=0)
+    outputs = detect_packed(model, requests(), max_new_tokens=0, all_ended=all_ended)
+    assert all(torch.equal(a.class_logits, b.class_logits) for a, b in zip(outputs, expected, strict=True))
+    assert detect_packed(model, [], max_new_tokens=0, all_ended=all_ended) == []
+
+
 def test_longest_answer():
     """One token more makes an answer one token longer; its beginning stays."""
     model = endless_model()
@@ -191,9 +229,9 @@ def test_noised_latent_view_is_refused():
 def test_errors(model):
     with pytest.raises(ValueError, match="requests is empty"):
         detect_packed(model, [])
-    with pytest.raises(ValueError, match="max_new_tokens is -1; it must not be negative"):
+    with pytest.raises(ValueError, match="max_new_tokens is -1; it must be at least 0"):
         detect_packed(model, [make_request(0)], max_new_tokens=-1)
-    with pytest.raises(ValueError, match=r"temperature is -0\.5; it must not be negative"):
+    with pytest.raises(ValueError, match=r"temperature is -0\.5; it must be at least 0"):
         detect_packed(model, [make_request(0)], temperature=-0.5)
     bad = DetectionRequest(VitImage(torch.zeros(1, 4, 3)), Text(()), LatentImage(torch.zeros(1, 4, 4)), "odd.png")
     with pytest.raises(ValueError, match=r"odd\.png\.segments\[1\]\.pixels has shape \[1, 4, 3\]"):

@@ -7,9 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 
 from unigendet.cli import build_parser
+from unigendet.evaluation.inception import WEIGHTS
 from unigendet.training.config import load_train_config
+from unigendet.training.preflight import model_settings
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENT = ROOT / "docs" / "training.md"
@@ -35,6 +38,29 @@ def test_the_tables_are_what_is_computed(plans, capsys):
     assert "run python -m benchmarks.plans" in capsys.readouterr().err
     assert plans.main([]) == 0
     assert plans.DOCUMENT.read_text(encoding="utf-8") == honest
+
+
+def test_shared_memory_for_the_packs():
+    """Of both recipes, from their settings: what the page tells people to give a container."""
+    text, sizes = " ".join(DOCUMENT.read_text(encoding="utf-8").split()), []
+    for stage in ("gduf", "diga"):
+        config = load_train_config(ROOT / "configs" / f"{stage}_bagel7b.yaml", [])
+        latent, loader = model_settings(config).latent, config.loader
+        token = latent.stride**2 * 3 * torch.float32.itemsize
+        views = 1 if stage == "gduf" else 2  # a ViT's patch has fewer pixels; the teacher's view about as many in all
+        packs = loader.num_workers * loader.prefetch + 1
+        pack = views * token * loader.max_tokens / 2**20
+        sizes.append((token / 2**10, latent.stride, round(pack), packs, round(8 * packs * pack / 2**10, 1)))
+    (token, side, one, packs, node), (*same, other, _, other_node) = sizes
+    assert same == [token, side]
+    assert f"{token:.0f} KiB for a token of {side} × {side}: at most {one} MiB a pack in GDUF" in text
+    assert f"about {other} MiB in DIGA" in text
+    assert f"`prefetch` + 1 = {packs} of them there: {node} GiB a node of 8 in GDUF, {other_node} GiB in DIGA" in text
+    assert other_node < int(re.search(r"--shm-size=(\d+)g", text)[1])
+
+
+def test_the_inception_weights_are_named():
+    assert WEIGHTS in DOCUMENT.read_text(encoding="utf-8")
 
 
 def commands():

@@ -7,6 +7,8 @@ import platform
 
 import torch
 
+GIB = 2**30  # bytes
+
 # Dense bfloat16 TFLOP/s of data sheets, which published utilisations refer to; the first name that a device's has.
 DATA_SHEETS = {
     "H100 PCIe": 756.5,

@@ -68,8 +68,11 @@ def change(*path, value=None):
         (change("label", value=2), r"entry 1, field 'label' is 2; it must be 1 \(real\) or 0 \(fake\)"),
         (change("label", value=True), r"field 'label' is True"),
         (change("label", value="0"), r"field 'label' is '0'"),
-        (change("image", value="/etc/x.png"), r"field 'image' is '/etc/x.png'; it must be a path below"),
-        (change("image", value="../x.png"), r"field 'image' is '../x.png'"),
+        (change("image", value="/etc/x.png"), r"field 'image' is '/etc/x.png'; it must be a path relative to"),
+        (
+            change("image", value="../x.png"),
+            r"field 'image' is '../x.png'; it must be a path below image_root, without",
+        ),
         (change("image", value=7), r"field 'image' is 7; it must be a non-empty string"),
         (change("cate"), r"has no field 'cate'"),
         (change("conversations", 1), r"has the speakers \['human'\]"),
@@ -86,6 +89,47 @@ def change(*path, value=None):
 def test_malformed_entries_are_named(tmp_path, entry, message):
     with pytest.raises(ValueError, match=r"data.json, .*" + message):
         read_detection(write(tmp_path, [GOOD, entry]))
+
+
+def test_all_that_is_malformed_is_found(tmp_path):
+    """Every field of every entry, and the sound entries are there all the same."""
+    both = change("label", value=2)
+    del both["cate"]
+    file, malformed = write(tmp_path, [both, GOOD, 7, change("image", value="/x.png"), GOOD]), []
+    records = read_detection(file, None, malformed)
+    assert [record.where for record in records] == [f"{file}, entry 1", f"{file}, entry 4"]
+    assert [(one.file, one.entry) for one in malformed] == [(str(file), i) for i in (0, 0, 2, 3)]
+    for one, reason in zip(malformed, ("field 'label' is 2", "no field 'cate'", "is a int", "'/x.png'"), strict=True):
+        assert f"{file}, entry {one.entry}" in one.reason
+        assert reason in one.reason
+    with pytest.raises(ValueError, match=r"entry 0, field 'label' is 2"):  # strict reading stops at the first of them
+        read_detection(file)
+    captions, malformed = write(tmp_path, [{"prompt": "a"}, {"image_path": "x.png", "prompt": "a"}]), []
+    assert [record.prompt for record in read_captions(captions, None, malformed)] == ["a"]
+    assert [one.entry for one in malformed] == [0]
+    with pytest.raises(ValueError, match=r"data\.json has no sound entry"):
+        read_detection(captions, None, malformed)
+    assert len(malformed) == 1 + 2 * 4
+
+
+def test_absolute_paths(tmp_path):
+    """What the message says to do is so."""
+    image = tmp_path / "a" / "x.png"
+    file = write(tmp_path, [change("image", value=str(image))])
+    with pytest.raises(ValueError, match=rf"relative to image_root, which is '{tmp_path}': write 'a/x\.png'"):
+        read_detection(file)
+    assert read_detection(write(tmp_path, [change("image", value="a/x.png")]))[0].image == image
+    file = write(tmp_path, [change("image", value=str(image))])
+    below = str(image)[1:]
+    with pytest.raises(ValueError, match=rf"is '{tmp_path}/b'; or set image_root to '/' and write '{below}'$"):
+        read_detection(file, tmp_path / "b")
+    assert read_detection(write(tmp_path, [change("image", value=below)]), "/")[0].image == image
+
+
+def test_a_byte_order_mark(tmp_path):
+    file = write(tmp_path, [GOOD])
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert read_detection(file)[0].label == 0
 
 
 def test_malformed_files_are_named(tmp_path):

@@ -60,9 +60,15 @@ def test_annotation_file(tmp_path):
         (["notes.txt"], r"holds no sub-folders; it must hold images in real/, fake/ or both"),
         (["real/1.png", "Fake/1.png", "sd/1.png"], r"holds Fake/, sd/; it must hold"),
         (["real/1.png", "loose.png"], r"holds loose\.png; it must hold"),
-        (["real/notes.txt", "fake/1.png"], r"folder .*real holds no images; it must hold"),
-        (["real/1.png", "fake/notes.txt"], r"folder .*fake holds no images"),
-        (["real/1.png", "fake/1.png", "fake/sd/notes.txt"], r"folder .*fake.sd holds no images"),
+        (
+            ["real/notes.txt", "fake/1.png"],
+            r"/real holds no images; put there real images, or remove it: fake/ is enough",
+        ),
+        (
+            ["real/1.png", "fake/notes.txt"],
+            r"/fake holds no images; put there fake images, or remove it: real/ is enough",
+        ),
+        (["real/1.png", "fake/1.png", "fake/sd/notes.txt"], r"/fake/sd holds no images; put there this generator's im"),
         (["real/1.png", "fake/real/1.png"], r"folder .*fake.real would be a generator of the name 'real'; rename it"),
     ],
 )
@@ -74,8 +80,10 @@ def test_folder_errors(tmp_path, names, message):
 def test_errors(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"lost does not exist; it must be an annotation file or a folder"):
         read_labelled(tmp_path / "lost")
-    with pytest.raises(ValueError, match="image_root is 'x'; it must be None where"):
+    with pytest.raises(ValueError, match=r"^image_root is 'x'; leave it out: .* is a folder, which holds its images"):
         read_labelled(make(tmp_path, "real/1.png"), image_root="x")
+    with pytest.raises(ValueError, match=r"^--image-root is 'x'; leave it out"):
+        read_labelled(tmp_path, image_root="x", root_option="--image-root")
     (tmp_path / "a.json").write_text("{")
     with pytest.raises(ValueError, match=r"a\.json is not JSON"):
         read_labelled(tmp_path / "a.json")

@@ -7,6 +7,7 @@ import os
 import traceback
 from collections import Counter
 from itertools import islice
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,7 +90,7 @@ def test_too_long_samples_are_left_out_and_named(caplog):
     assert sum(read.values()) == 20
     assert stream.skipped == 2
     assert next(r.getMessage() for r in caplog.records).startswith(
-        "sample huge has 31 tokens, more than max_sample_tokens = 30"
+        "sample huge has 31 tokens, more than loader.max_sample_tokens = 30"
     )
     assert len(caplog.records) == 1
 
@@ -154,11 +155,18 @@ def test_resuming_near_the_end_with_uneven_workers():
 def test_a_position_of_other_settings_is_refused():
     state = loader(records("a", 5)).state_dict()
     for other, what in (
-        (loader(records("a", 6)), "sources"),
-        (loader(records("a", 5), seed=1), "seed is 1, saved with 0"),
-        (loader(records("a", 5), lookahead=2), "lookahead is 2, saved with 0"),
+        (
+            loader(records("a", 6)),
+            r"source 0 is 'source' \(6 records, weight 1\), saved with 'source' \(5 records, weight 1\)$",
+        ),
+        (loader(records("a", 5), records("a", 5)), "the number of sources is 2, saved with 1$"),
+        (loader(records("a", 5), seed=1), "loader.seed is 1, saved with 0$"),
+        (
+            loader(records("a", 5), lookahead=2, max_tokens=50),
+            "loader.max_tokens is 50, saved with 40; loader.max_sample_tokens is .*; loader.lookahead is 2, saved with",
+        ),
     ):
-        with pytest.raises(ValueError, match=f"does not fit this loader: .*{what}"):
+        with pytest.raises(ValueError, match=f"does not fit this loader: {what}"):
             other.load_state_dict(state)
 
 
@@ -330,6 +338,34 @@ def test_only_encoding_is_left_to_the_consuming_process(parts):
     assert len(builders) == 2
     assert str(os.getpid()) not in builders
     assert encoded == [os.getpid()] * sum(len(pack.names) for pack in packs)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_the_time_of_encoding(parts, workers, monkeypatch):
+    """All that encodings take, and packing in this process, but nothing of the workers' part."""
+    model, builder, _, captions = parts
+    late = SampleBuilder(model, builder.tokenizer, data_config())
+    clock = [50.0]
+    monkeypatch.setattr("unigendet.data.loader.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def spend(seconds, value):
+        clock[0] += seconds
+        return value
+
+    def make(**options):
+        source = Source(captions, lambda record: spend(8.0, late.generation(record)))
+        return Loader([source], LoaderConfig(300, 200, num_workers=workers), length=late.length, **options)
+
+    alone = make()
+    list(islice(alone, 2))
+    assert alone.encode_seconds is None
+    stream = make(model=model, encode=lambda pixels: spend(0.5, pixels.clone()))
+    stream._packer = lambda items, *where, packer=stream._packer: spend(0.25, packer(items, *where))
+    assert stream.encode_seconds == 0.0
+    want = 0.0
+    for pack in islice(stream, 3):
+        want += 0.5 * len(pack.names) + 0.25
+        assert stream.encode_seconds == want
 
 
 def test_spawned_workers(parts):

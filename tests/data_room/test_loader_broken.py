@@ -1,6 +1,7 @@
 """Broken images: left out, counted, named once, and the end of the run above a limit."""
 
 import functools
+import json
 import logging
 import operator
 from collections import Counter
@@ -9,7 +10,7 @@ from itertools import islice
 import pytest
 from loader_cases import loader, names, records, text_sample
 
-from unigendet.data.loader import Loader, Source
+from unigendet.data.loader import Loader, Source, share_of_counts
 from unigendet.data.transforms import read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
@@ -128,11 +129,92 @@ def test_ranks_count_for_themselves():
     one_too_many = loader(source(30, LOST + TORN), rank=0, world_size=2, max_broken=ranks[0].broken - 1, seed=3)
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         list(islice(one_too_many, 60))
-    assert "in rank 0's part of the data; loader.max_broken allows" in caught.value.__notes__[-1]
-    after = loader(source(30, LOST + TORN), max_broken=4, epochs=2, seed=3)
-    after.load_state_dict(Loader.merge_states([one.state_dict() for one in ranks]))
-    assert after.broken == 5  # a rank that takes over knows them all
-    assert len(flat(after)) == 30
+    met, most = one_too_many.broken, one_too_many.config.max_broken
+    assert met == most + 1
+    said = f"{met} broken image{'s' * (met > 1)} counted by rank 0; loader.max_broken allows {most}"
+    assert caught.value.__notes__[-1] == said
+
+
+def position(ranks):
+    return json.loads(json.dumps(Loader.merge_states([one.state_dict() for one in ranks])))
+
+
+def resumed(state, world_size, data, workers=0, **settings):
+    ranks = [loader(data, rank=r, world_size=world_size, workers=workers, **settings) for r in range(world_size)]
+    for one in ranks:
+        one.load_state_dict(state)
+    return ranks
+
+
+MANY = source(120, records("lost", 30))
+
+
+@pytest.mark.parametrize(("world_size", "workers", "counts"), [
+    (1, 0, [8]), (2, 0, [8, 8]), (3, 0, [8, 8, 7]), (4, 2, None), (7, 0, [5, 5, 4, 4, 4, 4, 4]),
+])  # fmt: skip
+def test_what_is_known_is_apart_from_what_counts(world_size, workers, counts, caplog):
+    """Ranks within the limit go on within it, whatever their number, and nobody reports an image again."""
+    first = [loader(MANY, rank=r, world_size=4, max_broken=30, epochs=1, seed=1) for r in range(4)]
+    for one in first:
+        list(one)
+    before = [one.broken for one in first]
+    assert sum(before) == 30
+    assert sorted(before, reverse=True) != [8, 8, 7, 7]
+    state, settings = position(first), {"max_broken": max(before), "epochs": 3, "seed": 1}
+    same = resumed(state, 4, MANY, **settings)
+    assert [one.broken for one in same] == before
+    assert position(same) == state
+    ranks = resumed(state, world_size, MANY, workers, **settings)
+    caplog.clear()
+    assert [one.broken for one in ranks] == (counts or before)
+    assert sum(len(flat(one)) for one in ranks) == 240
+    assert [one.broken for one in ranks] == (counts or before)
+    assert not caplog.records
+    again = resumed(position(ranks), world_size, MANY, workers, **settings)
+    assert position(again) == position(ranks)
+
+
+def test_shares_by_hand():
+    def shares(counts, world_size):
+        return [share_of_counts(counts, rank, world_size) for rank in range(world_size)]
+
+    assert shares([7, 7, 10, 4], 4) == [7, 7, 10, 4]
+    assert shares([7, 7, 10, 4], 2) == [7, 7]
+    assert shares([7, 7, 11, 4], 2) == [8, 7]
+    assert shares([7, 7, 10, 4], 8) == [4, 4, 4, 4, 3, 3, 3, 3]
+    assert shares([0, 12], 1) == [6]
+    assert shares([2], 3) == [1, 1, 0]
+
+
+def test_new_ones_count_on_top_of_a_share():
+    """As many more as the limit leaves room for, and the error says whose count it is."""
+    first = [loader(source(40, LOST), rank=r, world_size=2, max_broken=9, epochs=1, seed=4) for r in range(2)]
+    for one in first:
+        list(one)
+    state = position(first)
+    found = [one["counted"] for one in state["ranks"]]
+    assert found == [len(one["broken"]) for one in state["ranks"]]
+    assert sum(found) == 3
+    gone = source(0, [*records("lost", 40), *LOST])  # as if the other 40 had been moved meanwhile
+    ranks = resumed(state, 3, gone, max_broken=5, seed=4)
+    assert [one.broken for one in ranks] == [1, 1, 1]
+    for rank, one in enumerate(ranks):
+        with pytest.raises(FileNotFoundError) as caught:
+            list(one)
+        assert caught.value.__notes__[-1] == f"6 broken images counted by rank {rank}; loader.max_broken allows 5"
+
+
+def test_a_position_without_counts():
+    """Written before there were any: each rank counted all that it knew."""
+    first = [loader(source(30, LOST + TORN), rank=r, world_size=2, epochs=1, seed=3) for r in range(2)]
+    for one in first:
+        list(one)
+    state = position(first)
+    for one in state["ranks"]:
+        del one["counted"]
+    met = [one.broken for one in first]
+    assert [one.broken for one in resumed(state, 2, source(30, LOST + TORN), seed=3)] == met
+    assert [one.broken for one in resumed(state, 5, source(30, LOST + TORN), seed=3)] == [1] * 5
 
 
 def test_an_image_that_breaks_while_its_sample_waits(tmp_path):

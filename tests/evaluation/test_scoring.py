@@ -9,8 +9,9 @@ from tiny_encoder import write_encoder
 
 from unigendet.config import DataConfig
 from unigendet.data.datasets import DetectionRecord
+from unigendet.data.labelled import limit_evenly
 from unigendet.evaluation.explanations import SentenceEncoder
-from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.evaluation.scoring import judge, summarise
 from unigendet.inference.detect import Detection
 from unigendet.quickstart import detect_records
 

@@ -47,9 +47,9 @@ def finish(started, timeout=240):
     return ended
 
 
-def run(count, *command):
+def run(count, *command, timeout=240):
     """Standard outputs of ``count`` processes that must all succeed."""
-    ended = finish(start(count, *command))
+    ended = finish(start(count, *command), timeout)
     for code, _, err in ended:
         assert code == 0, err
     return [out for _, out, _ in ended]

@@ -18,7 +18,7 @@ import torch
 
 from unigendet.model.checkpoint import load_pretrained
 from unigendet.model.settings import load_config
-from unigendet.training import saving
+from unigendet.training import failures, saving
 from unigendet.training.config import ParallelConfig, TrainConfig
 from unigendet.training.parallel import make_mesh, mesh_shape, processes, whole
 from unigendet.training.stages import make_stage
@@ -172,6 +172,26 @@ def full_disk(parallel, /, output, failing, **arguments):
         Path(output, f"error-{parallel.rank}").write_text(str(error))
     finally:
         saving.stream_tensors = inner
+
+
+def fails_while_saving(parallel, /, output, go, **arguments):
+    """Process 1 fails in the step after a save has begun, of which no file is written until there is a file ``go``."""
+    inner = saving.stream_tensors
+    failures._GRACE = 0.5
+
+    def held(*values, **options):
+        deadline = time.monotonic() + 60
+        while not Path(go).exists():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        inner(*values, **options)
+
+    def before(step):
+        if step == COMMON["save_every"] + 1 and parallel.rank == 1:
+            raise OSError("the disk is gone")
+
+    saving.stream_tensors = held
+    trainer(parallel, output=output, before=before, **arguments).run()
 
 
 def killed(parallel, /, output, **arguments):

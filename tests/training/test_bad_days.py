@@ -283,6 +283,39 @@ def test_a_checkpoint_of_the_other_stage(copied, command):
     assert f"or start this run from its weights (model.checkpoint={good / 'model'})" in line
 
 
+@pytest.mark.parametrize("name", ["max_tokens", "lookahead", "seed"])
+def test_a_position_of_other_loader_settings(copied, command, tmp_path, name):
+    """It is refused, and either thing that the message says goes on."""
+    file, setting, good = copied
+    own = json.loads(file.read_text()).get("loader", {}).get(name, 0)
+    changed, base = f"loader.{name}={own + 1}", ["train", "--config", file, "total_steps=3"]
+    code, line = command(*base, setting, changed, "--resume")
+    assert code == 1
+    assert line == (
+        f"unigendet train: checkpoint {good}: the saved position does not fit this loader: loader.{name} is {own + 1}, "
+        f"saved with {own}; put back what has changed, or begin a new run from its weights "
+        f"(model.checkpoint={good / 'model'}, another output)"
+    )
+    new = [f"output={tmp_path / 'new'}", "model.preset=null", f"model.checkpoint={good / 'model'}"]
+    assert main([str(a) for a in [*base, *new, changed]]) == 0
+    assert main([str(a) for a in [*base, setting, "--resume"]]) == 0
+
+
+def test_a_run_that_is_finished(copied, caplog):
+    file, setting, good = copied
+    base = ["train", "--config", str(file), setting]
+    assert main([*base, "--resume"]) == 0
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said == (
+        f"checkpoint {good} is of step 2, the last of the run: nothing is left to train; with a larger total_steps it "
+        "goes on, by the schedules of that many steps"
+    )
+    caplog.clear()
+    assert main([*base, "total_steps=3", "--resume"]) == 0
+    assert checkpoints(good.parents[1])[-1].name == "step-000003"
+    assert not caplog.records
+
+
 def test_a_training_checkpoint_in_place_of_its_model(copied, command, tmp_path):
     file, _, good = copied
     for arguments in (["detect", "--model", good, "."], ["train", "--config", file, "model.preset=null",

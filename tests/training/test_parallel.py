@@ -107,7 +107,7 @@ def test_a_process_that_fails_ends_the_job():
     ((code, _, err),) = ranks.finish(ranks.start(1, *agent, PROGRAM, "nowhere", runs))
     assert code != 0
     assert "[rank1]: OSError: the disk is gone" in err
-    assert "process 0 ends, because process 1 ended; it failed: the disk is gone" in err
+    assert "process 0 ends, because process 1 failed: the disk is gone" in err
 
 
 def test_numbers_that_are_not_finite_end_the_run():

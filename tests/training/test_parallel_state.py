@@ -252,6 +252,27 @@ def test_a_disk_that_is_full_in_one_process(folder):
         assert "step-000003: make room, then resume the run (--resume)" in message
 
 
+def test_a_process_that_fails_while_a_checkpoint_is_written(folder, tmp_path):
+    """The other one says so at once, the checkpoint is completed, and both end by the error of the one that failed."""
+    out, go = tmp_path / "out", tmp_path / "go"
+    job = {"job": "fails_while_saving", "source": str(folder / "file"), "stage": "gduf", "output": str(out)}
+    (tmp_path / "jobs.json").write_text(json.dumps([job | {"go": str(go)}]))
+    started = ranks.start(2, PROGRAM, tmp_path)
+    said = next(line for line in started[0].stderr if "ends, because" in line)
+    assert said == (
+        "unigendet train: process 0 ends, because process 1 failed: the disk is gone; the checkpoint that is being "
+        "written is completed first\n"
+    )
+    assert checkpoints(out) == []
+    assert [process.poll() for process in started] == [None, None]
+    go.touch()
+    (other, _, rest), (code, _, err) = ranks.finish(started, timeout=120)
+    assert (other, code) == (1, 1)
+    assert "[rank1]: OSError: the disk is gone\n[rank1]: in process 1 of 2\n" in err
+    assert "Traceback" not in rest
+    same_state(folder / "gduf-two" / "checkpoints" / "step-000003", out / "checkpoints" / "step-000003")
+
+
 def test_processes_that_are_killed_while_they_save(folder, tmp_path):
     """The checkpoint before is whole, and a run goes on from it to the same end."""
     job = {"job": "killed", "source": str(folder / "file"), "stage": "gduf", "output": str(tmp_path / "out")}

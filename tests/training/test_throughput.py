@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,15 +51,45 @@ def test_operations_of_diga():
         assert (measured["tokens"], measured["samples"]) == (pack.layout.num_queries, 2)
 
 
-def test_memory_since_the_last_row(monkeypatch):
+def test_encoding_is_told_apart_from_the_wait():
+    measured = Meter(stage_of("gduf"), CPU).measure([gduf_batch()], 2.0, 0.5, 0.25)
+    assert (measured["seconds"], measured["data_seconds"], measured["encode_seconds"]) == (2.0, 0.5, 0.25)
+
+
+def test_memory_is_the_step_s(monkeypatch):
     calls = []
     peaks = {"allocated_bytes.all.peak": 3 * 2**30, "reserved_bytes.all.peak": 2**32, "allocated_bytes.all.current": 5}
     monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: calls.append(("read", device)) or peaks)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: calls.append(("reset", device)))
     device = torch.device("cuda:1")
-    measured = Meter(stage_of("gduf"), device, peak_tflops=2.0).measure([gduf_batch()], 1.0, 0.0)
+    meter = Meter(stage_of("gduf"), device, peak_tflops=2.0)
+    meter.begin()
+    measured = meter.measure([gduf_batch()], 1.0, 0.0)
     assert (measured["memory_gib"], measured["memory_reserved_gib"], measured["peak_tflops"]) == (3.0, 4.0, 2.0)
-    assert calls == [("read", device), ("reset", device)]
+    assert calls == [("reset", device), ("read", device)]
+
+
+def test_looks_and_checkpoints_lie_between_two_measurements(monkeypatch, tmp_path):
+    """So a row's memory is its step's, batches and all."""
+    calls = []
+
+    def tell(name):
+        return lambda *_: calls.append(name)
+
+    class Watched(Batches):
+        def __iter__(self):
+            for batch in super().__iter__():
+                calls.append("batch")
+                yield batch
+
+    config = TrainConfig(total_steps=2, accumulate=2, save_every=1, output=str(tmp_path))
+    made = Trainer(make_stage(tiny_model(), config), Watched(), config, watch=tell("look"), quiet=True)
+    measure = made._meter.measure
+    monkeypatch.setattr(made._meter, "begin", tell("begin"))
+    monkeypatch.setattr(made._meter, "measure", lambda *values: calls.append("measure") or measure(*values))
+    monkeypatch.setattr(made, "save", tell("save"))
+    made.run()
+    assert calls == ["look", *["begin", "batch", "batch", "measure", "save", "look"] * 2]
 
 
 ONE = {"tokens": 100, "samples": 3, "flops": 4 * 10**12, "seconds": 2.0, "data_seconds": 0.5, "peak_tflops": 10.0}
@@ -95,6 +126,8 @@ def test_row_of_several_processes():
         "memory_gib": 31.0,
         "memory_reserved_gib": 40.0,
     }
+    slower = [ONE | {"encode_seconds": 0.25}, OTHER | {"encode_seconds": 0.5}]
+    assert combine(slower) == combine([ONE, OTHER]) | {"encode_seconds": 0.5}
     unknown = {name: value for name, value in OTHER.items() if name != "peak_tflops"}
     row = combine([ONE | MEMORY, unknown])
     assert not row.keys() & {"mfu", *MEMORY}
@@ -126,6 +159,40 @@ def test_the_progress_line():
     assert describe(row | combine([ONE | MEMORY])) == "loss 1.0000  ce 0.2500  50 tokens/s  20.0% MFU  30.0 GiB"
     alone = {name: value for name, value in ONE.items() if name != "peak_tflops"}
     assert describe(row | combine([alone])) == "loss 1.0000  ce 0.2500  50 tokens/s"
+
+
+class Encoded(Batches):
+    """Batches that take 1 s to come on the clock of the test, of which a quarter is encoding."""
+
+    def __init__(self, clock, encode):
+        super().__init__()
+        self.clock, self.encode_seconds = clock, 3.0 if encode else None
+
+    def __iter__(self):
+        for batch in super().__iter__():
+            self.clock[0] += 1.0
+            if self.encode_seconds is not None:
+                self.encode_seconds += 0.25
+            yield batch
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("encode", [False, True])
+def test_seconds_of_a_step(accumulate, encode, monkeypatch):
+    """The wait and the encoding add up, with the step's own time, to its seconds."""
+    clock = [100.0]
+    config = TrainConfig(total_steps=3, accumulate=accumulate)
+    made = Trainer(make_stage(tiny_model(), config), Encoded(clock, encode), config, quiet=True)
+    monkeypatch.setattr("unigendet.training.trainer.time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    made.state.optimizer.register_step_post_hook(lambda *_: clock.__setitem__(0, clock[0] + 2.0))
+    for row in made.run().history:
+        if encode:
+            assert (row["data_seconds"], row["encode_seconds"]) == (0.75 * accumulate, 0.25 * accumulate)
+        else:
+            assert row["data_seconds"] == accumulate
+            assert "encode_seconds" not in row
+        assert row["seconds"] == 2.0 + accumulate
+        assert row["tokens_per_second"] == pytest.approx(row["tokens"] / (2.0 + accumulate))
 
 
 def test_rows_of_a_run():

@@ -2,6 +2,8 @@ import dataclasses
 import io
 import json
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -239,6 +241,18 @@ def test_damaged_metrics(tmp_path, damaged):
     file.write_text(f"{damaged}\n{good}")
     with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1 is '.*'; it must be a step's row"):
         read_history(tmp_path, 1)
+
+
+def test_a_row_outlives_its_process(tmp_path):
+    """Another process's failure ends this one without notice, and nothing of what it had done may be missing."""
+    program = (
+        "import os, sys; from unigendet.training.metrics import MetricsWriter; writer = MetricsWriter(sys.argv[1])\n"
+        "for step in (1, 2, 3): writer.add({'step': step, 'loss': 0.5})\n"
+        "os._exit(7)"
+    )
+    ended = subprocess.run([sys.executable, "-c", program, str(tmp_path)], timeout=120)
+    assert ended.returncode == 7
+    assert read_history(tmp_path) == [{"step": step, "loss": 0.5} for step in (1, 2, 3)]
 
 
 def test_metrics_reach_the_disk_before_a_checkpoint(tmp_path, monkeypatch):

@@ -7,10 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from watched_run import make_trainer, rows_of, write_settings
+from watched_run import make_trainer, note_while, rows_of, write_settings
 
-from unigendet.inference import pipeline as pipeline_module
-from unigendet.training import watch as watch_module
 from unigendet.training.signals import StopSignals
 from unigendet.training.state import checkpoints
 
@@ -18,35 +16,6 @@ from unigendet.training.state import checkpoints
 @pytest.fixture
 def make(watched_data, tmp_path):
     return functools.partial(make_trainer, watched_data, write_settings(watched_data, tmp_path))
-
-
-def note_while(monkeypatch, made, stop, where, at):
-    """``stop`` notes a signal at the first image, or step of sampling, of the look after step ``at``. Returns a list
-    that counts them, over all looks."""
-    seen = []
-
-    def note():
-        seen.append(made.state.step)
-        if made.state.step == at:
-            stop.received = signal.SIGTERM
-
-    if where == "judging":
-        outcome = watch_module.judge
-
-        def judge(*arguments, **options):
-            for each in outcome(*arguments, **options):
-                note()
-                yield each
-
-        monkeypatch.setattr(watch_module, "judge", judge)
-    else:
-        inner = pipeline_module.generate_latents
-
-        def generate(*arguments, progress, **options):
-            return inner(*arguments, progress=lambda *done: (note(), progress(*done)), **options)
-
-        monkeypatch.setattr(pipeline_module, "generate_latents", generate)
-    return seen
 
 
 @pytest.mark.parametrize("where", ["judging", "sampling"])

@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
     from unigendet.evaluation.calibration import check_request, fit_calibration
     from unigendet.inference.model_files import folder_config
 
-    records = read_labelled(options.data, image_root=options.image_root)
+    records = read_labelled(options.data, image_root=options.image_root, root_option="--image-root")
     check_present(records)
     targets = {"max_false_alarms": options.max_false_alarms, "confident_accuracy": options.confident_accuracy}
     check_request([record.label for record in records], **targets)

@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unigendet.commands.common import Commands, UserError, quiet_pillow
 from unigendet.commands.progress import Progress
-from unigendet.commands.rows import cell, check_out
+from unigendet.commands.rows import check_out
 from unigendet.commands.train import setting
 
 if TYPE_CHECKING:
-    from unigendet.data.check import Expectation, SourceCheck
+    from unigendet.data.check import Findings, Record, SourceCheck
+    from unigendet.data.datasets import DetectionRecord, SampleBuilder
     from unigendet.data.shards import Source
     from unigendet.training import TrainConfig
 
-SHOWN = 20  # broken images
-NAMED = 3  # samples that are too long
-BARS = 12  # lines of a histogram, at most
 MOST_WORKERS = 16
-WIDTH = 40  # letters of its longest bar
+HELD_OUT = "held_out"  # beside the kinds of data sets
 
 
 def add(commands: Commands) -> None:
     """Describe the command."""
     check = commands.add(
-        "check", run, "Read everything that a training run would read, and say what is broken and how packs fill.",
+        "check", run, "Read everything that a training run would read, and say what is wrong and how packs fill.",
         epilog="Example: unigendet data check gduf.yaml loader.lookahead=32. It needs the tokenizer and the model's "
-               "settings, but no weights and no GPU. The exit code is 1 if anything is broken.",
+               "settings, but no weights and no GPU. With watch.every, held-out images and prompts are read too. The "
+               "exit code is 1 if images are broken, entries malformed, or labels contradict their answers or each "
+               "other.",
     )  # fmt: skip
     check.add_argument("config", type=Path, metavar="CONFIG", help="YAML file of the run")
     check.add_argument("overrides", nargs="*", type=setting, metavar="SETTING=VALUE",
@@ -43,11 +43,12 @@ def add(commands: Commands) -> None:
     check.add_argument("--workers", type=int, default=None, metavar="N",
                        help=f"processes that decode (default: one per CPU, at most {MOST_WORKERS}; 0: none "
                             "besides this one)")  # fmt: skip
-    check.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all that is broken")
+    check.add_argument("--json", type=Path, metavar="FILE", help="write everything there, with all that is wrong")
 
 
 def run(options: argparse.Namespace) -> int:
     """Carry it out."""
+    from unigendet.commands.data_report import as_json, report, verdict
     from unigendet.files import write_text
     from unigendet.training import load_train_config
 
@@ -57,148 +58,115 @@ def run(options: argparse.Namespace) -> int:
             raise UserError(f"--{name} is {value}; it must be at least {least}")
     config = load_train_config(options.config, options.overrides)
     check_out(options.json, overwrite=True)
-    sources, unread = _check(options, config)
-    expected = _expected(config, sources, unread)
-    for line in report(config, sources, unread, expected):
+    found = _check(options, config)
+    for line in report(found, config.loader):
         print(line)
-    broken = bool(unread) or any(source.broken for source in sources)
+    wrong = bool(verdict(found))
     if options.json is not None:
-        found = as_json(config, sources, unread, expected)
-        write_text(options.json, json.dumps({"ok": not broken, "sample": options.sample, **found}, indent=2) + "\n")
-    return int(broken)
+        everything = {"ok": not wrong, "sample": options.sample, **as_json(found, config.loader)}
+        write_text(options.json, json.dumps(everything, indent=2) + "\n")
+    return int(wrong)
 
 
-def _check(options: argparse.Namespace, config: TrainConfig) -> tuple[list[SourceCheck], list[str]]:
-    """What was found in each source, and the errors of data sets that cannot be read at all."""
-    from unigendet.data.check import SizedBuilder, check_source, chosen_records, decode_all
+def _check(options: argparse.Namespace, config: TrainConfig) -> Findings:
+    """Read annotations, look at what they say, decode images, and expect packs."""
+    from unigendet.data.check import SizedBuilder, check_images, chosen_records, expected_packs
+    from unigendet.data.labelled import limit_evenly
     from unigendet.training.preflight import model_settings
-    from unigendet.training.sources import build_tokenizer, data_sets
+    from unigendet.training.sources import build_tokenizer
 
     tokenizer = build_tokenizer(config)
     sizes: dict[Path, Any] = {}
     builder = SizedBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views, sizes)
-    sources: list[Source] = []
-    unread = []
+    found, sources, held_out = _read(config, builder)
+    _check_annotations(found, sources, held_out)
+    chosen = [chosen_records(source.records, options.sample) for _, source in sources]
+    seen = chosen_records(limit_evenly(held_out, config.watch.limit), options.sample) if held_out else []
+    _decode(options, [*chosen, seen], sizes)
+    for (one, source), records in zip(sources, chosen, strict=True):
+        tokens = functools.partial(_tokens, source.build, builder.length)
+        check_images(one, records, sizes, tokens, config.loader.max_sample_tokens)
+        if not one.usable and not one.lost:
+            found.unread.append(f"{one.name} has no sample that a pack can hold")
+    if found.held_out is not None:
+        check_images(found.held_out, seen, sizes)
+    if all(one.usable for one in found.sources):
+        found.expected = expected_packs(found.sources, config.loader)
+    return found
+
+
+def _read(
+    config: TrainConfig, builder: SampleBuilder
+) -> tuple[Findings, list[tuple[SourceCheck, Source]], list[DetectionRecord]]:
+    """The annotations of all sources and of held-out images; what cannot be read at all has a check all the same."""
+    from unigendet.data.check import Findings, SourceCheck
+    from unigendet.training.sources import data_sets
+    from unigendet.training.watched import held_out_records, watched_prompts
+
+    found, sources, held_out = Findings(), [], []
     for data_set in data_sets(config, builder):
+        root = None if Path(data_set.name).is_dir() else f"{data_set.setting}.image_root"
         try:
-            sources += data_set.read()
+            read = data_set.read(found.malformed)
         except (ValueError, OSError) as error:
-            unread.append(str(error))
-    chosen = (record for source in sources for record in chosen_records(source.records, options.sample))
-    paths = list(dict.fromkeys(record.image for record in chosen))  # an image in several data sets is decoded once
+            found.sources.append(SourceCheck(data_set.name, data_set.kind, root=root, error=str(error)))
+            found.unread.append(str(error))
+            continue
+        own = [SourceCheck(source.name, data_set.kind, source.weight, root) for source in read]
+        found.sources += own
+        sources += zip(own, read, strict=True)
+    watch = config.watch
+    if watch.every and watch.detection is not None:
+        root = None if Path(watch.detection).is_dir() else "watch.image_root"
+        found.held_out = SourceCheck(watch.detection, HELD_OUT, root=root)
+        try:
+            held_out = held_out_records(watch, found.malformed)
+        except (ValueError, OSError) as error:
+            found.held_out.error = str(error)
+            found.unread.append(str(error))
+    if watch.every:
+        try:
+            found.prompts = len(watched_prompts(watch))
+        except (ValueError, OSError) as error:
+            found.unread.append(str(error))
+    return found, sources, held_out
+
+
+def _check_annotations(
+    found: Findings, sources: list[tuple[SourceCheck, Source]], held_out: list[DetectionRecord]
+) -> None:
+    """Put into ``found`` what the records say, each source by itself and all together."""
+    from unigendet.data.check import check_annotations
+    from unigendet.data.consistency import RealPaths, with_both_labels
+    from unigendet.data.datasets import DetectionRecord
+
+    real_path = RealPaths()
+    apart = [real_path(record.image) for record in held_out]
+    images, labelled = [*apart], [*held_out]
+    if found.held_out is not None and held_out:
+        check_annotations(found.held_out, held_out, apart)
+    held_out_images = set(apart)
+    for one, source in sources:
+        own = [real_path(record.image) for record in source.records]
+        check_annotations(one, source.records, own, held_out_images)
+        if isinstance(source.records[0], DetectionRecord):
+            images += own
+            labelled += source.records
+    found.both_labels = with_both_labels(images, labelled)
+
+
+def _decode(options: argparse.Namespace, chosen: list[list[Record]], sizes: dict[Path, Any]) -> None:
+    """Decode the images of all records into ``sizes``, each once even if it is in several data sets."""
+    from unigendet.data.check import decode_all
+
+    paths = list(dict.fromkeys(record.image for records in chosen for record in records))
     workers = min(os.cpu_count() or 1, MOST_WORKERS, len(paths)) if options.workers is None else options.workers
     quiet_pillow()
     with Progress("unigendet data check", len(paths)) as bar:
         sizes.update(zip(paths, decode_all(paths, workers, bar.advance), strict=True))
-    limit = config.loader.max_sample_tokens
-    return [check_source(source, options.sample, sizes, builder.length, limit) for source in sources], unread
 
 
-def _expected(config: TrainConfig, sources: Sequence[SourceCheck], unread: list[str]) -> Expectation | None:
-    """What packs to expect; None where a run would get none, which joins what cannot be read."""
-    from unigendet.data.check import expected_packs
-
-    unread += [f"{source.name} has no sample that a pack can hold" for source in sources if not source.usable]
-    return None if unread else expected_packs(sources, config.loader)
-
-
-def report(
-    config: TrainConfig, sources: Sequence[SourceCheck], unread: Sequence[str], expected: Expectation | None
-) -> Iterator[str]:
-    """Everything for people, line by line."""
-    for source in sources:
-        yield from _source(source, config.loader.max_sample_tokens)
-        yield ""
-    if expected is not None:
-        yield from _packs(config, sources, expected)
-        yield ""
-    broken = [one for source in sources for one in source.broken]
-    for image, where, reason in broken[:SHOWN]:
-        yield cell(f"{reason} ({where})" if image in reason else f"{image}: {reason} ({where})")
-    if len(broken) > SHOWN:
-        yield f"and {len(broken) - SHOWN:,} more (--json FILE lists all)"
-    yield from map(cell, unread)
-    if any("does not exist" in reason for _, _, reason in broken):
-        yield "image_root says where the images of a data set are"
-    checked = sum(source.checked for source in sources)
-    wrong = f"{len(broken):,} of {checked:,} samples are broken"
-    wrong += f"; {len(unread)} data sets are of no use" if unread else ""
-    yield wrong if broken or unread else f"nothing is broken in {checked:,} samples"
-
-
-def _source(source: SourceCheck, limit: int) -> Iterator[str]:
-    yield cell(source.name)
-    labels = "" if source.labels is None else f": {source.labels[0]:,} real, {source.labels[1]:,} fake"
-    looked = "" if source.checked == source.records else f", {source.checked:,} of them looked at"
-    yield f"  records  {source.records:,}{labels}{looked}"
-    yield f"  broken   {len(source.broken):,}"
-    if not source.lengths:
-        return
-    quantiles = source.quantiles()
-    names = {"min": "least", "median": "median", "p95": "95 % up to", "max": "most"}
-    yield "  tokens   " + ", ".join(f"{names[key]} {value:,}" for key, value in quantiles.items())
-    named = ", ".join(f"{cell(name)} ({tokens:,})" for name, tokens in source.too_long[:NAMED])
-    more = ", …" if len(source.too_long) > NAMED else ""
-    yield f"  above loader.max_sample_tokens = {limit:,}: {len(source.too_long):,}" + (f": {named}{more}" * bool(named))
-    yield from (f"    {line}" for line in histogram(source.lengths))
-
-
-def histogram(values: Sequence[int]) -> list[str]:
-    """Bars of how many values lie in which range, at most ``BARS`` of them, with round limits."""
-    least, most = min(values), max(values)
-    rough = max(1, (most - least + 1) / (BARS - 1))
-    power = 10 ** math.floor(math.log10(rough))
-    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
-    counts: dict[int, int] = dict.fromkeys(range(least // step * step, most + 1, step), 0)
-    for value in values:
-        counts[value // step * step] += 1
-    width = len(f"{most + step:,}")
-    tallest = max(counts.values())
-    lines = []
-    for begin, count in counts.items():
-        bar = "#" * math.ceil(WIDTH * count / tallest)
-        lines.append(f"{begin:>{width},} to {begin + step - 1:>{width},}  {count / len(values):6.1%}  {bar}".rstrip())
-    return lines
-
-
-def _packs(config: TrainConfig, sources: Sequence[SourceCheck], expected: Expectation) -> Iterator[str]:
-    fill = expected.fill
-    yield (
-        f"packs of {fill.max_tokens:,} tokens with loader.lookahead = {config.loader.lookahead} (from {fill.packs:,} "
-        "that were packed for this, before texts and images are dropped)"
-    )
-    emptiest = fill.least / fill.max_tokens
-    yield f"  {fill.per_pack:.2f} samples a pack, {fill.share:.1%} full, the emptiest {emptiest:.1%}"
-    total = sum(fill.samples)
-    for source, drawn, packs in zip(sources, fill.samples, expected.epochs, strict=True):
-        yield f"  {drawn / total:6.1%} of the samples, {packs:,.0f} packs an epoch: {cell(source.name)}"
-    if (real := _share_of_real(sources, expected)) is not None:
-        yield f"  real images among the labelled ones: {real:.1%}"
-
-
-def _share_of_real(sources: Sequence[SourceCheck], expected: Expectation) -> float | None:
-    """Of the labelled samples that are drawn; None without any."""
-    labelled = [(s.labels[0] / s.records, n) for s, n in zip(sources, expected.fill.samples, strict=True) if s.labels]
-    total = sum(drawn for _, drawn in labelled)
-    return sum(real * drawn for real, drawn in labelled) / total if total else None
-
-
-def as_json(
-    config: TrainConfig, sources: Sequence[SourceCheck], unread: Sequence[str], expected: Expectation | None
-) -> dict[str, Any]:
-    """Everything for programs."""
-    found: dict[str, Any] = {"sources": [source.to_json() for source in sources], "unread": list(unread), "packs": None}
-    if expected is not None:
-        fill = expected.fill
-        found["packs"] = {
-            "max_tokens": fill.max_tokens,
-            "lookahead": config.loader.lookahead,
-            "packed": fill.packs,
-            "samples_per_pack": fill.per_pack,
-            "fill": fill.share,
-            "least_fill": fill.least / fill.max_tokens,
-            "samples": list(fill.samples),
-            "packs_per_epoch": list(expected.epochs),
-            "real": _share_of_real(sources, expected),
-        }
-    return found
+def _tokens(build: Callable[[Record], Any], length: Callable[[Any], int], record: Record) -> int:
+    """Those of a record's sample; of a student and its teacher, the student's."""
+    item = build(record)
+    return length(item[0] if isinstance(item, tuple) else item)

@@ -62,15 +62,14 @@ def run(options: argparse.Namespace) -> int:
     from rich.console import Console
 
     from unigendet.data.hashes import files_hash
-    from unigendet.data.labelled import check_present, read_labelled
+    from unigendet.data.labelled import check_present, limit_evenly, read_labelled
     from unigendet.evaluation import detection_run as folders
     from unigendet.evaluation.detection_report import format_detection, make_report, write_detection_report
     from unigendet.evaluation.explanations import SentenceEncoder
-    from unigendet.evaluation.scoring import limit_evenly
     from unigendet.inference.model_files import folder_config, model_files
 
     settings = _settings(options)
-    everything = read_labelled(options.data, image_root=options.image_root)
+    everything = read_labelled(options.data, image_root=options.image_root, root_option="--image-root")
     records = limit_evenly(everything, options.limit)
     check_present(records)
     _check_questions(settings, {record.question for record in records})

@@ -19,6 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from unigendet.config import DataConfig, ModelConfig, data_from_dict
+from unigendet.data.entries import Entry, Malformed, Reader, sound_entries
 from unigendet.data.tokenizer import Tokenizer
 from unigendet.data.transforms import ImageTransform, read_image
 from unigendet.files import naming
@@ -53,80 +54,54 @@ class CaptionRecord:
     where: str = field(default="", compare=False)
 
 
-def read_detection(file: str | Path, image_root: str | Path | None = None) -> list[DetectionRecord]:
+def read_detection(
+    file: str | Path, image_root: str | Path | None = None, malformed: list[Malformed] | None = None
+) -> list[DetectionRecord]:
     """Read a FakeClue annotation file.
 
     Args:
-        file: the JSON file.
+        file: the JSON file, in UTF-8.
         image_root: what image paths are relative to; default: the file's folder.
+        malformed: takes everything that is wrong with any entry, and the records are those of the sound ones; None:
+            the first mistake is raised.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file or an entry is malformed; names the file, the entry's index and the field.
+        ValueError: the file or an entry is malformed, or none is sound; names the file, the entry's index and the
+            field.
     """
-    root = _root(file, image_root)
-    return [_detection_record(entry, root) for entry in _entries(file)]
-
-
-def read_captions(file: str | Path, image_root: str | Path | None = None) -> list[CaptionRecord]:
-    """Read a LAION annotation file. Arguments and errors as in ``read_detection``."""
-    root = _root(file, image_root)
+    entries = sound_entries(file, image_root, malformed, (_label, _texts, _image("image"), _text("cate")))
     return [
-        CaptionRecord(entry.path("image_path", root), entry.text("prompt"), entry.where) for entry in _entries(file)
+        DetectionRecord(image, label, category, question, answer, where)
+        for where, (label, (question, answer), image, category) in entries
     ]
 
 
-@dataclass(frozen=True)
-class _Entry:
-    """One object of an annotation file, with the name that errors call it by."""
-
-    values: dict[str, Any]
-    where: str
-
-    def get(self, field: str) -> Any:
-        if field not in self.values:
-            raise ValueError(f"{self.where} has no field {field!r}; it has {sorted(self.values)}")
-        return self.values[field]
-
-    def text(self, field: str) -> str:
-        value = self.get(field)
-        if not isinstance(value, str) or not value.strip():
-            raise ValueError(f"{self.where}, field {field!r} is {value!r}; it must be a non-empty string")
-        return value
-
-    def path(self, field: str, root: Path) -> Path:
-        value = Path(self.text(field))
-        if value.is_absolute() or ".." in value.parts:
-            raise ValueError(f"{self.where}, field {field!r} is {str(value)!r}; it must be a path below the image root")
-        return root / value
+def read_captions(
+    file: str | Path, image_root: str | Path | None = None, malformed: list[Malformed] | None = None
+) -> list[CaptionRecord]:
+    """Read a LAION annotation file. Arguments and errors as in ``read_detection``."""
+    entries = sound_entries(file, image_root, malformed, (_image("image_path"), _text("prompt")))
+    return [CaptionRecord(image, prompt, where) for where, (image, prompt) in entries]
 
 
-def _root(file: str | Path, image_root: str | Path | None) -> Path:
-    return Path(file).parent if image_root is None else Path(image_root)
+def _image(field: str) -> Reader:
+    return lambda entry: entry.path(field)
 
 
-def _entries(file: str | Path) -> list[_Entry]:
-    if Path(file).is_dir():
-        raise FileNotFoundError(f"annotation file {file} is a folder; it must be a JSON file")
-    if not Path(file).is_file():
-        raise FileNotFoundError(f"annotation file {file} does not exist")
-    try:
-        entries = json.loads(Path(file).read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"annotation file {file} is not JSON: {error}; it must hold one list of objects") from error
-    if not isinstance(entries, list) or not entries:
-        have = "an empty list" if entries == [] else f"a {type(entries).__name__}"
-        raise ValueError(f"annotation file {file} holds {have}; it must hold a non-empty list")
-    for i, values in enumerate(entries):
-        if not isinstance(values, dict):
-            raise ValueError(f"{file}, entry {i} is a {type(values).__name__}; it must be an object")
-    return [_Entry(values, f"{file}, entry {i}") for i, values in enumerate(entries)]
+def _text(field: str) -> Reader:
+    return lambda entry: entry.text(field)
 
 
-def _detection_record(entry: _Entry, root: Path) -> DetectionRecord:
+def _label(entry: Entry) -> int:
     label = entry.get("label")
     if type(label) is not int or label not in (0, 1):
         raise ValueError(f"{entry.where}, field 'label' is {label!r}; it must be 1 (real) or 0 (fake)")
+    return label
+
+
+def _texts(entry: Entry) -> tuple[str, str]:
+    """Question and answer."""
     turns = entry.get("conversations")
     speakers = turns
     if isinstance(turns, list):
@@ -137,13 +112,12 @@ def _detection_record(entry: _Entry, root: Path) -> DetectionRecord:
             "then one by 'gpt'"
         )
     question, answer = (
-        _Entry(turn, f"{entry.where}, conversations[{i}]").text("value") for i, turn in enumerate(turns)
+        Entry(turn, f"{entry.where}, conversations[{i}]", entry.root).text("value") for i, turn in enumerate(turns)
     )
     question = question.replace(IMAGE_MARKER, "").strip()
     if not question:
         raise ValueError(f"{entry.where}, conversations[0], field 'value' holds nothing beside {IMAGE_MARKER}")
-    image, category = entry.path("image", root), entry.text("cate")
-    return DetectionRecord(image, label, category, question, answer.strip(), entry.where)
+    return question, answer.strip()
 
 
 def parse_verdict(text: str) -> int | None:

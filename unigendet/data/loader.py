@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -34,9 +35,14 @@ class Loader:
 
     A sample longer than ``config.max_sample_tokens`` is left out, and reported by name in the first epoch. A broken
     image (missing or unreadable) is left out too and reported by name, once by each rank that meets it. The iteration
-    ends with the last one's error when this rank has met more than ``config.max_broken`` different ones, over all its
-    workers and, with the position, over all its resumptions; ranks do not count each other's. Any other error of the
-    data is raised at once.
+    ends with the last one's error when this rank has counted more than ``config.max_broken`` different ones, over all
+    its workers and, with the position, over all its resumptions; ranks do not count each other's. Any other error of
+    the data is raised at once.
+
+    Attributes:
+        encode_seconds: that encoding and packing have taken in this process so far, on its own clock; None without
+            ``encode``. A GPU works on behind it, but each image is copied there from memory that the copy waits for:
+            so the encoding of all images but the last is in it, and of what the GPU was still busy with before.
 
     Args:
         sources: what to draw from, by weight.
@@ -74,8 +80,10 @@ class Loader:
         self.config = config
         self._rank, self._world_size = rank, world_size
         self._encode = encode
+        self.encode_seconds: float | None = None if encode is None else 0.0
         self._packer = Packer(model, dropout, config.seed)
         self._start_method = start_method
+        self._counted = 0
         self._shards = Shards(sources, config, length, None if encode else self._packer, epochs, rank, world_size)
 
     def __iter__(self) -> Iterator[Batch]:
@@ -89,7 +97,9 @@ class Loader:
                 if isinstance(batch, Parcel):
                     batch = batch.open()
                 if self._encode is not None and index != END:
+                    started = time.perf_counter()
                     batch = self._packer(encode_latents(batch, self._encode), shards.first_shard + worker, index)
+                    self.encode_seconds += time.perf_counter() - started
                 shards.positions[worker] = position
                 shards.next_worker = (worker + 1) % shards.workers
                 if index != END:
@@ -122,7 +132,7 @@ class Loader:
         """Log what was left out; raise the error of a broken image that is one too many."""
         if isinstance(report, TooLong):
             others = self.skipped - self._shards.positions[worker].skipped
-            text = "sample %s has %d tokens, more than max_sample_tokens = %d: left out (%d so far)"
+            text = "sample %s has %d tokens, more than loader.max_sample_tokens = %d: left out (%d so far)"
             logger.warning(text, report.name, report.tokens, self.config.max_sample_tokens, others + report.skipped)
             return
         self._count_broken(report)
@@ -132,11 +142,12 @@ class Loader:
         if (report.which, report.record) in known:
             return  # met by another worker, in another epoch
         known.add((report.which, report.record))
-        count, error = len(known), report.error
+        self._counted += 1
+        count, error = self._counted, report.error
         source = self._shards.sources[report.which]
         if count > most:
             images = "broken image" if count == 1 else "broken images"
-            whose = f" in rank {self._rank}'s part of the data" if self._world_size > 1 else ""
+            whose = f" counted by rank {self._rank}" if self._world_size > 1 else ""
             error.add_note(f"{count} {images}{whose}; loader.max_broken allows {most}")
             raise error
         if sum(which == report.which for which, _ in known) == len(source.records):
@@ -151,8 +162,8 @@ class Loader:
 
     @property
     def broken(self) -> int:
-        """How many different broken images this rank has met, see ``max_broken``."""
-        return len(self._shards.broken)
+        """How many broken images this rank counts against ``max_broken``: those it has met, or what it took over."""
+        return self._counted
 
     def _identity(self) -> dict[str, Any]:
         """What a saved position is bound to."""
@@ -173,6 +184,7 @@ class Loader:
                     "rank": self._rank,
                     "next_worker": shards.next_worker,
                     "broken": [list(pair) for pair in sorted(shards.broken)],
+                    "counted": self._counted,
                     "positions": [position.to_json() for position in shards.positions],
                 }
             ],
@@ -183,16 +195,15 @@ class Loader:
 
         With as many ranks and workers as saved it, the next ``iter`` yields exactly the packs that would have followed.
         With other numbers, the shards share what is left: every record that the run had not yet read in its epoch is
-        read once, and none twice; a warning says so. Each rank then knows the broken images of all.
+        read once, and none twice; a warning says so. Each rank then knows the broken images of all, so that none is
+        reported again. Its count goes on from its own with as many ranks, and else from an equal share of all counts
+        (``share_of_counts``), with which a run that was within ``max_broken`` still is.
 
         Raises:
             ValueError: the position belongs to other sources, another seed or budget, or is not that of all ranks.
         """
         mine, saved = self._identity(), state["identity"]
-        different = [
-            f"{key} is {mine[key]!r}, saved with {saved.get(key)!r}" for key in mine if mine[key] != saved.get(key)
-        ]
-        if different:
+        if different := _differences(mine, saved):
             raise ValueError(f"the saved position does not fit this loader: {'; '.join(different)}")
         world_size, workers = state["world_size"], state["workers"]
         positions = [[Position.from_json(values) for values in one["positions"]] for one in state["ranks"]]
@@ -204,6 +215,9 @@ class Loader:
                 f"{workers} workers each, as merge_states makes it"
             )
         shards = self._shards
+        # Positions of earlier versions have no counts of their own: a rank counted all that it knew.
+        counts = [one.get("counted", len(one["broken"])) for one in state["ranks"]]
+        self._counted = share_of_counts(counts, self._rank, self._world_size)
         if (world_size, workers) == (self._world_size, shards.workers):
             own = state["ranks"][self._rank]
             shards.origins, shards.positions = origins, positions[self._rank]
@@ -255,6 +269,34 @@ class Loader:
         if self._rank == 0:
             shards.positions[0].skipped = sum(position.skipped for position in positions)
         shards.next_worker = 0
+
+
+def share_of_counts(counts: Sequence[int], rank: int, world_size: int) -> int:
+    """How many broken images ``rank`` of ``world_size`` counts when the ranks before had counted ``counts``.
+
+    As many ranks go on from their own. More of them divide the sum. Fewer get the shares that as many as before would
+    have got: ``max_broken`` is of each rank, and what all of them together may leave out becomes less, too. So no share
+    is larger than the largest count.
+    """
+    if world_size == len(counts):
+        return counts[rank]
+    each, over = divmod(sum(counts), max(world_size, len(counts)))
+    return each + (rank < over)
+
+
+def _differences(mine: Mapping[str, Any], saved: Mapping[str, Any]) -> list[str]:
+    """Where two identities differ, settings by the names that users know."""
+    found = [
+        f"loader.{name} is {value!r}, saved with {saved.get(name)!r}"
+        for name, value in mine.items()
+        if name != "sources" and value != saved.get(name)
+    ]
+    ours, theirs = mine["sources"], saved["sources"]
+    if len(ours) != len(theirs):
+        return [*found, f"the number of sources is {len(ours)}, saved with {len(theirs)}"]
+    texts = [[f"{name!r} ({n} records, weight {weight:g})" for name, n, weight in each] for each in (ours, theirs)]
+    pairs = enumerate(zip(*texts, strict=True))
+    return found + [f"source {i} is {now}, saved with {then}" for i, (now, then) in pairs if ours[i] != theirs[i]]
 
 
 def as_it_is(value: Any) -> Any:

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.evaluation.detection import DetectionOutcome, DetectionSummary, evaluate_detection
 
@@ -39,36 +38,6 @@ class Detector(Protocol):
         ``batch_size``, ``calibration``, ``on_error``.
         """
         ...
-
-
-def limit_evenly(records: Sequence[DetectionRecord], limit: int | None) -> list[DetectionRecord]:
-    """At most ``limit`` records, in their order: half of either label, of that the same number of every category, and
-    of a category's records every n-th. What one cannot fill goes to the others. The choice depends on the records'
-    order, labels and categories alone. None takes all.
-    """
-    if limit is None or limit >= len(records):
-        return list(records)
-    check(limit > 0, "limit", limit, "positive")
-    groups: dict[int, dict[str, list[int]]] = {}
-    for i, record in enumerate(records):
-        groups.setdefault(record.label, {}).setdefault(record.category, []).append(i)
-    chosen: list[int] = []
-    shares = _shares([sum(map(len, categories.values())) for categories in groups.values()], limit)
-    for categories, share in zip(groups.values(), shares, strict=True):
-        members = list(categories.values())
-        for own, number in zip(members, _shares([len(m) for m in members], share), strict=True):
-            chosen += [own[k * len(own) // number] for k in range(number)]
-    return [records[i] for i in sorted(chosen)]
-
-
-def _shares(sizes: Sequence[int], total: int) -> list[int]:
-    """``total`` handed out as evenly as parts that hold at most ``sizes`` allow."""
-    shares = [0] * len(sizes)
-    smallest_first = sorted(range(len(sizes)), key=lambda i: sizes[i])  # what they cannot take is left to the others
-    for done, i in enumerate(smallest_first):
-        shares[i] = min(sizes[i], total // (len(sizes) - done))
-        total -= shares[i]
-    return shares
 
 
 def judge(

@@ -9,7 +9,7 @@ Source: paper section 3.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -109,15 +109,19 @@ def detect_packed(
     max_new_tokens: int = 256,
     temperature: float = 0.0,
     generator: torch.Generator | None = None,
+    all_ended: Callable[[bool], bool] | None = None,
 ) -> list[DetectionOutput]:
     """Judge images and decode the answers.
 
     Args:
         model: on any device.
-        requests: at least one; all are decoded together.
+        requests: at least one; all are decoded together. With ``all_ended`` there may be none.
         max_new_tokens: longest answer, in tokens after bos; 0 asks for the head's verdict alone.
         temperature: 0 decodes greedily, otherwise tokens are sampled from softmax(logits / temperature).
         generator: for the sampling, on the model's device.
+        all_ended: for a model of which several processes hold a part each, so that every pass is made by all of them or
+            by none, whatever they were asked. Says, asked by all after every pass that decodes, whether its argument is
+            true in all; as long as it is not, a process whose answers have ended goes on for nothing.
 
     Returns:
         One output per request.
@@ -125,19 +129,18 @@ def detect_packed(
     Raises:
         ValueError: no requests, a negative argument, or answers that could reach beyond the model's positions.
     """
-    if len(requests) == 0:
+    if len(requests) == 0 and all_ended is None:
         raise ValueError("requests is empty; there must be at least one")
-    if max_new_tokens < 0 or temperature < 0:
-        name, value = ("max_new_tokens", max_new_tokens) if max_new_tokens < 0 else ("temperature", temperature)
-        raise ValueError(f"{name} is {value}; it must not be negative")
-    config = model.config
-    outputs = [DetectionOutput(None) for _ in requests]
-    started = [_answering(request, []) for request in requests]
-    lengths = [sample_length(sample, config) for sample in started]
+    for name, value in (("max_new_tokens", max_new_tokens), ("temperature", temperature)):
+        check(value >= 0, name, value, "at least 0")
+    config, asked = model.config, len(requests)
+    requests = requests or [_nothing_to_see(config)]
+    outputs = [DetectionOutput(None, ended=asked == 0) for _ in requests]
+    samples = [_answering(request, []) for request in requests]
+    lengths = [sample_length(sample, config) for sample in samples]
     # The last token of an answer is never read by another, hence no row for it.
     capacity = [length + max(0, max_new_tokens - 1) for length in lengths]
     cache = model.new_cache(capacity)
-    samples = started
     for step in range(max(1, max_new_tokens)):
         batch = pack(samples, config, cached=cache.lengths, capacity=capacity).to(model.device)
         if step == 0:  # now, not in the middle of an answer that happens to be long
@@ -151,28 +154,55 @@ def detect_packed(
                 output.class_logits = row
         if max_new_tokens == 0:
             break
-        going = [i for i, output in enumerate(outputs) if not output.ended]
-        rows = batch.last_rows[torch.tensor(going, device=model.device)]
-        chosen = _choose(model.text_logits(hidden, rows), temperature, generator)
-        _extend([outputs[i] for i in going], chosen, config.special_tokens.eos)
-        if all(output.ended for output in outputs):
+        _extend(model, hidden, batch.last_rows, outputs, temperature, generator)
+        ended = all(output.ended for output in outputs)
+        if ended if all_ended is None else all_ended(ended):
             break
-        # An ended answer has all its tokens cached and takes no further part.
-        cache.commit([length + len(o.ids) - (not o.ended) for length, o in zip(lengths, outputs, strict=True)])
+        cache.commit(_cached(lengths, outputs))
         samples = [_answering(request, output.ids) for request, output in zip(requests, outputs, strict=True)]
-    return outputs
+    return outputs[:asked]
+
+
+def _nothing_to_see(config: ModelConfig) -> DetectionRequest:
+    """The smallest request: one black patch and no question."""
+    vision = config.vision
+    return DetectionRequest(VitImage(torch.zeros(vision.num_channels, vision.patch_size, vision.patch_size)), Text(()))
 
 
 def _answering(request: DetectionRequest, ids: list[int]) -> Sample:
     return Sample((*request.prefix, Text(tuple(ids), eos=False)), name=request.name)
 
 
-def _extend(outputs: Sequence[DetectionOutput], tokens: Sequence[int], eos: int) -> None:
-    for output, token in zip(outputs, tokens, strict=True):
-        if token == eos:
-            output.ended = True
+def _cached(lengths: Sequence[int], outputs: Sequence[DetectionOutput]) -> list[int]:
+    """How many tokens of every sample the next pass finds cached; ``lengths``: those of its prefix and bos.
+
+    An ended answer has all its tokens cached and takes no further part. Where none goes on, the first one's last token
+    is computed once more, for a pass takes at least one.
+    """
+    cached = [length + len(o.ids) - (not o.ended) for length, o in zip(lengths, outputs, strict=True)]
+    cached[0] -= all(output.ended for output in outputs)
+    return cached
+
+
+def _extend(
+    model: UniGenDet,
+    hidden: Tensor,
+    last_rows: Tensor,
+    outputs: Sequence[DetectionOutput],
+    temperature: float,
+    generator: torch.Generator | None,
+) -> None:
+    """Choose the next token of every answer that goes on."""
+    going = [i for i, output in enumerate(outputs) if not output.ended]
+    if not going:
+        return
+    rows = last_rows[torch.tensor(going, device=model.device)]
+    chosen = _choose(model.text_logits(hidden, rows), temperature, generator)
+    for i, token in zip(going, chosen, strict=True):
+        if token == model.config.special_tokens.eos:
+            outputs[i].ended = True
         else:
-            output.ids.append(token)
+            outputs[i].ids.append(token)
 
 
 def _choose(logits: Tensor, temperature: float, generator: torch.Generator | None) -> list[int]:

@@ -69,7 +69,13 @@ class _Call:
 
 
 class Pipeline:
-    """A model that is ready to judge and to make images; ``batch_size`` images of a call are packed together."""
+    """A model that is ready to judge and to make images; ``batch_size`` images of a call are packed together.
+
+    ``all_ended``: for a model of which several processes hold a part each, so that they make every pass together: all
+    must then call ``detect`` with the same options and as many images, and ``generate`` with as many prompts. It says
+    whether its argument is true in all of them, which is asked at every step of decoding: images that one of them
+    cannot read, and answers that end earlier, then change nothing for the others.
+    """
 
     def __init__(
         self,
@@ -78,9 +84,12 @@ class Pipeline:
         autoencoder: Any,
         data: DataConfig | None = None,
         guidance: GuidanceConfig | None = None,
+        *,
+        all_ended: Callable[[bool], bool] | None = None,
     ) -> None:
         self.model, self.tokenizer, self.autoencoder = model.eval(), tokenizer, autoencoder
         self.data, self.guidance = data or DataConfig(), guidance or GuidanceConfig()
+        self._all_ended = all_ended
         # Views are left as pixels: threads prepare them, and the autoencoder works in the caller's.
         self.builder = SampleBuilder(model.config, tokenizer, self.data)
 
@@ -179,6 +188,7 @@ class Pipeline:
             "max_new_tokens": self._answer_length(texts, with_latent, max_new_tokens),
             "temperature": temperature,
             "generator": torch.Generator(self.model.device).manual_seed(seed),
+            "all_ended": self._all_ended,
         }
         call = _Call(transform, with_latent, batch_size, calibration or Calibration(), on_error, options)
         return self._judge_all(_paired(images, texts[0] if for_all else texts), call)
@@ -204,7 +214,8 @@ class Pipeline:
 
     def _judge(self, group: list[_Prepared | Detection], call: _Call) -> Iterator[Detection]:
         requests = [self._request(row, call.with_latent) for row in group if isinstance(row, _Prepared)]
-        outputs = iter(detect_packed(self.model, requests, **call.options) if requests else ())
+        alone = self._all_ended is None
+        outputs = iter(() if alone and not requests else detect_packed(self.model, requests, **call.options))
         for row in group:
             result = row
             if isinstance(row, _Prepared):

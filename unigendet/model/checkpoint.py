@@ -127,9 +127,16 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
         FileNotFoundError: there are no weights at ``path``.
         CheckpointError: tensors are missing, unexpected or misshapen, or a file is damaged.
     """
-    targets = published_parts(model)
-    found = find_tensors({name: part.shape for name, part in targets.items()}, path, initialize=initialize)
-    read_rows(found, targets, as_published)  # only now: a checkpoint that does not fit leaves the model as it is
+    load_parts(published_parts(model), path, initialize=initialize)
+
+
+def load_parts(parts: Mapping[str, Part], path: str | Path, *, initialize: Sequence[str] = ()) -> None:
+    """Copy published weights into ``parts``, those of all tensors of a model as of ``published_parts``.
+
+    Other arguments, and errors: as in ``load_weights``.
+    """
+    found = find_tensors({name: part.shape for name, part in parts.items()}, path, initialize=initialize)
+    read_rows(found, parts, as_published)  # only now: a checkpoint that does not fit leaves everything as it is
 
 
 def find_tensors(

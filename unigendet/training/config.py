@@ -187,8 +187,8 @@ class WatchConfig:
     width) pixels, by default the model's largest square. Image i starts from the noise of ``seed`` + i at every look.
     ``detection``: held-out images, an annotation file (its paths relative to ``image_root``, as in ``datasets``) or a
     folder with ``real/`` and ``fake/``; at most ``limit`` of them are judged, evenly over labels and categories.
-    ``max_tokens``: longest explanation; 0 = verdict only. ``batch_size``: images at a time. ``use_ema``: look at the
-    averaged weights where the run keeps them.
+    ``max_tokens``: longest explanation; 0 = verdict only. ``batch_size``: images at a time, in each process.
+    ``use_ema``: look at the averaged weights where the run keeps them.
     """
 
     every: int = 0

@@ -25,8 +25,10 @@ METRICS_FILE = "metrics.jsonl"
 RATES = ("tokens_per_second", "samples_per_second", "model_tflops_per_second", "mfu")
 MEMORY = ("memory_gib", "memory_reserved_gib")  # the largest in a step
 SUMS = ("tokens", "samples")
-TIMING = ("seconds", "data_seconds", *RATES, *MEMORY)  # entries of a row that differ from run to run
+SECONDS = ("seconds", "data_seconds", "encode_seconds")
+TIMING = (*SECONDS, *RATES, *MEMORY)  # entries of a row that differ from run to run
 AROUND = ("step", *SUMS, "lr", "grad_norm", *TIMING)  # entries that are no losses
+SHORTEST = 1e-9  # seconds that steps take at least: they are divided by
 
 Row = dict[str, Any]
 
@@ -58,7 +60,7 @@ def mean_row(rows: Iterable[Mapping[str, Any]]) -> Row:
         values = [row[name] for row in having]
         if name in RATES:
             seconds = [row["seconds"] for row in having]
-            mean[name] = sum(v * s for v, s in zip(values, seconds, strict=True)) / max(sum(seconds), 1e-9)
+            mean[name] = sum(v * s for v, s in zip(values, seconds, strict=True)) / max(sum(seconds), SHORTEST)
         elif name in MEMORY:
             mean[name] = max(values)
         else:
@@ -98,6 +100,8 @@ def read_history(folder: str | Path, last_step: int | None = None, name: str = M
 class MetricsWriter:
     """Writes every step's row to ``metrics.jsonl``, and interval means as TensorBoard events and to a tracker.
 
+    A row is handed to the operating system as it is added, so that it outlives a process that ends without notice.
+
     Args:
         folder: where to; None writes nothing.
         history: the rows of earlier steps when a run goes on; what the file holds beyond them is dropped. The file is
@@ -119,7 +123,7 @@ class MetricsWriter:
         self._path, self._folder = Path(folder) / METRICS_FILE, Path(folder) / "tensorboard"
         make_folder(Path(folder))
         write_text(self._path, "".join(json.dumps(row) + "\n" for row in history))
-        self._file = self._path.open("a", encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8", buffering=1)  # by line
         first = history[-1]["step"] + 1 if history else 0
         with naming(self._folder):
             self._events = SummaryWriter(str(self._folder), purge_step=first)
@@ -131,10 +135,7 @@ class MetricsWriter:
                 self._file.write(json.dumps(row) + "\n")
 
     def flush(self) -> None:
-        """Hand the rows and the events so far to the operating system."""
-        if self._file is not None:
-            with naming(self._path):
-                self._file.flush()
+        """Hand the events so far to the operating system; the rows have been."""
         if self._events is not None:
             with naming(self._folder):
                 self._events.flush()

@@ -17,9 +17,6 @@ from __future__ import annotations
 
 import os
 import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -34,14 +31,10 @@ from unigendet.config import check
 from unigendet.device import find_device
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import ParallelConfig, TrainConfig
+from unigendet.training.failures import FailureWatch, meeting_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_POLL = 0.25  # seconds between two looks for another process's failure
-_GRACE = 5.0  # seconds until it ends this process: torchrun names as the cause the process that ends first
-_CLOSING = 120.0  # the same where it has failed too: W&B, say, sends what it has left
-_PATIENCE = 8 * _POLL  # what a process waits for the cause of a failed collective, which is another one's failure
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,8 +48,8 @@ class Parallel:
         mesh: of the devices that share parameters; None: parameters are whole, there is one process.
         group: the process group for values on the host; None with one process.
         config: how parameters are divided.
-        failing: to be called when this process has failed and has still to close its files: others' failures then leave
-            it some time.
+        failing: to be called when this process has failed and has still to close its files, with the error, and whether
+            a checkpoint is being written. The others are told at once, and leave it some time.
     """
 
     rank: int = 0
@@ -65,7 +58,7 @@ class Parallel:
     mesh: DeviceMesh | None = None
     group: Any = None
     config: ParallelConfig = field(default_factory=ParallelConfig)
-    failing: Callable[[], None] = lambda: None
+    failing: Callable[[BaseException, bool], None] = lambda error, saving: None
 
     @property
     def main(self) -> bool:
@@ -95,6 +88,10 @@ class Parallel:
     def any(self, flag: bool) -> bool:
         """Whether ``flag`` is true in any process."""
         return self.sum([float(flag)])[0] > 0
+
+    def all(self, flag: bool) -> bool:
+        """Whether ``flag`` is true in every process."""
+        return not self.any(not flag)
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, by rank; values must be picklable."""
@@ -183,7 +180,8 @@ def put_away(model: nn.Module) -> None:
 def processes(config: TrainConfig) -> Iterator[Parallel]:
     """Within it, this process is one of those that ``torchrun`` started; without torchrun, the only one.
 
-    If the block raises, the other processes end within seconds, saying which one failed and why.
+    If the block raises, the other processes say at once which one failed and why, and end after it (``failures``). They
+    end too if a process is killed.
 
     Raises:
         ValueError: ``parallel`` does not fit the number of processes.
@@ -207,12 +205,12 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timeout)
     rank = dist.get_rank()
-    watch = _FailureWatch(rank)
+    watch = FailureWatch(meeting_store(), rank, world_size)
     watch.start()
     try:
         group = dist.new_group(backend="gloo", timeout=timeout)
         mesh = make_mesh(device, shape, timeout)
-        yield Parallel(rank, world_size, device, mesh, group, config.parallel, watch.be_patient)
+        yield Parallel(rank, world_size, device, mesh, group, config.parallel, watch.failing)
         dist.barrier(group)  # or one that is still closing its files would take the others' end for a failure
     except BaseException as error:
         watch.report(error)
@@ -252,55 +250,6 @@ def make_mesh(device: torch.device, shape: tuple[int, int], timeout: timedelta |
             if dist.get_rank() in row:
                 groups.append(group)
     return DeviceMesh.from_group(groups, device.type, ranks, mesh_dim_names=("replicate", "shard"))
-
-
-class _FailureWatch(threading.Thread):
-    """Ends this process when another one has failed: it would wait for it for ever, inside a collective.
-
-    The processes tell each other over the store at which they have met, each with a connection of this thread's own:
-    the other one may be busy waiting.
-    """
-
-    def __init__(self, rank: int) -> None:
-        super().__init__(name="failure-watch", daemon=True)
-        self._rank, self._key = rank, f"unigendet/failure/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}"
-        address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        self._store = dist.TCPStore(*address, is_master=False, timeout=timedelta(seconds=30))
-        self._ended, self._grace = threading.Event(), _GRACE
-
-    def run(self) -> None:
-        """Look until there is something to see, or nothing more to look for."""
-        while not self._ended.wait(_POLL):
-            try:
-                found = self._store.check([self._key])
-                cause = self._store.get(self._key).decode() if found else None
-            except RuntimeError:  # the process that holds the store has ended
-                cause = "the first process of the run is gone"
-            if cause is not None and not self._ended.is_set():
-                print(f"unigendet train: process {self._rank} ends, because {cause}", file=sys.stderr, flush=True)
-                if not self._ended.wait(self._grace):
-                    os._exit(1)
-
-    def be_patient(self) -> None:
-        """This process is about to end by itself, and has files to close."""
-        self._grace = _CLOSING
-
-    def stop(self) -> None:
-        """Nothing more to look for."""
-        self._ended.set()
-
-    def report(self, error: BaseException) -> None:
-        """Tell the others, unless the cause is one of them: then this process is ended here, by what that one says."""
-        if type(error) is RuntimeError or isinstance(error, dist.DistError):  # as of a collective
-            time.sleep(_PATIENCE)
-        self.stop()
-        kind = "it was interrupted" if isinstance(error, KeyboardInterrupt) else f"it failed: {error}"
-        try:
-            self._store.compare_set(self._key, "", f"process {self._rank} ended; {kind}")
-        except RuntimeError:
-            return  # the store is gone, and with it the process that held it
-        if self._rank == 0:
-            time.sleep(4 * _POLL)  # it may hold the store: the others must have had time to look
 
 
 def stopping_signal(received: signal.Signals | None) -> signal.Signals:

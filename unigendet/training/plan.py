@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from unigendet.config import ModelConfig, check
+from unigendet.device import GIB
 from unigendet.model.flops import diga_step, gduf_step
 from unigendet.training.activations import Activations, Precision, activations
 from unigendet.training.config import TrainConfig
@@ -17,7 +18,6 @@ from unigendet.training.planned_pack import PlannedPack, planned_pack
 from unigendet.training.preflight import check_layers
 from unigendet.training.sizes import RunSizes
 
-GIB = 2**30
 CARD, CARD_GIB = "80 GB", 79  # what PyTorch finds on such a card
 SLACK = 0.1  # share of the card that should be left for what is not included
 

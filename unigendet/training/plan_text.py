@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from unigendet.training.plan import GIB, Plan
+from unigendet.device import GIB
+from unigendet.training.plan import Plan
 from unigendet.training.sizes import elements
 
 

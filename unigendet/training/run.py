@@ -137,17 +137,20 @@ def prepare_watcher(
 ) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
     """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
 
-    Errors: see ``watch.read_watched``, so that a mistake shows before a model is loaded.
+    Errors: see ``watched.read_watched``, so that a mistake shows before a model is loaded.
     """
     if not config.watch.every:
         return None
     from unigendet.inference.pipeline import Pipeline
-    from unigendet.training.watch import Watcher, read_watched
+    from unigendet.training.watch import Watcher
+    from unigendet.training.watched import read_watched
 
     watched = read_watched(config)
 
     def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
-        return Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched, parallel)
+        all_ended = parallel.all if parallel is not None and parallel.sharded else None
+        pipeline = Pipeline(model, tokenizer, autoencoder, config.datasets.views, all_ended=all_ended)
+        return Watcher(config, pipeline, watched, parallel)
 
     return make
 

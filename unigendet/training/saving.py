@@ -76,6 +76,11 @@ class Saving:
         self._running = dcp.async_save(state, process_group=self._group, **options), writer
 
     @property
+    def running(self) -> bool:
+        """Whether a checkpoint is being written."""
+        return self._running is not None and not self._running[0].done()
+
+    @property
     def failed(self) -> bool:
         """Whether the save has ended, and not well; ``wait`` says why."""
         return self._running is not None and self._running[0].done() and self._running[0].exception() is not None

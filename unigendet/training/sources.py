@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unigendet.data.datasets import DetectionRecord, SampleBuilder, read_captions
+from unigendet.data.entries import Malformed
 from unigendet.data.labelled import FAKE_NAME, REAL_NAME, read_labelled, with_texts
 from unigendet.data.shards import Item, Source
 from unigendet.data.tokenizer import Tokenizer, load_tokenizer
@@ -19,14 +20,17 @@ DETECTION, CAPTIONS = "detection", "captions"
 
 @dataclass(frozen=True)
 class DataSet:
-    """One entry of ``datasets``: its kind, ``DETECTION`` or ``CAPTIONS``, and what reads it into its sources.
+    """One entry of ``datasets``: its kind, ``DETECTION`` or ``CAPTIONS``, its ``setting`` (``datasets.captions[0]``),
+    its file or folder (``name``), and what reads it into its sources.
 
-    ``read`` raises FileNotFoundError or ValueError that name what is wrong with the files.
+    ``read`` raises FileNotFoundError or ValueError that name what is wrong with the files. It may be given the list
+    ``malformed`` of ``read_detection``.
     """
 
     kind: str
+    setting: str
     name: str
-    read: Callable[[], list[Source]]
+    read: Callable[..., list[Source]]
 
 
 def data_sets(config: TrainConfig, builder: SampleBuilder) -> Iterator[DataSet]:
@@ -44,11 +48,13 @@ def data_sets(config: TrainConfig, builder: SampleBuilder) -> Iterator[DataSet]:
     if config.stage == "gduf":
         build = functools.partial(builder.detection, with_latent=datasets.detection_latents)
         question = datasets.views.question
-        for entry in datasets.detection:
-            yield DataSet(DETECTION, entry.file, functools.partial(_detection, entry, build, question))
+        for i, entry in enumerate(datasets.detection):
+            setting = f"datasets.{DETECTION}[{i}]"
+            read = functools.partial(_detection, entry, setting, build, question)
+            yield DataSet(DETECTION, setting, entry.file, read)
     build = builder.generation_with_teacher if config.stage == "diga" else builder.generation
-    for entry in datasets.captions:
-        yield DataSet(CAPTIONS, entry.file, functools.partial(_captions, entry, build))
+    for i, entry in enumerate(datasets.captions):
+        yield DataSet(CAPTIONS, f"datasets.{CAPTIONS}[{i}]", entry.file, functools.partial(_captions, entry, build))
 
 
 def build_sources(config: TrainConfig, builder: SampleBuilder) -> list[Source]:
@@ -56,13 +62,22 @@ def build_sources(config: TrainConfig, builder: SampleBuilder) -> list[Source]:
     return [source for data_set in data_sets(config, builder) for source in data_set.read()]
 
 
-def _captions(entry: AnnotationFile, build: Callable[..., Item]) -> list[Source]:
-    return [Source(read_captions(entry.file, entry.image_root), build, entry.weight, entry.file)]
+def _captions(
+    entry: AnnotationFile, build: Callable[..., Item], malformed: list[Malformed] | None = None
+) -> list[Source]:
+    return [Source(read_captions(entry.file, entry.image_root, malformed), build, entry.weight, entry.file)]
 
 
-def _detection(entry: AnnotationFile, build: Callable[..., Item], question: str) -> list[Source]:
+def _detection(
+    entry: AnnotationFile,
+    setting: str,
+    build: Callable[..., Item],
+    question: str,
+    malformed: list[Malformed] | None = None,
+) -> list[Source]:
     """One source; of a balanced entry one for either label, each with half of its weight."""
-    records = with_texts(read_labelled(entry.file, image_root=entry.image_root), question)
+    options = {"image_root": entry.image_root, "root_option": f"{setting}.image_root", "malformed": malformed}
+    records = with_texts(read_labelled(entry.file, **options), question)
     if not entry.balance:
         return [Source(_with_label(records, entry, entry.label), build, entry.weight, entry.file)]
     labels = ((1, REAL_NAME), (0, FAKE_NAME))

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor, nn
 
 from unigendet.files import OLD, naming, new_folder, remove_folder, settle
-from unigendet.model.checkpoint import OURS, load_weights, published_parts, write_config, write_weights
+from unigendet.model.checkpoint import OURS, load_parts, published_parts, write_config, write_weights
 from unigendet.model.rows import Part, Piece, find_pieces, local, read_rows, whole_shape
 from unigendet.model.shards import CheckpointError, JsonObject, listed, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
@@ -71,11 +71,6 @@ class ExponentialAverage:
     def copy_to_model(self) -> None:
         """Overwrite the model's weights with the averaged ones, for good."""
         torch._foreach_copy_(self._parameters, self.tensors)
-
-    @torch.no_grad()
-    def copy_from_model(self) -> None:
-        """Start the average anew at the model's weights."""
-        torch._foreach_copy_(self.tensors, self._parameters)
 
     @torch.no_grad()
     def _exchange(self) -> None:
@@ -169,11 +164,14 @@ class TrainState:
         """Everything that several processes write, by stem: this one's rows."""
         tensors = {f"{MODEL}/{OURS}": published_parts(self.model)}
         if self.ema is not None:
-            averaged = dict(zip(self.stage.trained, self.ema.tensors, strict=True))
-            tensors[f"{EMA}/{OURS}"] = published_parts(self.model, averaged)
+            tensors[f"{EMA}/{OURS}"] = self._averaged()
         for stem, own in ((STAGE, self.stage.state_dict()), (OPTIMIZER, self._optimizer_state())):
             tensors[stem] = {name: Part.of(tensor) for name, tensor in own.items()}
         return tensors
+
+    def _averaged(self) -> dict[str, Part]:
+        """This process's rows of the averaged weights, under the published names; what is frozen is the model's."""
+        return published_parts(self.model, dict(zip(self.stage.trained, self.ema.tensors, strict=True)))
 
     def _record(self, position: dict[str, Any] | None, settings: dict[str, Any]) -> str:
         """The contents of ``training.json``."""
@@ -211,9 +209,8 @@ class TrainState:
         self._load_optimizer(pieces[OPTIMIZER], record["trained"], path)
         self._load_stage(pieces[STAGE], path)
         if self.ema is not None:
-            load_weights(self.model, path / EMA)
-            self.ema.copy_from_model()
-        load_weights(self.model, path / MODEL)
+            load_parts(self._averaged(), path / EMA)
+        load_parts(published_parts(self.model), path / MODEL)
         self._load_generators(record["generators"], path / RECORD)
         self.step = record["step"]
         return record["position"]
@@ -310,7 +307,10 @@ def loader_position(batches: Any, parallel: Parallel) -> dict[str, Any] | None:
 
 
 def restore_position(batches: Any, position: dict[str, Any] | None, path: str | Path) -> None:
-    """Let batches go on from the position in checkpoint ``path``; CheckpointError unless it has one just if they do."""
+    """Let batches go on from the position in checkpoint ``path``.
+
+    Raises CheckpointError unless it has one just if they do, and theirs.
+    """
     has_position = hasattr(batches, "load_state_dict")
     if has_position != (position is not None):
         raise CheckpointError(
@@ -322,6 +322,11 @@ def restore_position(batches: Any, position: dict[str, Any] | None, path: str | 
             batches.load_state_dict(position)
         except (KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"checkpoint {path}: its loader position is damaged ({error!r})") from error
+        except ValueError as error:
+            raise CheckpointError(
+                f"checkpoint {path}: {error}; put back what has changed, or begin a new run from its weights "
+                f"(model.checkpoint={Path(path) / MODEL}, another output)"
+            ) from error
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:

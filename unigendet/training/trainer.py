@@ -64,11 +64,12 @@ class TrainResult:
     ``stopped_by``: the signal because of which it ended before its last step.
 
     A row has ``step`` (from 1), ``loss``, the unweighted loss terms by name, ``grad_norm`` before clipping, ``lr``,
-    ``tokens``, ``samples``, ``seconds``, ``data_seconds`` (the part of them spent waiting for the batch),
-    ``tokens_per_second``, ``samples_per_second`` and ``model_tflops_per_second`` (useful operations); ``mfu``, their
-    share of the device's peak, where that is known; on CUDA ``memory_gib`` and ``memory_reserved_gib``, the peaks since
-    the row before (``throughput``). Losses, tokens and the like are those of all processes. A
-    skipped step's row has ``skipped`` 1, and no number that is not finite.
+    ``tokens``, ``samples``, ``seconds``, of them ``data_seconds`` (the wait for data) and, where the loader has an
+    autoencoder to run, ``encode_seconds`` (that and packing, see ``Loader``); ``tokens_per_second``,
+    ``samples_per_second`` and ``model_tflops_per_second`` (useful operations); ``mfu``, their share of the device's
+    peak, where that is known; on CUDA ``memory_gib`` and ``memory_reserved_gib``, the step's peaks (``throughput``).
+    Losses, tokens and the like are those of all processes. A skipped step's row has ``skipped`` 1, and no number that
+    is not finite.
     """
 
     model: UniGenDet
@@ -95,7 +96,8 @@ class Trainer:
     Args:
         stage: what learns and from which losses.
         batches: yields the stage's batches, endlessly or at least as many as there are steps. A ``Loader`` also has
-            ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming.
+            ``state_dict``, and its position is then saved and restored; other iterables start anew on resuming. Of its
+            ``encode_seconds`` each row has those of its step.
         config: of the run. Its model, datasets and loader are not read here.
         companions: each writes its files beside the weights of every checkpoint, say a tokenizer's ``save``.
         parallel: this process among those of the run; default: the only one, on the model's device.
@@ -177,8 +179,8 @@ class Trainer:
                 self._loop(until, writer, display, stop or StopSignals())
             with self._explained():
                 self.state.saving.wait()
-        except BaseException:
-            self.parallel.failing()
+        except BaseException as error:
+            self.parallel.failing(error, self.state.saving.running)
             with suppress(Exception):  # what stopped the run counts
                 self.state.saving.wait()
             for finish in (self._profiler.close, functools.partial(writer.close, failed=True)):
@@ -210,9 +212,9 @@ class Trainer:
         stopping = self._stopping(stop)
         while self.state.step < until and not stopping:
             self._profiler.begin(self.state.step + 1)
-            started = time.perf_counter()
-            step_batches = [self._next(batches) for _ in range(self.config.accumulate)]
-            row = self.train_step(*step_batches, waited=time.perf_counter() - started)
+            self._meter.begin()
+            step_batches, waited, encoded = self._take(batches)
+            row = self.train_step(*step_batches, waited=waited, encoded=encoded)
             display.advance(row["step"])
             stopping = self._stopping(stop)
             last = row["step"] == until or stopping
@@ -240,7 +242,7 @@ class Trainer:
         """Look, unless a signal asks to end: the run looks when it goes on, and where it is complete, all the same."""
         complete = self.state.step == self.config.total_steps
 
-        def ends() -> bool:  # asked by all processes at once: they look at the same
+        def ends() -> bool:  # asked by all processes at once: they look in step
             return self.parallel.any(stop.received is not None) and not complete
 
         if self._watch is None or ends():
@@ -276,6 +278,16 @@ class Trainer:
                 how = f"the last good checkpoint is {last}: {remedy}, then resume the run (--resume)"
             raise SaveError(f"after step {self.state.step}: {what}; {how}") from error
 
+    def _take(self, batches: Iterator[Any]) -> tuple[list[Any], float, float | None]:
+        """A step's batches, the seconds that were waited for them, and those that it took to encode them, if any."""
+        started, before = time.perf_counter(), getattr(self.batches, "encode_seconds", None)
+        taken = [self._next(batches) for _ in range(self.config.accumulate)]
+        seconds = time.perf_counter() - started
+        if before is None:
+            return taken, seconds, None
+        encoded = self.batches.encode_seconds - before
+        return taken, max(seconds - encoded, 0.0), encoded
+
     def _next(self, batches: Iterator[Any]) -> Any:
         try:
             return next(batches)
@@ -284,10 +296,11 @@ class Trainer:
                 f"the batches ended after step {self.state.step} of {self.config.total_steps}"
             ) from None
 
-    def train_step(self, *batches: Any, waited: float = 0.0) -> Row:
+    def train_step(self, *batches: Any, waited: float = 0.0, encoded: float | None = None) -> Row:
         """One step on ``config.accumulate`` batches of this process: forward, backward, update.
 
-        Returns the step's row, which also joins the history. ``waited``: seconds that the batches took to come.
+        Returns the step's row, which also joins the history. ``waited``, ``encoded``: seconds that the batches took to
+        come, and to be encoded in this process, if they were.
         """
         state, config = self.state, self.config
         started = time.perf_counter()
@@ -307,8 +320,8 @@ class Trainer:
         if state.ema is not None and not bad:
             state.ema.update()
         state.step += 1
-        seconds = time.perf_counter() - started + waited
-        row |= combine(self.parallel.gather(self._meter.measure(batches, seconds, waited)))
+        seconds = time.perf_counter() - started + waited + (encoded or 0.0)
+        row |= combine(self.parallel.gather(self._meter.measure(batches, seconds, waited, encoded)))
         self.history.append(row)
         return row
 
@@ -349,6 +362,11 @@ class Trainer:
             )
         self.history = [] if self.config.output is None else read_history(self.config.output, self.state.step)
         self._resumed = Path(path)
+        if self.state.step == self.config.total_steps and not self._quiet:
+            logger.warning(
+                "checkpoint %s is of step %d, the last of the run: nothing is left to train; with a larger total_steps "
+                "it goes on, by the schedules of that many steps", path, self.state.step,
+            )  # fmt: skip
 
     def _last_checkpoint(self) -> Path | None:
         found = checkpoints(self.config.output) if self.config.output is not None else []

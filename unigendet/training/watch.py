@@ -11,6 +11,11 @@ seen goes to TensorBoard (``watch/…``) and into the run's output folder:
 
 A held-out image that cannot be read or judged counts as judged wrong, and is named under ``not_judged``; any other
 error stops the run, after the checkpoint of its step.
+
+Several processes share the work: each reads and judges its own part of the held-out images and makes its own part of
+the samples, and all that they found is put together in the order in which one process would have found it. Where each
+has a part of every parameter they make every pass through the model together, so their parts are equally long and have
+the same batches; ``Pipeline``'s ``all_ended`` sees to the rest.
 """
 
 from __future__ import annotations
@@ -20,28 +25,26 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from unigendet.config import check
-from unigendet.data.datasets import DetectionRecord
-from unigendet.data.labelled import check_present, read_labelled
-from unigendet.data.prompts import read_prompts
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
-from unigendet.evaluation.scoring import judge, limit_evenly, summarise
+from unigendet.evaluation.scoring import judge, summarise
 from unigendet.files import make_folder, naming, sync, write_text
 from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Pipeline
-from unigendet.training.config import TrainConfig, WatchConfig
+from unigendet.inference.requests import ImageRequest
+from unigendet.training.config import TrainConfig
 from unigendet.training.metrics import Look, Row, read_history
 from unigendet.training.parallel import Parallel, put_away
 from unigendet.training.state import TrainState
+from unigendet.training.watched import Watched
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -50,60 +53,7 @@ WATCH_FILE, PICTURES = "watch.jsonl", "watch"
 SMALLEST, LARGEST = 64, 512  # pixels of a sample's longer side in the grid: enlarged or reduced to lie between them
 LEAST = 1e-7  # probability in the held-out loss: about the resolution of float32 below 1
 
-
-@dataclass(frozen=True)
-class Watched:
-    """What a run's looks are at: ``prompts``, and ``held_out`` images with their labels."""
-
-    prompts: tuple[str, ...]
-    held_out: tuple[DetectionRecord, ...]
-
-
-def read_watched(config: TrainConfig) -> Watched:
-    """Read what ``config.watch`` names.
-
-    Raises:
-        FileNotFoundError: the file of prompts, the held-out images' file or folder, or one of the images is not there.
-        ValueError: there is nothing to look at or nowhere to write to, or a file is malformed or empty. Both name the
-            setting.
-    """
-    watch = config.watch
-    check(config.output is not None, "output", config.output, "a folder for watch.every to write to")
-    watched = Watched(_prompts(watch), _held_out(watch))
-    seen = watched.prompts or watched.held_out
-    check(bool(seen), "watch.every", watch.every, "0 without watch.prompts, watch.prompts_file and watch.detection")
-    return watched
-
-
-def _prompts(watch: WatchConfig) -> tuple[str, ...]:
-    if watch.prompts_file is None:
-        return watch.prompts
-    if not Path(watch.prompts_file).is_file():
-        raise FileNotFoundError(f"watch.prompts_file is {watch.prompts_file!r}; there is no such file")
-    try:
-        records = read_prompts(watch.prompts_file)
-    except ValueError as error:
-        raise ValueError(f"watch.prompts_file: {error}") from error
-    for record in records:
-        alone = record.seed is None and record.size is None and not record.images
-        check(alone, f"watch.prompts_file: {record.where}", record.prompt, "a prompt without seed, size and images")
-    return tuple(record.prompt for record in records)
-
-
-def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
-    if watch.detection is None:
-        return ()
-    if not Path(watch.detection).exists():
-        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file or folder")
-    try:
-        records = limit_evenly(read_labelled(watch.detection, image_root=watch.image_root), watch.limit)
-    except ValueError as error:
-        raise ValueError(f"watch.detection: {error}") from error
-    try:
-        check_present(records, "watch.image_root")
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"watch.detection is {watch.detection!r}; {error}") from error
-    return tuple(records)
+Item = TypeVar("Item")
 
 
 class _Ended(Exception):
@@ -114,13 +64,13 @@ class Watcher:
     """Looks at the model at the steps that ``config.watch`` asks for; a ``Trainer``'s ``watch``.
 
     A step that ``watch.jsonl`` has a line for is not looked at again, so a run that is resumed goes on with its looks;
-    what was seen beyond the step at which it goes on is removed. Of several processes all look at the same, since each
-    has a part of every parameter, and the first one writes.
+    what was seen beyond the step at which it goes on is removed. Several processes share each look, and must make it at
+    the same time; the first one writes.
 
     Args:
         config: of the run.
-        pipeline: around the very model that is trained.
-        watched: what to look at.
+        pipeline: around the very model that is trained; with ``all_ended`` if several processes divide it.
+        watched: what to look at; of several processes, what the first one was given.
         parallel: this process among those of the run; default: the only one.
 
     Raises:
@@ -144,11 +94,13 @@ class Watcher:
         """Look at ``state.model``, if this step is one to look at.
 
         As soon as ``ends()`` is true, which is asked after every image and every step of sampling, the look is left
-        and counts as not done; then None is returned.
+        and counts as not done; then None is returned. ``ends()`` must be the same in all processes, which ask it
+        together.
         """
         if self._done is None:
-            done = self._begin(state.step) if self._parallel.main else set()
-            self._done = self._parallel.gather(done)[0]
+            begun = (self._begin(state.step), self.watched) if self._parallel.main else None
+            # One list for all: files may differ from machine to machine.
+            self._done, self.watched = self._parallel.gather(begun)[0]
         wanted = state.step % self.config.watch.every == 0 or state.step == self.config.total_steps
         if not wanted or state.step in self._done:
             return None
@@ -214,32 +166,33 @@ class Watcher:
                 raise _Ended
 
         prompts = [prompt for prompt in self.watched.prompts for _ in range(watch.count)]
-        images = self.pipeline.generate(
-            prompts,
-            size=watch.size,
+        requests = [ImageRequest(prompt, watch.seed + i, watch.size) for i, prompt in enumerate(prompts)]
+        images = self.pipeline.generate_each(
+            deal(requests, self._parallel),
             guidance=watch.guidance,
-            seed=watch.seed,
             batch_size=watch.batch_size,
             progress=progress,
         )
-        return sample_grid(images, watch.count)
+        own = [_reduced(image) for image in images]
+        return sample_grid(collect(own, len(requests), self._parallel), watch.count)
 
     def _judge(self, ends: Callable[[], bool]) -> tuple[dict[str, float | None], dict[str, Any]]:
         """The scores of the verdicts on the held-out images, and what else there is to say of them."""
-        watch = self.config.watch
+        watch, held_out = self.config.watch, self.watched.held_out
         judged = judge(
             self.pipeline,
-            self.watched.held_out,
+            deal(held_out, self._parallel),
             with_latent=self.config.datasets.detection_latents,
             max_new_tokens=watch.max_tokens,
             batch_size=watch.batch_size,
         )
-        outcomes = []
+        own = []
         with closing(judged):
             for outcome in judged:
-                outcomes.append(outcome)
+                own.append(outcome)
                 if ends():
                     raise _Ended
+        outcomes = collect(own, len(held_out), self._parallel)
         summary = summarise(outcomes)
         overall = summary.overall
         scores = {
@@ -287,14 +240,36 @@ class Watcher:
         return {row["step"] for row in rows}
 
 
+def deal(items: Sequence[Item], parallel: Parallel) -> list[Item]:
+    """This process's part of ``items``: from its rank on, one of every ``world_size``.
+
+    All parts are equally long, which takes up to ``world_size`` − 1 of the items twice or more often.
+    """
+    count, size = len(items), parallel.world_size
+    return [items[i % count] for i in range(parallel.rank, -(-count // size) * size, size)]
+
+
+def collect(own: Sequence[Item], count: int, parallel: Parallel) -> list[Item]:
+    """What the processes made of their parts of ``count`` items, in the items' order; this one's is ``own``."""
+    parts = parallel.gather(own)
+    return [parts[i % len(parts)][i // len(parts)] for i in range(count)]
+
+
 def sample_grid(images: Sequence[Image], columns: int) -> NDArray[np.uint8]:
     """Images of one size, row by row → one picture uint8 [H, W, 4], RGBA with transparent gaps."""
+    images = [_reduced(image) for image in images]
     longer = max(images[0].size)
-    if longer > LARGEST:
-        width, height = (max(1, round(side * LARGEST / longer)) for side in images[0].size)
-        images, longer = [image.resize((width, height)) for image in images], LARGEST
     pixels = np.stack([np.asarray(image) for image in images])
     return tile(pixels, columns=columns, scale=max(1, SMALLEST // longer), gap=max(1, longer // SMALLEST), high=255)
+
+
+def _reduced(image: Image) -> Image:
+    """The image no larger than a grid shows it."""
+    longer = max(image.size)
+    if longer <= LARGEST:
+        return image
+    width, height = (max(1, round(side * LARGEST / longer)) for side in image.size)
+    return image.resize((width, height))
 
 
 def label_loss(outcomes: Sequence[DetectionOutcome]) -> float | None:

@@ -1,0 +1,185 @@
+"""Processes of a run end together: by an error, which all of them say, and when one is killed."""
+
+import json
+import signal
+from pathlib import Path
+from types import SimpleNamespace
+
+import failure_run
+import pytest
+import ranks
+import torch.distributed as dist
+
+from unigendet.training import failures
+from unigendet.training.failures import FailureWatch
+
+PROGRAM = Path(failure_run.__file__)
+
+
+class Clock:
+    """A time that passes while it is waited for; in place of a watch's event and of the module ``time``."""
+
+    def __init__(self):
+        self.now, self.plans = 0.0, []
+
+    def at(self, time, action):
+        self.plans.append((time, action))
+
+    def wait(self, seconds):
+        self.now += seconds
+        due = [action for time, action in self.plans if time <= self.now]
+        self.plans = [plan for plan in self.plans if plan[0] > self.now]
+        for action in due:
+            action()
+        return False
+
+    def set(self):
+        pass
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    clock = Clock()
+    monkeypatch.setattr(failures, "time", SimpleNamespace(monotonic=clock.monotonic, sleep=clock.sleep))
+    return clock
+
+
+@pytest.fixture
+def watches():
+    """Those of three processes, whose threads do not run."""
+    store = dist.HashStore()
+    return [FailureWatch(store, rank, 3) for rank in range(3)]
+
+
+def outlasted(watch, clock):
+    """When ``watch`` ends its process, which does not end by itself."""
+    watch._stopped = clock
+    assert watch._outlasts(watch._read())
+    return clock.now
+
+
+def test_the_others_end_soon_after_the_cause(watches, clock):
+    watches[1].report(OSError("the disk is gone"))
+    assert watches[0]._read() == (1, "process 1 failed: the disk is gone", failures._CLOSING)
+    assert outlasted(watches[0], clock) == pytest.approx(failures._GRACE, abs=2 * failures._POLL)
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_the_others_wait_for_files_that_are_closed(watches, clock, saving):
+    """They know the cause meanwhile."""
+    watches[1].failing(OSError("the disk is gone"), saving)
+    _, what, patience = watches[0]._read()
+    plan = "; the checkpoint that is being written is completed first"
+    assert (what, patience) == (f"process 1 failed: the disk is gone{plan * saving}", 600 if saving else 60)
+    clock.at(50, lambda: watches[1].report(OSError("the disk is gone")))
+    assert outlasted(watches[0], clock) == pytest.approx(50 + failures._GRACE, abs=2 * failures._POLL)
+
+
+@pytest.mark.parametrize("saving", [True, False])
+def test_files_that_are_never_closed(watches, clock, saving):
+    """The process that failed ends first, so that torchrun names it."""
+    watches[1].failing(OSError("the disk is gone"), saving)
+    limit = 600 if saving else 60
+    assert outlasted(watches[1], clock) == pytest.approx(limit, abs=2 * failures._POLL)
+    clock.now = 0.0
+    assert outlasted(watches[0], clock) == pytest.approx(limit + failures._GRACE, abs=2 * failures._POLL)
+
+
+def test_a_process_that_fails_while_it_waits_to_be_ended_has_time_for_its_files(watches, clock):
+    """The usual case: the end of the one that failed is what makes the collectives of the others fail."""
+    watches[1].report(OSError("the disk is gone"))
+    clock.at(failures._GRACE - 1, lambda: watches[0].failing(RuntimeError("connection closed"), False))
+    assert outlasted(watches[0], clock) == pytest.approx(failures._CLOSING, abs=2 * failures._POLL)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_collective_that_fails_is_not_the_cause(watches, clock, monkeypatch, capfd):
+    """The process is ended, in its turn and by what the first one says."""
+    ended, said, say = [], [], FailureWatch._say
+
+    def end(code):
+        ended.append((code, clock.now))
+        raise SystemExit
+
+    def note(watch, failure):
+        said.append(clock.now)
+        say(watch, failure)
+
+    monkeypatch.setattr(failures.os, "_exit", end)
+    monkeypatch.setattr(FailureWatch, "_say", note)
+    watches[1].report(OSError("the disk is gone"))
+    watches[0]._stopped, error = clock, RuntimeError("connection closed")
+    watches[0].failing(error, False)
+    watches[0].start()
+    watches[0].report(error)  # returns when the thread has ended
+    assert said == [failures._POLL]  # at its first look
+    assert ended == [(1, pytest.approx(failures._GRACE, abs=3 * failures._POLL))]
+    assert capfd.readouterr().err == "unigendet train: process 0 ends, because process 1 failed: the disk is gone\n"
+
+
+def test_an_error_of_its_own_is_raised(watches, clock, monkeypatch):
+    """Also by a process that is not the first to fail, or whose collective fails before any other process has."""
+    monkeypatch.setattr(FailureWatch, "join", None)
+    watches[1].report(RuntimeError("a collective"))
+    watches[0].report(OSError("the disk is gone"))
+    assert watches[2]._read().what == "process 1 failed: a collective"
+
+
+def test_signs_of_life(watches):
+    """As long as they come, however late a process is; of two that are killed, one is named."""
+    for _ in range(3 * failures._MISSED):
+        for watch in watches:
+            watch._beat()
+    for _ in range(failures._MISSED - 1):
+        watches[0]._beat()
+    watches[1]._beat()
+    for _ in range(failures._MISSED):
+        watches[0]._beat()
+        assert watches[0]._read() is None
+    watches[0]._beat()
+    assert watches[0]._read() == (1, "process 1 is gone (no sign of life for 60 s)", 0.0)
+
+
+def test_a_process_that_never_gave_a_sign_of_life(watches):
+    for _ in range(failures._MISSED + 1):
+        assert watches[0]._read() is None
+        watches[0]._beat()
+    assert watches[0]._read().rank == 1
+
+
+def test_processes_that_are_killed_under_torchrun(tmp_path, monkeypatch):
+    """Two neighbours of three. The third one has torchrun's signal, and would have half an hour to react to it."""
+    monkeypatch.setenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "1800")
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "3")
+    ((code, _, err),) = ranks.finish(ranks.start(1, *agent, PROGRAM, tmp_path, "killed", "1", "2"), timeout=120)
+    assert code != 0
+    assert "it was left alone" not in err
+    limit = f"no sign of life for {failure_run.LIMIT:.0f} s"
+    assert f"unigendet train: process 0 ends, because process 1 is gone ({limit})\n" in err
+    assert "SIGKILL" in err
+
+
+def test_the_process_with_the_store_is_killed(tmp_path):
+    (dead, _, _), (code, _, err) = ranks.finish(ranks.start(2, PROGRAM, tmp_path, "killed", "0"), timeout=120)
+    assert (dead, code) == (-signal.SIGKILL, 1)
+    assert "unigendet train: process 1 ends, because process 0 is gone\n" in err
+
+
+def test_a_process_that_ends_later_is_waited_for(tmp_path):
+    """Those that have nothing more to do give signs of life until all are ready."""
+    for code, _, err in ranks.finish(ranks.start(2, PROGRAM, tmp_path, "lasting", "0"), timeout=120):
+        assert code == 0, err
+        assert "ends, because" not in err
+
+
+def test_what_is_stored_can_be_read(watches):
+    """An error's text may be anything."""
+    watches[2].report(OSError('"{\n€\\'))
+    assert watches[0]._read().what == 'process 2 failed: "{\n€\\'
+    assert json.loads(watches[0]._store.get("failure"))[0] == 2
