@@ -131,6 +131,16 @@ def load_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str
     read_rows(found, targets, as_published)  # only now: a checkpoint that does not fit leaves the model as it is
 
 
+def check_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str] = ()) -> None:
+    """Raise ``load_weights``'s errors, and ValueError for an unknown module in ``initialize``; reads no tensor.
+
+    ``model``: its sizes matter, so it may be on the ``meta`` device.
+    """
+    _published_modules(model, initialize)
+    shapes = {name: part.shape for name, part in published_parts(model).items()}
+    find_tensors(shapes, path, initialize=initialize)
+
+
 def find_tensors(
     shapes: Mapping[str, Sequence[int]], path: str | Path, *, initialize: Sequence[str] = ()
 ) -> dict[str, list[Piece]]:
@@ -280,7 +290,8 @@ def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module
     unknown = [name for name in names if modules.get(name) is None]
     if unknown:
         optional = [name for name, module in modules.items() if module is not None]
-        raise ValueError(f"initialize names {unknown}; the model's modules that may be missing are {optional}")
+        name = "initialize (training: model.initialize)"
+        raise ValueError(f"{name} names {unknown}; the model's modules that may be missing are {optional}")
     return [modules[name] for name in names]
 
 
