@@ -60,6 +60,7 @@ def train(
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
+        ToldElsewhere: another process of the run raises the same error of the settings or files.
     """
     with processes(config) as parallel:
         trainer = build_trainer(config, parallel, resume=resume, console=console, quiet=quiet)
