@@ -273,7 +273,7 @@ def test_a_dry_run_warns_of_all_that_is_not_there(folder, tmp_path, monkeypatch)
     monkeypatch.setitem(sys.modules, "wandb", None)
     lost = [f"model.tokenizer={tmp_path / 'words'}", "wandb.project=x", "watch.every=1", "watch.detection=held.json"]
     model, warnings = rehearse(load_train_config(folder / "run.yaml", [*lost, "watch.prompts=[fox]"]))
-    assert names(warnings) == ["model.tokenizer", "watch.detection", "wandb.project"]
+    assert names(warnings) == ["wandb.project", "model.tokenizer", "watch.detection"]
     assert model.vocab_size == 512, "the preset's"
     # held-out images that are not there, and an output that is another run's
     (tmp_path / "held.json").write_text((folder / "detection.json").read_text())

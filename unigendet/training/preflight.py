@@ -73,7 +73,6 @@ def prepare(config: TrainConfig, resume: Path | None = None, missing: list[str] 
         ValueError: settings do not fit each other, or what they name; names the setting.
     """
     files = _Files(config, resume, missing)
-    files.package(functools.partial(require_wandb, config))
     tokenizer = files.read(functools.partial(build_tokenizer, config), tokenizer_setting(config))
     settings = model_settings(config, tokenizer) if resume is None else load_config(resume / MODEL)
     with torch.device("meta"):
@@ -151,6 +150,10 @@ class _Files:
 
     def __init__(self, config: TrainConfig, resume: Path | None, missing: list[str] | None) -> None:
         self._missing = missing
+        try:
+            require_wandb(config)
+        except ModuleNotFoundError as error:
+            self._note(error, [str(error)])
         if lost := missing_paths(config, resuming=resume is not None):
             self._note(FileNotFoundError(". ".join(lost)), lost)
 
@@ -164,13 +167,6 @@ class _Files:
         except FileNotFoundError as error:
             self._note(error, [str(error)])
             return None
-
-    def package(self, require: Callable[[], None]) -> None:
-        """Require a package, which a machine without the files need not have either."""
-        try:
-            require()
-        except ModuleNotFoundError as error:
-            self._note(error, [str(error)])
 
     def _note(self, error: Exception, lines: list[str]) -> None:
         if self._missing is None:
