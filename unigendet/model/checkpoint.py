@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from unigendet.config import ModelConfig
 from unigendet.files import naming, replaced_files
 from unigendet.model.rows import Part, Piece, find_pieces, read_rows, whole_shape
-from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
+from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, inside_hint, load_config, require_whole
 from unigendet.model.shards import CheckpointError, listed, open_tensors, outdated_names, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet, init_weights
 
@@ -215,10 +215,9 @@ def weight_files(path: str | Path) -> list[Path]:
     for stem in (PUBLISHED, OURS) if published else (OURS, PUBLISHED):
         if files := shard_files(path, stem):
             return files
-    inside = [name for name in (PUBLISHED, OURS) if (path / name).is_dir()]
-    hint = f"; it looks like a training checkpoint: name {path / inside[0]}" if inside else ""
     raise FileNotFoundError(
-        f"no weights in {path}: it holds none of model.safetensors, ema.safetensors, and no index of their shards{hint}"
+        f"no weights in {path}: it holds none of model.safetensors, ema.safetensors, and no index of their shards"
+        f"{inside_hint(path)}"
     )
 
 
