@@ -41,11 +41,11 @@ if TYPE_CHECKING:
 _POLL = 0.25  # seconds between two looks for another process's failure
 _GRACE = 5.0  # seconds until it ends this process: torchrun names as the cause the process that ends first
 _CLOSING = 120.0  # the same where it has failed too: W&B, say, sends what it has left
-NO_OFFLOAD = "false on a CPU, and with one process"
 _PATIENCE = 8 * _POLL  # what a process waits for the cause of a failed collective, which is another one's failure
 
 
 T = TypeVar("T")
+NO_OFFLOAD = "false on a CPU, and with one process"
 
 
 class ToldElsewhere(SystemExit):
@@ -238,6 +238,18 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     dist.destroy_process_group()
 
 
+def _shape_here(config: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """``mesh_shape`` of the processes that there are; whoever forgot torchrun is told of it."""
+    try:
+        return mesh_shape(config, world_size)
+    except ValueError as error:
+        named = config.replicate * (config.shard or 1)
+        if named == 1 or "WORLD_SIZE" in os.environ:
+            raise
+        start = f"torchrun --nproc-per-node {named} -m unigendet train …"
+        raise ValueError(f"{error}. torchrun starts {named} processes, on one machine by: {start}") from error
+
+
 def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     """(groups, processes in a group that divide the parameters). Raises ValueError unless that is all processes, and
     for a setting that one process cannot have.
@@ -252,18 +264,6 @@ def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
     other = f", or parallel.replicate must be {world_size // shard}" if fits else ""
     check(groups * shard == world_size, "parallel.shard", shard, f"{need} ({world_size}){other}")
     return groups, shard
-
-
-def _shape_here(config: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """``mesh_shape`` of the processes that there are; whoever forgot torchrun is told of it."""
-    try:
-        return mesh_shape(config, world_size)
-    except ValueError as error:
-        named = config.replicate * (config.shard or 1)
-        if named == 1 or "WORLD_SIZE" in os.environ:
-            raise
-        start = f"torchrun --nproc-per-node {named} -m unigendet train …"
-        raise ValueError(f"{error}. torchrun starts {named} processes, on one machine by: {start}") from error
 
 
 def make_mesh(device: torch.device, shape: tuple[int, int]) -> DeviceMesh:
