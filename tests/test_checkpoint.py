@@ -285,7 +285,9 @@ def test_initialized_heads_are_as_in_a_new_model(bagel, monkeypatch):
 
 def test_only_whole_optional_modules_may_be_missing(bagel):
     folder, weights = bagel
-    with pytest.raises(ValueError, match=r"initialize names \['vae2llm'\]; .* \['fake_cls_head', 'diga_mlp'\]"):
+    with pytest.raises(
+        ValueError, match=r"model\.initialize\) names \['vae2llm'\]; .* \['fake_cls_head', 'diga_mlp'\]"
+    ):
         load_pretrained(folder, initialize=["vae2llm"])
     save_file(weights | {"fake_cls_head.1.bias": torch.zeros(2)}, folder / "ema.safetensors")
     with pytest.raises(CheckpointError, match=r"5 missing: fake_cls_head.0.weight"):

@@ -45,7 +45,9 @@ def load_settings(cls: type[Settings], path: str | Path | None = None, overrides
     arguments = [] if path is None else [f"--file={path}"]
     arguments += [f"--{name}={value}" for name, value in options]
     try:
-        return cls(**_fields(parser.instantiate(parser.parse_args(arguments))))
+        values = parser.parse_args(arguments)
+        del values["file"]
+        return _build(cls, values, "")
     except (ArgumentError, TypeError) as error:  # TypeError: a value that an unparsed group of settings cannot be
         raise ValueError(f"{where}: {_plain(str(error))}") from error
 
@@ -64,8 +66,42 @@ def _options(overrides: Sequence[str]) -> list[tuple[str, str]]:
     return options
 
 
-def _fields(namespace: object) -> dict[str, object]:
-    return {name: value for name, value in vars(namespace).items() if name != "file"}
+def _build(kind: Any, value: Any, name: str) -> Any:
+    """The instance of ``kind`` that setting ``name`` has, of parsed values; errors name the settings as users do."""
+    kind = _alternatives(kind)[0]
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if value is None:
+        return None
+    if origin is tuple and dataclasses.is_dataclass(inner[0]):
+        return tuple(_build(inner[0], one, f"{name}[{i}]") for i, one in enumerate(value))
+    if origin is dict and dataclasses.is_dataclass(inner[1]):
+        return {key: _build(inner[1], one, f"{name}.{key}") for key, one in value.items()}
+    if not dataclasses.is_dataclass(kind) or isinstance(value, kind):
+        return value
+    types = typing.get_type_hints(kind)
+    given = value if isinstance(value, dict) else vars(value)
+    fields = {key: _build(types[key], one, f"{name}.{key}" if name else key) for key, one in given.items()}
+    try:
+        return kind(**fields)
+    except ValueError as error:
+        raise ValueError(_named(str(error), name, set(types))) from error
+
+
+def _named(message: str, name: str, fields: set[str]) -> str:
+    """What settings class ``name`` with these fields says of one of them, which it may call by a name of its own."""
+    first, _, _ = message.partition(" ")
+    own = first.rpartition(".")[2]
+    if not name or first == name or first.startswith(f"{name}."):
+        return message
+    if first.partition(".")[0] in fields:
+        return f"{name}.{message}"
+    return f"{name}.{own}{message[len(first) :]}" if own in fields else f"{name}: {message}"
+
+
+def _alternatives(kind: Any) -> list[Any]:
+    """The types that a setting may have: what is not None, and ``NoneType`` behind it if it may be None."""
+    kinds = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    return sorted(kinds, key=lambda one: one is type(None))
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -110,10 +146,10 @@ def _check_names(kind: Any, value: Any, name: str, where: str) -> None:
 
     ``kind``: the type that setting ``name`` has.
     """
-    alternatives = typing.get_args(kind) if type(None) in typing.get_args(kind) else (kind,)
+    alternatives = _alternatives(kind)
     if value is None and type(None) in alternatives:
         return
-    kind = next((k for k in alternatives if k is not type(None)), kind)
+    kind = alternatives[0]
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         known = typing.get_type_hints(kind)

@@ -236,7 +236,7 @@ def test_a_checkpoint_of_another_size(copied, command):
     rewrite(good / "model" / "config.json", hidden_size=64)
     code, line = command("train", "--config", file, setting, "--resume")
     assert code == 1
-    assert line.startswith(f"unigendet train: {good / 'model'} does not fit the model. Tensors ")
+    assert line.startswith(f"unigendet train: resume: {good / 'model'} does not fit the model. Tensors ")
     assert "of another shape: " in line
     assert " more. The weights must be those of a model with the settings beside them" in line
     assert len(line) < 3000

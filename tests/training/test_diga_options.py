@@ -193,7 +193,7 @@ def test_projector_in_files(tmp_path):
     want = r"2 missing: diga_conv.weight, diga_conv.bias; 4 unexpected: diga_mlp.0.* To start diga_conv afresh, name"
     with pytest.raises(CheckpointError, match=want):
         load_pretrained(tmp_path / "mlp", config=config)
-    with pytest.raises(ValueError, match=r"initialize names \['diga_mlp'\]"):
+    with pytest.raises(ValueError, match=r"model\.initialize\) names \['diga_mlp'\]"):
         load_pretrained(tmp_path / "mlp", config=config, initialize=["diga_mlp"])
     torch.manual_seed(5)
     fresh = load_pretrained(tmp_path / "mlp", config=config, initialize=["diga_conv"])

@@ -103,5 +103,5 @@ def test_what_cannot_be_balanced(folder):
 
 
 def test_a_folder_has_no_image_root(folder):
-    with pytest.raises(ValueError, match="image_root is 'x'; it must be None where"):
+    with pytest.raises(ValueError, match=r"datasets\.detection\[0\]\.image_root is 'x'; leave it out"):
         sources(folder, of_folder(folder, image_root="x"))

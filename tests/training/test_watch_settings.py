@@ -24,12 +24,12 @@ def run_file(watched_data, tmp_path):
 
 @pytest.fixture
 def cli(run_file, tmp_path, capsys, monkeypatch):
-    """Run ``unigendet train`` where nothing may be loaded; the message."""
+    """Run ``unigendet train`` where no weights may be loaded; the message."""
 
     def load(*arguments):
-        raise AssertionError("something was loaded before the settings were checked")
+        raise AssertionError("weights were loaded before everything else was checked")
 
-    monkeypatch.setattr(run_module, "build_tokenizer", load)
+    monkeypatch.setattr(run_module, "build_model", load)
 
     def run(*overrides):
         assert main(["train", "--config", str(run_file), *overrides]) == 1

@@ -28,7 +28,8 @@ def add(commands: Commands) -> None:
                             "(put --resume last then)")  # fmt: skip
     train.add_argument("--dry-run", action="store_true",
                        help="show what the run would need (memory, tokens, disk, communication) and end; it takes "
-                            "neither a GPU nor weights nor data, and names the files that are not there")  # fmt: skip
+                            "neither a GPU nor weights nor data; the settings, and the files that are "
+                            "there, are checked as by a run, and those that are not there are named")  # fmt: skip
     train.add_argument("--world-size", type=int, metavar="N",
                        help="with --dry-run: plan for N processes (default: torchrun's, or those that the settings "
                             "under parallel name)")  # fmt: skip
@@ -63,11 +64,12 @@ def _dry_run(options: argparse.Namespace, config: TrainConfig) -> int:
     """Print the plan; what is not there goes to standard error."""
     from unigendet.training.plan import make_plan
     from unigendet.training.plan_text import plan_text
-    from unigendet.training.preflight import missing_paths, model_settings, planned_processes
+    from unigendet.training.preflight import planned_processes, rehearse
 
     processes = planned_processes(config) if options.world_size is None else options.world_size
-    print(plan_text(make_plan(config, model_settings(config), processes)))
-    for line in missing_paths(config):
+    model, warnings = rehearse(config, options.resume)
+    print(plan_text(make_plan(config, model, processes)))
+    for line in warnings:
         say(options, f"warning: {line}")
     return 0
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import Tensor
 
-from unigendet.config import DataConfig, ModelConfig, data_from_dict
+from unigendet.config import DataConfig, ModelConfig, check, data_from_dict
 from unigendet.data.entries import Entry, Malformed, Reader, sound_entries
 from unigendet.data.tokenizer import Tokenizer
 from unigendet.data.transforms import ImageTransform, read_image
@@ -148,6 +148,30 @@ def load_data_config(folder: str | Path) -> DataConfig:
         raise ValueError(f"{file} does not hold a model's views: {error}") from error
 
 
+def check_tokenizer(tokenizer: Tokenizer, model: ModelConfig) -> None:
+    """Raise ValueError unless the tokenizer has the model's special tokens, and no more tokens than it."""
+    check(
+        tokenizer.special == model.special_tokens,
+        "tokenizer.special",
+        tokenizer.special,
+        f"the model's: {model.special_tokens}",
+    )
+    most = model.vocab_size
+    check(tokenizer.vocab_size <= most, "tokenizer.vocab_size", tokenizer.vocab_size, f"at most the model's {most}")
+
+
+def check_views(data: DataConfig, model: ModelConfig, name: str = "data") -> None:
+    """Raise ValueError unless both views fit the model; ``name``: what errors call ``data``."""
+    for view, config, need, positions in (
+        ("latent_view", data.latent_view, model.latent.stride, model.latent.max_size),
+        ("vit_view", data.vit_view, model.vision.patch_size, model.vision.max_patches_per_side),
+    ):
+        where, most = f"{name}.{view}", need * positions
+        check(config.stride % need == 0, f"{where}.stride", config.stride, f"a multiple of the model's {need}")
+        covers = f"what the model's position table covers ({positions} tokens of {need} pixels a side)"
+        check(config.max_size <= most, f"{where}.max_size", config.max_size, f"at most {most}, {covers}")
+
+
 class SampleBuilder:
     """Turns records, or an image and a text, into samples. Picklable; one is shared by all data workers.
 
@@ -173,26 +197,8 @@ class SampleBuilder:
         encode: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         data = data or DataConfig()
-        if tokenizer.special != model.special_tokens:
-            raise ValueError(
-                f"tokenizer.special is {tokenizer.special}; it must be the model's: {model.special_tokens}"
-            )
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ValueError(
-                f"tokenizer.vocab_size is {tokenizer.vocab_size}; it must be at most the model's {model.vocab_size}"
-            )
-        for name, view, need, positions in (
-            ("latent_view", data.latent_view, model.latent.stride, model.latent.max_size),
-            ("vit_view", data.vit_view, model.vision.patch_size, model.vision.max_patches_per_side),
-        ):
-            if view.stride % need:
-                raise ValueError(f"data.{name}.stride is {view.stride}; it must be a multiple of the model's {need}")
-            most = need * positions
-            if view.max_size > most:
-                raise ValueError(
-                    f"data.{name}.max_size is {view.max_size}; it must be at most {most}, what the model's position "
-                    f"table covers ({positions} tokens of {need} pixels a side)"
-                )
+        check_tokenizer(tokenizer, model)
+        check_views(data, model)
         self.model, self.tokenizer, self.data = model, tokenizer, data
         self._encode = encode
         grey_or_rgb = model.latent.channels if model.latent.autoencoder == "pixels" else 3

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from unigendet.config import LatentConfig
+from unigendet.config import LatentConfig, check
 from unigendet.model.shards import read_tensors
 
 _FLUX_CONFIG = Path(__file__).parent / "flux_vae" / "config.json"
@@ -88,6 +88,19 @@ class FluxAutoencoder(nn.Module):
         return image[None].to(weight.device, weight.dtype)
 
 
+def check_autoencoder(config: LatentConfig, path: str | Path | None, name: str = "path") -> None:
+    """Raise ValueError unless there is a file of weights just if the autoencoder needs one.
+
+    Arguments: see ``build_autoencoder``; ``name``: what errors call ``path``.
+    """
+    given = None if path is None else str(path)
+    if config.autoencoder == "pixels":
+        check(given is None, name, given, "null with latent.autoencoder 'pixels', which has no weights")
+    else:
+        need = f"the file of the weights (ae.safetensors) of latent.autoencoder {config.autoencoder!r}"
+        check(given is not None, name, given, need)
+
+
 def build_autoencoder(
     config: LatentConfig, path: str | Path | None = None, *, vae_config: dict[str, Any] | None = None
 ) -> PixelAutoencoder | FluxAutoencoder:
@@ -106,14 +119,9 @@ def build_autoencoder(
             autoencoder's tensors.
         FileNotFoundError: there is no such file.
     """
-    if config.autoencoder == "pixels":
-        if path is not None:
-            raise ValueError(
-                f"path is {str(path)!r}; it must be None with latent.autoencoder 'pixels', which has no weights"
-            )
-        return PixelAutoencoder(config)
+    check_autoencoder(config, path)
     if path is None:
-        raise ValueError("path is None; latent.autoencoder 'flux' needs the file of its weights (ae.safetensors)")
+        return PixelAutoencoder(config)
     if not Path(path).is_file():
         raise FileNotFoundError(f"autoencoder weights {path} do not exist")
     return FluxAutoencoder(config, _load_flux(Path(path), vae_config))

@@ -25,7 +25,7 @@ from unigendet.config import ModelConfig
 from unigendet.files import naming, replaced_files
 from unigendet.model.new_weights import draw_rows
 from unigendet.model.rows import Part, Piece, find_pieces, read_rows, whole_shape
-from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, load_config, require_whole
+from unigendet.model.settings import CONFIG_FILE, LLM_FILE, has_own_config, inside_hint, load_config, require_whole
 from unigendet.model.shards import CheckpointError, listed, open_tensors, outdated_names, shard_files, write_shards
 from unigendet.model.unigendet import UniGenDet
 
@@ -139,6 +139,16 @@ def load_parts(parts: Mapping[str, Part], path: str | Path, *, initialize: Seque
     read_rows(found, parts, as_published)  # only now: a checkpoint that does not fit leaves everything as it is
 
 
+def check_weights(model: UniGenDet, path: str | Path, *, initialize: Sequence[str] = ()) -> None:
+    """Raise ``load_weights``'s errors, and ValueError for an unknown module in ``initialize``; reads no tensor.
+
+    ``model``: its sizes matter, so it may be on the ``meta`` device.
+    """
+    _published_modules(model, initialize)
+    shapes = {name: part.shape for name, part in published_parts(model).items()}
+    find_tensors(shapes, path, initialize=initialize)
+
+
 def find_tensors(
     shapes: Mapping[str, Sequence[int]], path: str | Path, *, initialize: Sequence[str] = ()
 ) -> dict[str, list[Piece]]:
@@ -213,10 +223,9 @@ def weight_files(path: str | Path) -> list[Path]:
     for stem in (PUBLISHED, OURS) if published else (OURS, PUBLISHED):
         if files := shard_files(path, stem):
             return files
-    inside = [name for name in (PUBLISHED, OURS) if (path / name).is_dir()]
-    hint = f"; it looks like a training checkpoint: name {path / inside[0]}" if inside else ""
     raise FileNotFoundError(
-        f"no weights in {path}: it holds none of model.safetensors, ema.safetensors, and no index of their shards{hint}"
+        f"no weights in {path}: it holds none of model.safetensors, ema.safetensors, and no index of their shards"
+        f"{inside_hint(path)}"
     )
 
 
@@ -280,7 +289,8 @@ def _published_modules(model: UniGenDet, names: Iterable[str]) -> list[nn.Module
     unknown = [name for name in names if modules.get(name) is None]
     if unknown:
         optional = [name for name, module in modules.items() if module is not None]
-        raise ValueError(f"initialize names {unknown}; the model's modules that may be missing are {optional}")
+        name = "initialize (training: model.initialize)"
+        raise ValueError(f"{name} names {unknown}; the model's modules that may be missing are {optional}")
     return [modules[name] for name in names]
 
 

@@ -45,6 +45,12 @@ def require_whole(folder: Path) -> None:
         ) from error
 
 
+def inside_hint(folder: Path) -> str:
+    """Of a folder without a model: which one to name, if it has the form of a run's checkpoint; else nothing."""
+    inside = [name for name in ("ema", "model") if (folder / name).is_dir()]
+    return f"; it looks like a training checkpoint: name {folder / inside[0]}" if inside else ""
+
+
 def load_config(path: str | Path) -> ModelConfig:
     """The settings beside the weights at ``path``: ``config.json``, or BAGEL's ``llm_`` and ``vit_config.json``.
 
@@ -74,6 +80,7 @@ def load_config(path: str | Path) -> ModelConfig:
     foreign = f" of ours ({CONFIG_FILE} is another model's)" if (folder / CONFIG_FILE).is_file() else ""
     raise FileNotFoundError(
         f"no settings{foreign} in {folder}: it holds neither {CONFIG_FILE} nor {LLM_FILE} and {VIT_FILE}"
+        f"{inside_hint(folder)}"
     )
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,6 +14,18 @@ from unigendet.config_file import load_settings
 
 RECOMPUTE = ("none", "full", "attention", "selective")
 SKIPS = 10  # so many skipped steps in a row end a run
+
+
+@contextmanager
+def naming_setting(name: str) -> Iterator[None]:
+    """Within it, a FileNotFoundError or ValueError begins with the setting that is to blame, if it does not already."""
+    try:
+        yield
+    except (FileNotFoundError, ValueError) as error:
+        if str(error).startswith(name):
+            raise
+        kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError
+        raise kind(f"{name}: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -83,7 +96,9 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; exactly one of the two.
+    """Where a run's model comes from: a ``checkpoint``, or new weights of a ``preset``'s sizes; never both.
+
+    A run needs one of the two, unless it is resumed and has its model from there.
 
     ``sizes``: the preset whose sizes the checkpoint has. A dry run plans with them where the checkpoint is not at hand;
     one that is there must have these sizes. ``initialize``: published modules that the checkpoint may lack (BAGEL's has

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,21 @@ from unigendet.training.failures import FailureWatch, meeting_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
+
+
+T = TypeVar("T")
+NO_OFFLOAD = "false on a CPU, and with one process"
+
+
+class ToldElsewhere(SystemExit):
+    """Ends this process with exit code 1 and without a word: another process tells of the same error."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(1)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,6 +115,23 @@ class Parallel:
         values: list[Any] = [None] * self.world_size
         dist.all_gather_object(values, value, group=self.group)
         return values
+
+    def alike(self, make: Callable[[], T]) -> T:
+        """What ``make`` gives. An error that all processes have alike is told by the first one; the others end.
+
+        ``make`` must not enter collectives. Of errors, ValueError, OSError and ModuleNotFoundError are compared.
+        """
+        made, failure = None, None
+        try:
+            made = make()
+        except (ValueError, OSError, ModuleNotFoundError) as error:
+            failure = error
+        texts = self.gather(None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is None:
+            return made
+        if not self.main and len(set(texts)) == 1:
+            raise ToldElsewhere(str(failure)) from failure
+        raise failure
 
     def total(self, values: Tensor) -> Tensor:
         """The sum of every process's tensor, on its device and without waiting for it."""
@@ -187,15 +219,17 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
         ValueError: ``parallel`` does not fit the number of processes.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = mesh_shape(config.parallel, world_size)
-    if world_size > 1 and torch.cuda.is_available():
+    shape = _shape_here(config.parallel, world_size)
+    several = "'auto', 'cuda' or 'cpu' with several processes, which have a GPU each"
+    check(world_size == 1 or not config.device.startswith("cuda:"), "device", config.device, several)
+    if world_size > 1 and config.device in ("auto", "cuda") and torch.cuda.is_available():
         number = os.environ.get("LOCAL_RANK")
         check(number is not None, "LOCAL_RANK", number, "this process's number on its machine: start it with torchrun")
         torch.cuda.set_device(int(number))  # before anything else is made on a device
     device = find_device(config.device)
     offload = config.parallel.cpu_offload
     fits = world_size > 1 and device.type == "cuda"
-    check(fits or not offload, "parallel.cpu_offload", offload, "false on a CPU, and with one process")
+    check(fits or not offload, "parallel.cpu_offload", offload, NO_OFFLOAD)
     if world_size == 1:
         yield Parallel(device=device, config=config.parallel)
         return
@@ -220,8 +254,23 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     dist.destroy_process_group()
 
 
+def _shape_here(config: ParallelConfig, world_size: int) -> tuple[int, int]:
+    """``mesh_shape`` of the processes that there are; whoever forgot torchrun is told of it."""
+    try:
+        return mesh_shape(config, world_size)
+    except ValueError as error:
+        named = config.replicate * (config.shard or 1)
+        if named == 1 or "WORLD_SIZE" in os.environ:
+            raise
+        start = f"torchrun --nproc-per-node {named} -m unigendet train …"
+        raise ValueError(f"{error}. torchrun starts {named} processes, on one machine by: {start}") from error
+
+
 def mesh_shape(config: ParallelConfig, world_size: int) -> tuple[int, int]:
-    """(groups, processes in a group that divide the parameters). Raises ValueError unless that is all processes."""
+    """(groups, processes in a group that divide the parameters). Raises ValueError unless that is all processes, and
+    for a setting that one process cannot have.
+    """
+    check(world_size > 1 or not config.cpu_offload, "parallel.cpu_offload", config.cpu_offload, NO_OFFLOAD)
     groups = config.replicate
     fits = world_size % groups == 0
     check(fits, "parallel.replicate", groups, f"a divisor of the number of processes ({world_size})")

@@ -15,7 +15,6 @@ from unigendet.training.config import TrainConfig
 from unigendet.training.footprint import Bytes, Footprint
 from unigendet.training.parallel import mesh_shape
 from unigendet.training.planned_pack import PlannedPack, planned_pack
-from unigendet.training.preflight import check_layers
 from unigendet.training.sizes import RunSizes
 
 CARD, CARD_GIB = "80 GB", 79  # what PyTorch finds on such a card
@@ -97,7 +96,6 @@ def make_plan(
     """
     check(world_size > 0, "world_size", world_size, "positive")
     replicate, shard = mesh_shape(config.parallel, world_size)
-    check_layers(config, model)
     sizes, packs = sizes or RunSizes.of(config, model), packs or planned_pack(config, model)
     precision = Precision.of(config.precision, world_size > 1)
     captured = config.align_layer if packs.teacher is not None else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +14,7 @@ from rich.console import Console
 from unigendet.config import DataConfig
 from unigendet.data.datasets import SampleBuilder, save_data_config
 from unigendet.data.loader import Loader
+from unigendet.data.shards import Source
 from unigendet.data.tokenizer import Tokenizer
 from unigendet.device import find_device
 from unigendet.model.autoencoder import FluxAutoencoder, PixelAutoencoder, build_autoencoder
@@ -23,12 +23,13 @@ from unigendet.model.new_weights import new_model
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import TrainConfig
 from unigendet.training.parallel import Parallel, processes
-from unigendet.training.preflight import check_run, model_settings
+from unigendet.training.preflight import Parts, model_settings, prepare, resume_point
 from unigendet.training.signals import StopSignals
-from unigendet.training.sources import build_sources, build_tokenizer
+from unigendet.training.sources import build_sources, encodes_here, sample_builder
 from unigendet.training.stages import make_stage
-from unigendet.training.state import MODEL, checkpoints
+from unigendet.training.state import MODEL
 from unigendet.training.trainer import Trainer, TrainResult
+from unigendet.training.watched import Watched, read_watched
 
 if TYPE_CHECKING:
     from unigendet.training.watch import Watcher
@@ -60,6 +61,7 @@ def train(
         ValueError: the settings do not fit each other or the data; a checkpoint does not fit the run; the checkpoints
             in ``config.output`` are another run's, or later than the one to go on from.
         TrainingError, SaveError: see ``Trainer.run``.
+        ToldElsewhere: another process of the run raises the same error of the settings or files.
     """
     with processes(config) as parallel:
         trainer = build_trainer(config, parallel, resume=resume, console=console, quiet=quiet)
@@ -81,24 +83,28 @@ def build_trainer(
     """
     if parallel is None:
         parallel = Parallel(device=find_device(config.device), config=config.parallel)
-    checkpoint = _resume_point(config, resume)
-    check_run(config, checkpoint)
-    make_watcher = prepare_watcher(config, parallel)
+    checkpoint, parts = parallel.alike(functools.partial(_everything_but_weights, config, resume))
     torch.manual_seed(config.seed)
-    tokenizer = build_tokenizer(config)
     shard = functools.partial(parallel.shard, precision=config.precision) if parallel.sharded else None
-    model = build_model(config, tokenizer, parallel.device, checkpoint, shard)
-    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(parallel.device)
-    batches = build_loader(config, model, tokenizer, autoencoder, parallel)
-    watch = make_watcher and make_watcher(model, tokenizer, autoencoder)
+    model = build_model(config, parts.tokenizer, parallel.device, checkpoint, shard)
+    autoencoder = parts.autoencoder.to(parallel.device)
+    batches = _loader(config, parts.builder, parts.sources, autoencoder, parallel)
+    make_watcher = prepare_watcher(config, parallel, parts.watched)
+    watch = make_watcher and make_watcher(model, parts.tokenizer, autoencoder)
     stage = make_stage(model, config, shard)
-    beside = companions(tokenizer, config.datasets.views)
+    beside = companions(parts.tokenizer, config.datasets.views)
     trainer = Trainer(
         stage, batches, config, companions=beside, parallel=parallel, watch=watch, console=console, quiet=quiet
     )
     if checkpoint is not None:
         trainer.resume(checkpoint)
     return trainer
+
+
+def _everything_but_weights(config: TrainConfig, resume: bool | str | Path) -> tuple[Path | None, Parts]:
+    """The checkpoint to go on from, and all that is made before a model is loaded, which may take minutes."""
+    checkpoint = resume_point(config, resume)
+    return checkpoint, prepare(config, checkpoint)
 
 
 def build_model(
@@ -133,19 +139,18 @@ def companions(tokenizer: Tokenizer, views: DataConfig) -> list[Callable[[Path],
 
 
 def prepare_watcher(
-    config: TrainConfig, parallel: Parallel | None = None
+    config: TrainConfig, parallel: Parallel | None = None, watched: Watched | None = None
 ) -> Callable[[UniGenDet, Tokenizer, Autoencoder], Watcher] | None:
     """What makes the ``Watcher`` of a run out of its parts, with all that it looks at read; None without looks.
 
-    Errors: see ``watched.read_watched``, so that a mistake shows before a model is loaded.
+    ``watched``: what ``read_watched`` gave; default: it is read now. Errors: see there.
     """
     if not config.watch.every:
         return None
     from unigendet.inference.pipeline import Pipeline
     from unigendet.training.watch import Watcher
-    from unigendet.training.watched import read_watched
 
-    watched = read_watched(config)
+    watched = read_watched(config) if watched is None else watched
 
     def make(model: UniGenDet, tokenizer: Tokenizer, autoencoder: Autoencoder) -> Watcher:
         all_ended = parallel.all if parallel is not None and parallel.sharded else None
@@ -155,71 +160,27 @@ def prepare_watcher(
     return make
 
 
-def build_loader(
-    config: TrainConfig,
-    model: UniGenDet,
-    tokenizer: Tokenizer,
-    autoencoder: Autoencoder | None = None,
-    parallel: Parallel | None = None,
-) -> Loader:
-    """The endless stream of batches for ``config.stage``, of them those of this process (``parallel``).
+def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
+    """The endless stream of batches for ``config.stage``, in one process.
 
-    A FLUX autoencoder encodes in this process, on its device; pixel latents are made by the data workers.
-    ``autoencoder``: default: a new one, as ``config.model`` says, on the model's device.
+    A FLUX autoencoder encodes in this process, on the model's device; pixel latents are made by the data workers.
     """
-    datasets = config.datasets
-    if autoencoder is None:
-        autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(model.device)
-    here = model.config.latent.autoencoder == "flux"
-    encode = autoencoder.encode if here else None
-    builder = SampleBuilder(model.config, tokenizer, datasets.views, encode=None if here else autoencoder.encode)
+    autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(model.device)
+    builder = sample_builder(config, model.config, tokenizer, autoencoder)
+    return _loader(config, builder, build_sources(config, builder), autoencoder, Parallel(device=model.device))
+
+
+def _loader(
+    config: TrainConfig, builder: SampleBuilder, sources: list[Source], autoencoder: Autoencoder, parallel: Parallel
+) -> Loader:
+    """Of the batches, those of this process."""
     return Loader(
-        build_sources(config, builder),
+        sources,
         config.loader,
         length=builder.length,
-        model=model.config,
+        model=builder.model,
         dropout=config.dropout,
-        encode=encode,
-        rank=0 if parallel is None else parallel.rank,
-        world_size=1 if parallel is None else parallel.world_size,
+        encode=autoencoder.encode if encodes_here(builder.model) else None,
+        rank=parallel.rank,
+        world_size=parallel.world_size,
     )
-
-
-def _folder(output: str) -> str:
-    """The output folder, which exists or can be made."""
-    nearest = next(path for path in (Path(output), *Path(output).absolute().parents) if path.exists())
-    what = f"{nearest} is a file" if not nearest.is_dir() else f"{nearest} cannot be written to"
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
-        raise ValueError(f"output is {output!r}; it must be a folder, or be one that can be made, but {what}")
-    return output
-
-
-def _resume_point(config: TrainConfig, resume: bool | str | Path) -> Path | None:
-    """The checkpoint to go on from; an error if there is none, or if the run would mix with another one's files.
-
-    Checkpoints are numbered by step and the oldest go first, so later ones than where the run goes on would outlive
-    its own.
-    """
-    found = [] if config.output is None else checkpoints(_folder(config.output))
-    if isinstance(resume, str | Path):
-        point = Path(resume)
-        if not point.is_dir():
-            raise FileNotFoundError(f"no checkpoint at {resume}: there is no such folder")
-    elif resume and not found:
-        raise FileNotFoundError(f"nothing to resume: output folder {config.output} holds no checkpoints")
-    else:
-        point = found[-1] if resume else None
-    if not found:
-        return point
-    places = [path.resolve() for path in found]
-    if point is None or point.resolve() not in places:
-        raise ValueError(
-            f"output is {config.output!r}, which holds checkpoints of another run; resume it or name another"
-        )
-    later = [path.name for path in found[places.index(point.resolve()) + 1 :]]
-    if later:
-        raise ValueError(
-            f"resume is {str(resume)!r}, but output {config.output!r} holds later checkpoints: {', '.join(later)}; "
-            "it must be the newest one (remove the later ones, or name another output)"
-        )
-    return point

@@ -182,7 +182,7 @@ class DIGAStage(Stage):
             if not 1 <= layer <= layers:
                 raise ValueError(f"{what} is {layer}; it must be in 1..{layers}, the model's decoder layers")
         if model.align_head is None:
-            raise ValueError("the model has no alignment head; DIGA needs one built with align_head=True")
+            raise ValueError("stage is 'diga'; it must be 'gduf' for a model without alignment head (align_head=True)")
         super().__init__(model, weights, timestep_shift)
         self.align_layer, self.teacher_layer = align_layer, teacher_layer
         self.teacher_norm, self.shuffled_teacher = teacher_norm, shuffled_teacher

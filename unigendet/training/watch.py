@@ -33,14 +33,18 @@ import torch
 from numpy.typing import NDArray
 
 from unigendet.config import check
+from unigendet.data.tokenizer import Tokenizer
 from unigendet.evaluation.detection import DetectionOutcome
 from unigendet.evaluation.figures import tile
 from unigendet.evaluation.scoring import judge, summarise
 from unigendet.files import make_folder, naming, sync, write_text
+from unigendet.inference.detect import answer_room
 from unigendet.inference.generate import latent_grid
 from unigendet.inference.pipeline import Pipeline
 from unigendet.inference.requests import ImageRequest
-from unigendet.training.config import TrainConfig
+from unigendet.model.autoencoder import PixelAutoencoder
+from unigendet.model.unigendet import UniGenDet
+from unigendet.training.config import TrainConfig, WatchConfig, naming_setting
 from unigendet.training.metrics import Look, Row, read_history
 from unigendet.training.parallel import Parallel, put_away
 from unigendet.training.state import TrainState
@@ -54,6 +58,33 @@ SMALLEST, LARGEST = 64, 512  # pixels of a sample's longer side in the grid: enl
 LEAST = 1e-7  # probability in the held-out loss: about the resolution of float32 below 1
 
 Item = TypeVar("Item")
+
+
+def check_watch(watch: WatchConfig, model: UniGenDet) -> None:
+    """Raise ValueError, which names the setting, if looks do not suit the model; its weights do not matter."""
+    if watch.size is not None and (watch.prompts or watch.prompts_file is not None):
+        latent_grid(model, watch.size, "watch.size")
+    mute = watch.detection is not None and model.class_head is None and not watch.max_tokens
+    check(not mute, "watch.max_tokens", watch.max_tokens, "positive: the model has no real/fake head, only answers")
+
+
+def check_watched(config: TrainConfig, watched: Watched, model: UniGenDet, tokenizer: Tokenizer) -> None:
+    """Raise what ``Watcher`` would raise with this model, whose weights do not matter."""
+    autoencoder = PixelAutoencoder(model.config.latent)  # of which nothing is asked
+    Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+
+
+def _check_texts(config: TrainConfig, pipeline: Pipeline, watched: Watched) -> None:
+    """Raise ValueError if the model has no room for a prompt, or for a question with its answer."""
+    watch = config.watch
+    with naming_setting("watch.prompts" if watch.prompts_file is None else "watch.prompts_file"):
+        pipeline.check_requests([ImageRequest(prompt, size=watch.size) for prompt in watched.prompts])
+    questions = {record.question or pipeline.data.question for record in watched.held_out}
+    for text in map(pipeline.builder.text, questions):
+        room = answer_room(pipeline.model.config, text, with_latent=config.datasets.detection_latents)
+        asked = f"a question of {len(text.ids)} tokens in watch.detection"
+        check(room > 0, "watch.detection", watch.detection, f"without {asked}, which the model has no room for")
+        check(watch.max_tokens <= room, "watch.max_tokens", watch.max_tokens, f"at most {room}, the room after {asked}")
 
 
 class _Ended(Exception):
@@ -84,11 +115,8 @@ class Watcher:
         self._parallel = parallel or Parallel(device=pipeline.model.device)
         self._output = Path(config.output or ".")
         self._done: set[int] | None = None
-        watch, model = config.watch, pipeline.model
-        if watched.prompts and watch.size is not None:
-            latent_grid(model, watch.size, "watch.size")
-        mute = watched.held_out and not pipeline.has_head and not watch.max_tokens
-        check(not mute, "watch.max_tokens", watch.max_tokens, "positive: the model has no real/fake head, only answers")
+        check_watch(config.watch, pipeline.model)
+        _check_texts(config, pipeline, watched)
 
     def __call__(self, state: TrainState, ends: Callable[[], bool] = lambda: False) -> Look | None:
         """Look at ``state.model``, if this step is one to look at.

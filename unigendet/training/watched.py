@@ -29,12 +29,16 @@ def read_watched(config: TrainConfig) -> Watched:
         ValueError: there is nothing to look at or nowhere to write to, or a file is malformed or empty. Both name the
             setting.
     """
+    require_watched(config)
+    return Watched(watched_prompts(config.watch), held_out(config.watch))
+
+
+def require_watched(config: TrainConfig) -> None:
+    """Raise ValueError if the settings name nothing to look at, or nowhere to write to."""
     watch = config.watch
     check(config.output is not None, "output", config.output, "a folder for watch.every to write to")
-    watched = Watched(watched_prompts(watch), _held_out(watch))
-    seen = watched.prompts or watched.held_out
-    check(bool(seen), "watch.every", watch.every, "0 without watch.prompts, watch.prompts_file and watch.detection")
-    return watched
+    seen = bool(watch.prompts) or watch.prompts_file is not None or watch.detection is not None
+    check(seen, "watch.every", watch.every, "0 without watch.prompts, watch.prompts_file and watch.detection")
 
 
 def watched_prompts(watch: WatchConfig) -> tuple[str, ...]:
@@ -69,8 +73,8 @@ def held_out_records(watch: WatchConfig, malformed: list[Malformed] | None = Non
         raise ValueError(f"watch.detection: {error}") from error
 
 
-def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
-    """Those that are looked at; all of them are there."""
+def held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
+    """The held-out images that are looked at; all of them are there. Errors: see ``read_watched``."""
     records = limit_evenly(held_out_records(watch), watch.limit)
     try:
         check_present(records, "watch.image_root")
