@@ -71,13 +71,16 @@ def run(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace, config: TrainConfig) -> Findings:
     """Read annotations, look at what they say, decode images, and expect packs."""
     from unigendet.data.check import SizedBuilder, check_images, chosen_records, expected_packs
+    from unigendet.data.datasets import check_views
     from unigendet.data.labelled import limit_evenly
     from unigendet.training.preflight import model_settings
     from unigendet.training.sources import build_tokenizer
 
     tokenizer = build_tokenizer(config)
     sizes: dict[Path, Any] = {}
-    builder = SizedBuilder(model_settings(config, tokenizer), tokenizer, config.datasets.views, sizes)
+    model = model_settings(config, tokenizer)
+    check_views(config.datasets.views, model, "datasets.views")
+    builder = SizedBuilder(model, tokenizer, config.datasets.views, sizes)
     found, sources, held_out = _read(config, builder)
     _check_annotations(found, sources, held_out)
     chosen = [chosen_records(source.records, options.sample) for _, source in sources]
