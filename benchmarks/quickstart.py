@@ -83,16 +83,19 @@ def current_settings() -> dict[str, Any]:
     return plain(dataclasses.asdict(load_settings(QuickstartConfig, default_config())))
 
 
-# Values of settings that older records have under another word.
-RENAMED = {"recompute": {False: "none", True: "full"}}
+# Values of settings that older records have and that mean what another one does now: by another word, or (data read in
+# the training process or in one other) with the very same packs.
+SAME = {"recompute": {False: "none", True: "full"}, "num_workers": {0: 1}}
 
 
 def changes(recorded: Any, current: Any, name: str = "") -> Iterator[str]:
     """Settings that a record has and that have another value now, as ``name recorded → current``."""
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         for key in recorded.keys() & current.keys():
-            then = RENAMED[key].get(recorded[key], recorded[key]) if key in RENAMED else recorded[key]
-            yield from changes(then, current[key], f"{name}.{key}" if name else key)
+            then, now = recorded[key], current[key]
+            if key in SAME and then != now:
+                then = SAME[key].get(then, then)
+            yield from changes(then, now, f"{name}.{key}" if name else key)
     elif recorded != current:
         yield f"`{name}` {json.dumps(recorded)} → {json.dumps(current)}"
 

@@ -246,7 +246,7 @@ def test_mistakes(detect, pictures, tmp_path):
         ([pictures, "--max-tokens", -1], "max_new_tokens (--max-tokens) is -1; it must be from 0 to"),
         ([pictures, "--max-tokens", 500], "max_new_tokens (--max-tokens) is 500; it must be from 0 to"),
         ([pictures, "--device", "warp"], "device is 'warp'; it must be"),
-        ([pictures, "--autoencoder", "ae.safetensors"], "must be None with"),
+        ([pictures, "--autoencoder", "ae.safetensors"], "must be left out with"),
         ([pictures, "--threshold", 1.5], "threshold is 1.5; it must be a probability"),
         (
             [pictures, "--threshold", 0.5, "--unsure", 0.6, 0.9],

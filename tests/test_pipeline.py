@@ -211,7 +211,7 @@ def test_folder_errors(pipeline, tokenizer, tmp_path):
     with pytest.raises(FileNotFoundError, match="no model folder at"):
         Pipeline.from_pretrained(tmp_path / "nowhere")
     pipeline.save(tmp_path / "model")
-    with pytest.raises(ValueError, match=r"must be None with latent\.autoencoder 'pixels'"):
+    with pytest.raises(ValueError, match=r"must be left out with latent\.autoencoder 'pixels'"):
         Pipeline.from_pretrained(tmp_path / "model", autoencoder=tmp_path / "ae.safetensors")
     (tmp_path / "model" / "tokenizer.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"tokenizer folder .*model lacks"):

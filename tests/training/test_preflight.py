@@ -176,7 +176,7 @@ SETTINGS = [
     (["watch.guidance.num_timesteps=1"], "watch.guidance.num_timesteps is 1; it must be at least 2"),
     (["watch.every=1"], "watch.every is 1; it must be 0 without watch.prompts"),
     (["watch.every=1", "watch.prompts=[fox]", "watch.size=[7, 7]"], "watch.size is (7, 7); it must be (height, width)"),
-    (["model.autoencoder={folder}/run.yaml"], "run.yaml'; it must be null with latent.autoencoder 'pixels'"),
+    (["model.autoencoder={folder}/run.yaml"], "run.yaml'; it must be left out with latent.autoencoder 'pixels'"),
     ([*FLUX], "model.autoencoder is None; it must be the file of the weights (ae.safetensors) of latent.autoencoder"),
     ([*CHECKPOINT, "bare", "stage=diga"], "stage is 'diga'; it must be 'gduf' for a model without alignment head"),
     ([*CHECKPOINT, "bare", *LOOKS], "watch.max_tokens is 0; it must be positive: the model has no real/fake head"),

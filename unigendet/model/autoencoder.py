@@ -95,7 +95,7 @@ def check_autoencoder(config: LatentConfig, path: str | Path | None, name: str =
     """
     given = None if path is None else str(path)
     if config.autoencoder == "pixels":
-        check(given is None, name, given, "null with latent.autoencoder 'pixels', which has no weights")
+        check(given is None, name, given, "left out with latent.autoencoder 'pixels', which has no weights")
     else:
         need = f"the file of the weights (ae.safetensors) of latent.autoencoder {config.autoencoder!r}"
         check(given is not None, name, given, need)

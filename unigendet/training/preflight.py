@@ -1,7 +1,9 @@
 """Everything of a run but its weights, made before they are loaded: mistakes in settings and files show at once.
 
 A run calls ``prepare`` once it knows its processes, which ``parallel.mesh_shape`` checks. ``train --dry-run`` calls it
-too (``rehearse``), but takes what is not there for a warning. Settings come first, then the files that they name.
+too (``rehearse``), but takes what is not there for a warning. Files that are not there come first, all of them; then
+whether settings fit each other and the model; then what is in the files. Whether a run fits the checkpoint that it goes
+on from shows when the state is loaded (``TrainState.load``).
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ from unigendet.training.sources import (
 from unigendet.training.stages import make_stage
 from unigendet.training.state import MODEL, checkpoints
 from unigendet.training.tracking import require_wandb
-from unigendet.training.watched import Watched, held_out, require_watched, watched_prompts
+from unigendet.training.watched import Watched, read_watched, require_watched
 
 T = TypeVar("T")
 
@@ -60,7 +62,7 @@ class Parts:
 
 
 def prepare(config: TrainConfig, resume: Path | None = None, missing: list[str] | None = None) -> Parts:
-    """Make and read everything but the weights, settings first.
+    """Make and read everything but the weights.
 
     Args:
         config: of the run.
@@ -137,9 +139,7 @@ def _check_weights(config: TrainConfig, resume: Path | None, model: UniGenDet) -
 def _read_watched(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer | None, files: _Files) -> Watched:
     from unigendet.training.watch import check_watched
 
-    prompts = files.read(functools.partial(watched_prompts, config.watch), "watch.prompts_file")
-    records = files.read(functools.partial(held_out, config.watch), "watch.detection", "watch.image_root")
-    watched = Watched(prompts or (), records or ())
+    watched = read_watched(config, files.read)
     if tokenizer is not None:
         check_watched(config, watched, model, tokenizer)
     return watched

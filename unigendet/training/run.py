@@ -160,14 +160,16 @@ def prepare_watcher(
     return make
 
 
-def build_loader(config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer) -> Loader:
-    """The endless stream of batches for ``config.stage``, in one process.
+def build_loader(
+    config: TrainConfig, model: UniGenDet, tokenizer: Tokenizer, parallel: Parallel | None = None
+) -> Loader:
+    """The endless stream of batches for ``config.stage``; of several processes, of those that this one gets.
 
     A FLUX autoencoder encodes in this process, on the model's device; pixel latents are made by the data workers.
     """
     autoencoder = build_autoencoder(model.config.latent, config.model.autoencoder).to(model.device)
     builder = sample_builder(config, model.config, tokenizer, autoencoder)
-    return _loader(config, builder, build_sources(config, builder), autoencoder, Parallel(device=model.device))
+    return _loader(config, builder, build_sources(config, builder), autoencoder, parallel or Parallel())
 
 
 def _loader(

@@ -41,7 +41,7 @@ class Meter:
 
         ``tokens, samples, flops`` of the batches' students; ``seconds``, and of them ``data_seconds`` and, if it is
         known, ``encode_seconds``; ``peak_tflops`` if known; on CUDA ``memory_gib`` and ``memory_reserved_gib``: the
-        most since ``begin`` that tensors took, and that PyTorch held of the device, for them or for others before.
+        most since ``begin`` that tensors took, and that PyTorch held of the device.
 
         Args:
             batches: what the loader yielded, wherever it lies now: sizes and the layouts' tables on the host are read.

@@ -69,22 +69,24 @@ def check_watch(watch: WatchConfig, model: UniGenDet) -> None:
 
 
 def check_watched(config: TrainConfig, watched: Watched, model: UniGenDet, tokenizer: Tokenizer) -> None:
-    """Raise what ``Watcher`` would raise with this model, whose weights do not matter."""
+    """Raise ValueError if the model, whose weights do not matter, has no room for a prompt or question."""
     autoencoder = PixelAutoencoder(model.config.latent)  # of which nothing is asked
-    Watcher(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
+    _check_texts(config, Pipeline(model, tokenizer, autoencoder, config.datasets.views), watched)
 
 
 def _check_texts(config: TrainConfig, pipeline: Pipeline, watched: Watched) -> None:
     """Raise ValueError if the model has no room for a prompt, or for a question with its answer."""
-    watch = config.watch
+    watch, model = config.watch, pipeline.model.config
     with naming_setting("watch.prompts" if watch.prompts_file is None else "watch.prompts_file"):
         pipeline.check_requests([ImageRequest(prompt, size=watch.size) for prompt in watched.prompts])
-    questions = {record.question or pipeline.data.question for record in watched.held_out}
+    questions = dict.fromkeys(record.question or pipeline.data.question for record in watched.held_out)
     for text in map(pipeline.builder.text, questions):
-        room = answer_room(pipeline.model.config, text, with_latent=config.datasets.detection_latents)
-        asked = f"a question of {len(text.ids)} tokens in watch.detection"
-        check(room > 0, "watch.detection", watch.detection, f"without {asked}, which the model has no room for")
-        check(watch.max_tokens <= room, "watch.max_tokens", watch.max_tokens, f"at most {room}, the room after {asked}")
+        room = answer_room(model, text, with_latent=config.datasets.detection_latents)
+        asked = f"a question of {len(text.ids)} tokens"
+        need = f"a data set without {asked}: the model has {model.max_position} positions"
+        check(room > 0, "watch.detection", watch.detection, need)
+        need = f"at most {room}, the room after {asked} in watch.detection"
+        check(watch.max_tokens <= room, "watch.max_tokens", watch.max_tokens, need)
 
 
 class _Ended(Exception):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from unigendet.config import check
 from unigendet.data.datasets import DetectionRecord
 from unigendet.data.entries import Malformed
 from unigendet.data.labelled import check_present, limit_evenly, read_labelled
 from unigendet.data.prompts import read_prompts
-from unigendet.training.config import TrainConfig, WatchConfig
+from unigendet.training.config import TrainConfig, WatchConfig, naming_setting
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,11 @@ class Watched:
     held_out: tuple[DetectionRecord, ...]
 
 
-def read_watched(config: TrainConfig) -> Watched:
+def read_watched(config: TrainConfig, read: Callable[..., Any] = lambda function, *settings: function()) -> Watched:
     """Read what ``config.watch`` names.
+
+    ``read`` calls the functions that read files, each given with the settings that name them; it may give None where a
+    file is not there.
 
     Raises:
         FileNotFoundError: the file of prompts, the held-out images' file or folder, or one of the images is not there.
@@ -30,7 +36,9 @@ def read_watched(config: TrainConfig) -> Watched:
             setting.
     """
     require_watched(config)
-    return Watched(watched_prompts(config.watch), held_out(config.watch))
+    prompts = read(functools.partial(watched_prompts, config.watch), "watch.prompts_file")
+    records = read(functools.partial(_held_out, config.watch), "watch.detection", "watch.image_root")
+    return Watched(prompts or (), records or ())
 
 
 def require_watched(config: TrainConfig) -> None:
@@ -47,10 +55,8 @@ def watched_prompts(watch: WatchConfig) -> tuple[str, ...]:
         return watch.prompts
     if not Path(watch.prompts_file).is_file():
         raise FileNotFoundError(f"watch.prompts_file is {watch.prompts_file!r}; there is no such file")
-    try:
+    with naming_setting("watch.prompts_file"):
         records = read_prompts(watch.prompts_file)
-    except ValueError as error:
-        raise ValueError(f"watch.prompts_file: {error}") from error
     for record in records:
         alone = record.seed is None and record.size is None and not record.images
         check(alone, f"watch.prompts_file: {record.where}", record.prompt, "a prompt without seed, size and images")
@@ -67,13 +73,11 @@ def held_out_records(watch: WatchConfig, malformed: list[Malformed] | None = Non
     if not Path(watch.detection).exists():
         raise FileNotFoundError(f"watch.detection is {watch.detection!r}; there is no such file or folder")
     options = {"image_root": watch.image_root, "root_option": "watch.image_root", "malformed": malformed}
-    try:
+    with naming_setting("watch.detection"):
         return read_labelled(watch.detection, **options)
-    except ValueError as error:
-        raise ValueError(f"watch.detection: {error}") from error
 
 
-def held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
+def _held_out(watch: WatchConfig) -> tuple[DetectionRecord, ...]:
     """The held-out images that are looked at; all of them are there. Errors: see ``read_watched``."""
     records = limit_evenly(held_out_records(watch), watch.limit)
     try:
