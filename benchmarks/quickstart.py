@@ -93,9 +93,8 @@ def changes(recorded: Any, current: Any, name: str = "") -> Iterator[str]:
     if isinstance(recorded, Mapping) and isinstance(current, Mapping):
         for key in recorded.keys() & current.keys():
             then, now = recorded[key], current[key]
-            if key in SAME and then != now:
-                then = SAME[key].get(then, then)
-            yield from changes(then, now, f"{name}.{key}" if name else key)
+            if key not in SAME or SAME[key].get(then, then) != now:
+                yield from changes(then, now, f"{name}.{key}" if name else key)
     elif recorded != current:
         yield f"`{name}` {json.dumps(recorded)} → {json.dumps(current)}"
 

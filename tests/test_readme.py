@@ -152,6 +152,19 @@ def test_a_record_of_other_settings_says_so(recorder):
     assert "Not what" not in recorder.section(report, current)
 
 
+@pytest.mark.parametrize(
+    ("recorded", "current", "told"),
+    [
+        ({"recompute": False}, {"recompute": "none"}, []),
+        ({"num_workers": 0}, {"num_workers": 1}, []),
+        ({"num_workers": 0}, {"num_workers": 0}, []),
+        ({"num_workers": 0}, {"num_workers": 2}, ["`num_workers` 0 → 2"]),
+    ],
+)
+def test_other_words_for_a_setting_are_no_change(recorder, recorded, current, told):
+    assert list(recorder.changes(recorded, current)) == told
+
+
 def test_recording(recorder, tmp_path):
     report = recorder.read_report(recorder.RECORD)
     folder = tmp_path / "quickstart"
