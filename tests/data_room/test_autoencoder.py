@@ -112,7 +112,7 @@ def test_pixels_are_their_own_latents(tmp_path):
     assert torch.equal(identity.decode(identity.encode(pixels, sample=True)), pixels)
     with pytest.raises(ValueError, match=r"pixels has shape \[3, 8, 8\]; it must be \[1, 1·h, 1·w\]"):
         identity.encode(torch.rand(3, 8, 8))
-    with pytest.raises(ValueError, match="path is 'x'; it must be null"):
+    with pytest.raises(ValueError, match="path is 'x'; it must be left out"):
         build_autoencoder(config, "x")
     with pytest.raises(ValueError, match="path is None"):
         build_autoencoder(LatentConfig())
