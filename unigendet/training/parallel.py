@@ -202,7 +202,7 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     """Within it, this process is one of those that ``torchrun`` started; without torchrun, the only one.
 
     If the block raises, the other processes say at once which one failed and why, and end after it (``failures``). They
-    end too if a process is killed.
+    end too if a process is killed; what they know of that is less.
 
     Raises:
         ValueError: ``parallel`` does not fit the number of processes.
