@@ -1,7 +1,9 @@
 """One of several processes that end together, whatever they do meanwhile: ``python failure_run.py FOLDER JOB RANK…``.
 
 ``killed``: the processes RANK are killed once all are there; the others wait for something that is no socket.
+``lost``: the same, but the others wait for them in a collective, and do not react to torchrun's signal.
 ``lasting``: all but RANK leave the run at once; these take longer than a process may give no sign of life.
+``together``: all fail. The first one then has files to close, for two seconds unless a signal comes, which it prints.
 """
 
 import os
@@ -9,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from unigendet.training import failures
@@ -29,12 +32,30 @@ def meet(parallel, folder):
         time.sleep(0.01)
 
 
+def together(parallel):
+    error = OSError(f"the disk of process {parallel.rank} is gone")
+    with StopSignals() as stop:
+        if parallel.main:
+            parallel.failing(error, False)
+            deadline = time.monotonic() + 2
+            while stop.received is None and time.monotonic() < deadline:
+                time.sleep(0.01)
+            print("closed without a signal" if stop.received is None else stop.received.name, file=sys.stderr)
+    raise error
+
+
 def main(folder, job, *ranks):
     failures._POLL, failures._GRACE, failures._MISSED = POLL, 0.5, MISSED
-    with processes(TrainConfig(device="cpu")) as parallel:
+    if job == "together":
+        failures._GRACE = 60.0  # which torchrun cuts short when the first process has ended
+    with StopSignals() if job == "lost" else nullcontext(), processes(TrainConfig(device="cpu")) as parallel:
         meet(parallel, folder)
         chosen = str(parallel.rank) in ranks
-        if job == "killed" and chosen:
+        if job == "together":
+            together(parallel)
+        if job == "lost" and not chosen:
+            parallel.sum([1.0])
+        if job in ("killed", "lost") and chosen:
             os.kill(os.getpid(), signal.SIGKILL)
         if job == "killed":
             with StopSignals():  # which note the one that torchrun sends

@@ -101,13 +101,14 @@ def ended(settings):
 
 
 def test_a_process_that_fails_ends_the_job():
-    """Process 1 fails in its second batch, when 0 waits for it. Under torchrun."""
+    """Process 1 fails in its second batch, when 0 waits for it. Under torchrun, which names it."""
     runs = json.dumps({"only": COMMON | {"stage": "gduf", "fail": 1}})
     agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     ((code, _, err),) = ranks.finish(ranks.start(1, *agent, PROGRAM, "nowhere", runs))
     assert code != 0
     assert "[rank1]: OSError: the disk is gone" in err
     assert "process 0 ends, because process 1 failed: the disk is gone" in err
+    assert "rank      : 1 " in err.partition("Root Cause")[2]
 
 
 def test_numbers_that_are_not_finite_end_the_run():

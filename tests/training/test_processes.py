@@ -9,7 +9,8 @@ import torch.distributed as dist
 from run_data import write_run_data, write_run_settings
 
 from unigendet.training.config import ParallelConfig, TrainConfig
-from unigendet.training.parallel import Parallel, ToldElsewhere, processes
+from unigendet.training.failures import ToldElsewhere
+from unigendet.training.parallel import Parallel, processes
 
 
 class Reached(Exception):
@@ -130,9 +131,12 @@ def test_two_processes_tell_of_a_mistake_once(tmp_path):
     write_run_data(tmp_path)
     file = write_run_settings(tmp_path / "run.yaml", tmp_path, tmp_path / "out")
     empty = ("datasets.captions=[]", "datasets.detection=[]")
-    first, second = ranks.finish(ranks.start(2, "-m", "unigendet", "train", "--config", file, *empty))
-    assert (first[0], second[0]) == (1, 1)
-    message = "unigendet train: datasets.detection and datasets.captions are empty"
-    assert message in first[2]
-    assert message not in second[2]
+    agent = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    command = (*agent, "-m", "unigendet", "train", "--config", file, *empty)
+    ((code, _, err),) = ranks.finish(ranks.start(1, *command), timeout=120)
+    assert code != 0
+    said = [line for line in err.splitlines() if line.startswith("unigendet train: ")]
+    message = "datasets.detection and datasets.captions are empty; GDUF needs annotation files (in process 0 of 2)"
+    assert said == [f"unigendet train: {message}"]
+    assert "rank      : 0 " in err.partition("Root Cause")[2]  # torchrun has stopped the other one, not this
     assert not (tmp_path / "out").exists()

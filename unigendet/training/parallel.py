@@ -31,7 +31,7 @@ from unigendet.config import check
 from unigendet.device import find_device
 from unigendet.model.unigendet import UniGenDet
 from unigendet.training.config import ParallelConfig, TrainConfig
-from unigendet.training.failures import FailureWatch, meeting_store
+from unigendet.training.failures import FailureWatch, ToldElsewhere, meeting_store
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -39,17 +39,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 NO_OFFLOAD = "false on a CPU, and with one process"
-
-
-class ToldElsewhere(SystemExit):
-    """Ends this process with exit code 1 and without a word: another process tells of the same error."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(1)
-        self._text = text
-
-    def __str__(self) -> str:
-        return self._text
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,7 +202,7 @@ def processes(config: TrainConfig) -> Iterator[Parallel]:
     """Within it, this process is one of those that ``torchrun`` started; without torchrun, the only one.
 
     If the block raises, the other processes say at once which one failed and why, and end after it (``failures``). They
-    end too if a process is killed.
+    end too if a process is killed; what they know of that is less.
 
     Raises:
         ValueError: ``parallel`` does not fit the number of processes.
