@@ -203,7 +203,7 @@ class TrainState:
         if record["identity"] != own:
             raise CheckpointError(
                 f"checkpoint {path} is another run's: saved by {record['identity']}, this is {own}; resume it with its "
-                f"own settings, or start this run from its weights (model.checkpoint={path / MODEL})"
+                f"own settings, or start this run from its weights ({_start(path)})"
             )
         pieces = self._find_parts(path)
         self._load_optimizer(pieces[OPTIMIZER], record["trained"], path)
@@ -325,8 +325,13 @@ def restore_position(batches: Any, position: dict[str, Any] | None, path: str | 
         except ValueError as error:
             raise CheckpointError(
                 f"checkpoint {path}: {error}; put back what has changed, or begin a new run from its weights "
-                f"(model.checkpoint={Path(path) / MODEL}, another output)"
+                f"({_start(path)}, another output)"
             ) from error
+
+
+def _start(path: str | Path) -> str:
+    """The settings with which a new run begins with a checkpoint's weights, whatever the old one began with."""
+    return f"model.checkpoint={Path(path) / MODEL} model.preset=null"
 
 
 def _write_tensors(tensors: Mapping[str, Tensor], folder: Path, stem: str) -> None:
