@@ -45,9 +45,8 @@ def together(parallel):
 
 
 def main(folder, job, *ranks):
-    failures._POLL, failures._GRACE, failures._MISSED = POLL, 0.5, MISSED
-    if job == "together":
-        failures._GRACE = 60.0  # which torchrun cuts short when the first process has ended
+    grace = {"together": 60.0, "lost": failures._GRACE}  # torchrun must see an end meanwhile; the first it cuts short
+    failures._POLL, failures._GRACE, failures._MISSED = POLL, grace.get(job, 0.5), MISSED
     with StopSignals() if job == "lost" else nullcontext(), processes(TrainConfig(device="cpu")) as parallel:
         meet(parallel, folder)
         chosen = str(parallel.rank) in ranks
